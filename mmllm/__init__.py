@@ -1,0 +1,36 @@
+"""mmllm: build, train, evaluate and compare video and image LLMs out of interchangeable parts.
+
+Everything is imported when it is first asked for, so `import mmllm` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load": "mmllm.api",
+    "generate": "mmllm.api",
+    "evaluate": "mmllm.api",
+    "Video": "mmllm.api",
+    "Image": "mmllm.api",
+    "MMLLMConfig": "mmllm.configuration",
+    "MMLLMForConditionalGeneration": "mmllm.model",
+    "MMLLMProcessor": "mmllm.processing",
+    "UserError": "mmllm.contract.errors",
+    "register": "mmllm.contract.registry",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mmllm' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

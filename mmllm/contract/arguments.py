@@ -1,0 +1,154 @@
+"""Values of a recipe or a command line, read by the annotation of the argument they are for.
+
+YAML reads `1e-5` as text and a command line knows only text, so the annotation decides, never the look of the value.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal, Union
+
+from mmllm.contract.errors import UserError, nearest
+
+
+@lru_cache(maxsize=1024)
+def signature(target: Callable) -> dict[str, tuple[Any, Any]]:
+    """{argument: (annotation, default)} of a function's or a constructor's keyword arguments.
+
+    `inspect.Parameter.empty` stands for a missing default. Positional `self` and `site` are left out.
+    """
+    function = target.__init__ if inspect.isclass(target) else target
+    hints = typing.get_type_hints(function)
+    arguments = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in ("self", "site") or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        arguments[name] = (hints.get(name, Any), parameter.default)
+    return arguments
+
+
+def bind(target: Callable, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The arguments of `target` out of `values`, each parsed by its annotation.
+
+    Raises:
+        UserError: an unknown key (with the nearest known one), a missing one, or a value of the wrong type.
+    """
+    known = signature(target)
+    for name in values:
+        if name not in known:
+            raise UserError(f"{where}.{name}", "unknown key", hint=nearest(name, list(known)))
+    for name, (annotation, default) in known.items():
+        if name not in values and default is inspect.Parameter.empty:
+            raise UserError(f"{where}.{name}", "missing", expected=describe(annotation))
+    return {name: parse(value, known[name][0], f"{where}.{name}") for name, value in values.items()}
+
+
+def parse(value: Any, annotation: Any, where: str) -> Any:
+    """`value` as `annotation` says.
+
+    Raises:
+        UserError: it cannot be read so.
+    """
+    try:
+        return _parse(value, annotation)
+    except (TypeError, ValueError):
+        raise UserError(where, "wrong type", expected=describe(annotation), got=repr(value)) from None
+
+
+def describe(annotation: Any) -> str:
+    """An annotation in words a user can act on."""
+    if annotation is type(None):
+        return "null"
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe(option) for option in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (list, tuple):
+        inner = [describe(option) for option in arguments if option is not Ellipsis]
+        fixed = origin is tuple and Ellipsis not in arguments
+        return f"a list of {len(inner)} ({', '.join(inner)})" if fixed else f"a list of {inner[0]}"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _parse(value: Any, annotation: Any) -> Any:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any or annotation is inspect.Parameter.empty:
+        return value
+    if origin in (Union, types.UnionType):
+        return _parse_union(value, arguments)
+    if origin is Literal:
+        return _parse_literal(value, arguments)
+    if origin in (tuple, list):
+        return _parse_list(value, origin, arguments)
+    if annotation is dict or origin is dict:
+        if not isinstance(value, dict):
+            raise TypeError
+        return value
+    return _parse_scalar(value, annotation)
+
+
+def _parse_union(value: Any, options: tuple) -> Any:
+    for option in options:
+        if type(value) is option:
+            return value
+    ordered = sorted(options, key=lambda option: option is str)  # text last: everything on a command line is text
+    for option in ordered:
+        try:
+            return _parse(value, option)
+        except (TypeError, ValueError):
+            continue
+    raise ValueError
+
+
+def _parse_literal(value: Any, options: tuple) -> Any:
+    for option in options:
+        if value == option or (isinstance(value, str) and value == str(option)):
+            return option
+    raise ValueError
+
+
+def _parse_list(value: Any, origin: type, arguments: tuple) -> Any:
+    if isinstance(value, str):
+        value = [item for item in value.strip("[]() ").split(",") if item.strip()]
+    if not isinstance(value, list | tuple):
+        raise TypeError
+    if origin is tuple and Ellipsis not in arguments:
+        if len(value) != len(arguments):
+            raise ValueError
+        return tuple(_parse(item, kind) for item, kind in zip(value, arguments, strict=True))
+    inner = arguments[0] if arguments else Any
+    return origin(_parse(item, inner) for item in value)
+
+
+def _parse_scalar(value: Any, annotation: type) -> Any:
+    if annotation is type(None):
+        if value is None or (isinstance(value, str) and value.strip().lower() in ("null", "none")):
+            return None
+        raise ValueError
+    if annotation is bool:
+        words = {"true": True, "false": False, "yes": True, "no": False}
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.strip().lower() in words:
+            return words[value.strip().lower()]
+        raise ValueError
+    if annotation is int:
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise ValueError
+        return int(value)
+    if annotation is float:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    if annotation is str:
+        if not isinstance(value, str):
+            raise TypeError
+        return value
+    if isinstance(value, annotation):
+        return value
+    raise TypeError

@@ -1,0 +1,52 @@
+"""Errors for people: one line that says where, what, and what to do next."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """The user's input does not fit. The command line prints it as one line and exits with code 2.
+
+    The text reads ``<where>: <what>, expected <x>, got <y>. Try: <hint>``.
+
+    Args:
+        where: the file, key path or item the error is about (``my.yaml:model.connector.pool.grid``).
+        what: what is wrong, in a few words.
+        expected: what would have been right, if that can be said.
+        got: what was found instead.
+        hint: a command or a change that solves it.
+    """
+
+    def __init__(
+        self,
+        where: object,
+        what: str,
+        *,
+        expected: object = None,
+        got: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.where, self.what, self.expected, self.got, self.hint = where, what, expected, got, hint
+        text = f"{where}: {what}"
+        if expected is not None:
+            text += f", expected {expected}"
+        if got is not None:
+            text += f", got {got}"
+        if hint is not None:
+            text = f"{text.rstrip('.')}. Try: {hint}"
+        super().__init__(" ".join(text.split()))
+
+    def __reduce__(self) -> tuple:
+        """Pickled by its fields: an error of a worker process arrives as itself."""
+        return _rebuild, (self.where, self.what, self.expected, self.got, self.hint)
+
+
+def _rebuild(where: object, what: str, expected: object, got: object, hint: str | None) -> UserError:
+    return UserError(where, what, expected=expected, got=got, hint=hint)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint for an unknown name: the nearest known ones, or the whole list where none is near."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    return " or ".join(close) if close else "one of " + ", ".join(sorted(known))

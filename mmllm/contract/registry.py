@@ -1,0 +1,97 @@
+"""The registry of parts: exact names, a duplicate is an error, an unknown name gets the nearest.
+
+A kind maps to the package that holds its parts; the first look-up imports that package's modules, so a command that
+only lists recipes imports no part. A user's own file registers its parts with the same decorator (`load_plugin`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mmllm.contract.errors import UserError, nearest
+
+PACKAGES = {
+    "encoder": "mmllm.encoders",
+    "text": "mmllm.encoders",
+    "connector": "mmllm.connectors",
+    "reducer": "mmllm.connectors",
+    "objective": "mmllm.train.objectives",
+    "vocabulary": "mmllm.connectors",
+}
+_parts: dict[str, dict[str, type]] = {kind: {} for kind in PACKAGES}
+_imported: set[str] = set()
+
+
+def register(kind: str, name: str) -> Callable[[type], type]:
+    """Class decorator: makes a part known as `name` among the parts of `kind`.
+
+    Raises:
+        UserError: unknown kind, or the name is taken by a class of other source (the same source again is fine: a
+            plug-in loaded twice, a worker process that imports anew).
+    """
+    if kind not in _parts:
+        raise UserError(f"register({kind!r}, {name!r})", "unknown kind of part", hint=nearest(kind, list(_parts)))
+
+    def add(cls: type) -> type:
+        known = _parts[kind].get(name)
+        if known is not None and _source_digest(known) != _source_digest(cls):
+            raise UserError(f"{kind} {name}", f"the name is taken by {known.__module__}.{known.__qualname__}")
+        cls.kind, cls.registered_name = kind, name
+        _parts[kind][name] = cls
+        return cls
+
+    return add
+
+
+def find(kind: str, name: str, where: str = "") -> type:
+    """The class registered as `name` among the parts of `kind`.
+
+    Raises:
+        UserError: no part of that name; the text gives the nearest names.
+    """
+    known = parts(kind)
+    if name not in known:
+        raise UserError(where or kind, f"no {kind} is called {name!r}", hint=nearest(name, list(known)))
+    return known[name]
+
+
+def parts(kind: str) -> dict[str, type]:
+    """{name: class} of all parts of a kind, the shipped ones and those of loaded plug-ins."""
+    package = PACKAGES[kind]
+    if package not in _imported:
+        _imported.add(package)
+        module = importlib.import_module(package)
+        for info in pkgutil.iter_modules(module.__path__):
+            importlib.import_module(f"{package}.{info.name}")
+    return _parts[kind]
+
+
+def load_plugin(path: str | Path) -> None:
+    """Run a user's file so that the parts it registers can be named in recipes.
+
+    Raises:
+        UserError: the file is missing or is not Python.
+    """
+    path = Path(path)
+    if not path.is_file() or path.suffix != ".py":
+        raise UserError(path, "no such plug-in", expected="a .py file that registers parts")
+    name = f"mmllm_plugin_{hashlib.sha256(path.resolve().as_posix().encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+
+
+def _source_digest(cls: type) -> str:
+    try:
+        text = inspect.getsource(cls)
+    except (OSError, TypeError):
+        text = f"{cls.__module__}.{cls.__qualname__}"
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,268 @@
+"""The types that pass between the parts, from a file's header to the loss.
+
+Letters in shapes: B clips of a group, N visual tokens, C width, T frames, L sequence positions, D width of the LLM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class MediaSpec:
+    """All that a token count may depend on; known from a header probe and the sampler, before decoding.
+
+    Attributes:
+        kind: "image" or "video"; decides where a part treats stills differently (one frame does not make an image).
+        frames: number of frames the reader delivers; for an image the number of its views.
+        tiles: (rows, columns) of an any-resolution image's tiles, or None.
+        crop: (height, width) kept of the tiles' joint grid, or None.
+    """
+
+    kind: Kind
+    frames: int
+    tiles: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+
+    @property
+    def sort_key(self) -> tuple:
+        """A total order, the same in every process."""
+        return (self.kind, self.frames, self.tiles or (), self.crop or ())
+
+
+@dataclass(frozen=True)
+class Grid:
+    """`t` frames of `h` x `w` tokens. `raster=False`: the tokens of a frame are an unordered set of h * w."""
+
+    t: int
+    h: int
+    w: int
+    raster: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, t * h * w."""
+        return self.t * self.h * self.w
+
+    def __str__(self) -> str:
+        return f"{self.t}x{self.h}x{self.w}" + ("" if self.raster else " (set)")
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """The shape of a token set, by arithmetic: what `VisualTokens` will be before anything runs."""
+
+    media: MediaSpec
+    tokens: int
+    width: int
+    grid: Grid | None = None
+    extras: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if self.grid is not None and self.grid.tokens != self.tokens:
+            raise ValueError(f"a grid of {self.grid} has {self.grid.tokens} tokens, not {self.tokens}")
+
+    def __str__(self) -> str:
+        grid = f"grid {self.grid}" if self.grid else "no grid"
+        return f"{self.tokens} tokens of width {self.width} ({grid})"
+
+    def to_grid(self, grid: Grid, width: int | None = None) -> TokenSpec:
+        """The same medium on another grid; extras belong to the old token set and are dropped."""
+        return TokenSpec(self.media, grid.tokens, self.width if width is None else width, grid)
+
+    def to_width(self, width: int) -> TokenSpec:
+        """The same token set at another width: grid and extras stay."""
+        return replace(self, width=width)
+
+
+@dataclass
+class VisualTokens:
+    """The currency from encoder to LLM: the tokens of B clips of one `MediaSpec`.
+
+    Attributes:
+        values: [B, N, C].
+        media: what all B clips are.
+        grid: (T, h, w), or None where the tokens have no such order.
+        positions: [B, N, 3], seconds, y and x in 0..1 of each token's centre.
+        sizes: [B, N], how many encoder patches a token stands for; 0 for separators.
+        times: [B, T], seconds of the frames.
+        extras: tensors that belong to this token set ([B, N, ...] or [B, T, ...]), such as levels, cls, relevance.
+    """
+
+    values: Tensor
+    media: MediaSpec
+    grid: Grid | None
+    positions: Tensor
+    sizes: Tensor
+    times: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> TokenSpec:
+        """What these tokens really are, to be compared with what a part declared."""
+        extras = {name: tuple(value.shape[1:]) for name, value in self.extras.items()}
+        return TokenSpec(self.media, self.values.shape[1], self.values.shape[2], self.grid, extras)
+
+    def as_grid(self, values: Tensor | None = None) -> Tensor:
+        """[B, T, h, w, C] view of `values` (default: the tokens).
+
+        Raises:
+            ValueError: the tokens have no raster grid.
+        """
+        if self.grid is None or not self.grid.raster:
+            raise ValueError("these tokens have no raster grid")
+        values = self.values if values is None else values
+        return values.unflatten(1, (self.grid.t, self.grid.h, self.grid.w))
+
+    def by_frame(self, values: Tensor | None = None) -> Tensor:
+        """[B, T, h * w, C] view of `values` (default: the tokens).
+
+        Raises:
+            ValueError: the tokens have no grid.
+        """
+        if self.grid is None:
+            raise ValueError("these tokens have no grid")
+        values = self.values if values is None else values
+        return values.unflatten(1, (self.grid.t, self.grid.h * self.grid.w))
+
+    def same(self, values: Tensor) -> VisualTokens:
+        """The same token set with other values [B, N, C']: everything that belongs to the tokens rides along."""
+        if values.shape[:2] != self.values.shape[:2]:
+            raise ValueError(f"not the same token set: {tuple(values.shape[:2])} and {tuple(self.values.shape[:2])}")
+        return replace(self, values=values)
+
+    def new(
+        self, values: Tensor, grid: Grid | None, *, weights: Tensor | None = None, index: Tensor | None = None
+    ) -> VisualTokens:
+        """Another token set made from this one; extras are dropped, positions and sizes move.
+
+        Args:
+            values: [B, M, C'].
+            grid: the new grid or None.
+            weights: [M, N] or [B, M, N], rows summing to 1: what each new token is a mean of. The size of a new token
+                is the sum of the sizes it covers, shared by how much of each it takes.
+            index: [M] or [B, M], the old token that each new one comes from; -1 = a separator (size 0).
+
+        Raises:
+            ValueError: not exactly one of `weights` and `index`.
+        """
+        if (weights is None) == (index is None):
+            raise ValueError("give either weights or index")
+        if weights is not None:
+            positions, sizes = _blend(self.positions, self.sizes, weights)
+        else:
+            positions, sizes = _pick(self.positions, self.sizes, index)
+        return VisualTokens(values, self.media, grid, positions, sizes, self.times)
+
+    def rows(self, index: Tensor) -> VisualTokens:
+        """The clips `index` [P] of this group, repeats allowed (one row a pair of clip and prompt)."""
+        extras = {name: value[index] for name, value in self.extras.items()}
+        fields = {name: getattr(self, name)[index] for name in ("values", "positions", "sizes", "times")}
+        return replace(self, extras=extras, **fields)
+
+
+def _blend(positions: Tensor, sizes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    weights = weights.to(positions.dtype)
+    if weights.dim() == 2:
+        weights = weights.expand(positions.shape[0], -1, -1)
+    share = weights / weights.sum(1, keepdim=True).clamp_min(1e-9)
+    return weights @ positions, (share @ sizes[..., None]).squeeze(-1)
+
+
+def _pick(positions: Tensor, sizes: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    if index.dim() == 1:
+        index = index.expand(positions.shape[0], -1)
+    real = index >= 0
+    index = index.clamp_min(0)
+    picked = positions.gather(1, index[..., None].expand(-1, -1, 3))
+    return picked, sizes.gather(1, index) * real
+
+
+@dataclass
+class PromptFeatures:
+    """What a text source says of the prompts; row b belongs to clip b.
+
+    Attributes:
+        ids, mask: [B, L] token ids of the human turns and which of them are real.
+        tokens: [B, L, C] or None. pooled: [B, J] in the joint space or None. levels: [B, L, K, C] or None.
+        present: [B] bool; a row without a prompt is absent and has one token unmasked.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    tokens: Tensor | None = None
+    pooled: Tensor | None = None
+    levels: Tensor | None = None
+    present: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a part reads beside the values of its inputs; the front end delivers exactly this.
+
+    Attributes:
+        levels: layers of the encoder's hidden states. cls: layers whose CLS token is wanted. keys: layers whose
+            attention keys are wanted. All three only for a part whose input is an encoder.
+        extras: names of extras of the first input. prompt: fields of PromptFeatures. prompt_levels: text layers.
+        tables: whether the coordinate tables are wanted.
+    """
+
+    levels: tuple[int, ...] = ()
+    cls: tuple[int, ...] = ()
+    keys: tuple[int, ...] = ()
+    extras: tuple[str, ...] = ()
+    prompt: tuple[str, ...] = ()
+    prompt_levels: tuple[int, ...] = ()
+    tables: bool = False
+
+
+@dataclass
+class Sequence:
+    """What enters the LLM.
+
+    Attributes:
+        embeds: [B, L, D]. mask: [B, L] of 1 (real) and 0 (padding), or None. positions: [B, L] or None.
+        visual: [B, L] bool, which positions hold visual tokens. segments: [B, L] or None (0 = shared prefix).
+    """
+
+    embeds: Tensor
+    mask: Tensor | None
+    positions: Tensor | None
+    visual: Tensor
+    segments: Tensor | None = None
+
+
+@dataclass
+class Term:
+    """A named part of the loss: `weight * sum / count`, where count is summed over micro-batches and processes."""
+
+    sum: Tensor
+    count: Tensor | int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the pixels of a frame are brought to an encoder's input size, on uint8, before batching.
+
+    Attributes:
+        height, width: pixels.
+        fit: "squash" (to the size, whatever the aspect ratio), "crop" (short side to `short`, then the centre) or
+            "pad" (long side to the size, the rest filled with `fill`).
+        interpolation: "bicubic", "bilinear" or "nearest"; antialiased.
+        short: length of the short side before the crop; None = the size itself.
+        fill: grey level 0..255 of the padding.
+    """
+
+    height: int
+    width: int
+    fit: Literal["squash", "crop", "pad"] = "squash"
+    interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
+    short: int | None = None
+    fill: int = 0

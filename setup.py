@@ -1,0 +1,47 @@
+"""Packaging: the folders of the top level become one import package, `mmllm`.
+
+`encoders/` is imported as `mmllm.encoders`, and so on, so that nothing called `train` or `eval` leaks into site-packages.
+"""
+
+from setuptools import find_namespace_packages, setup
+
+FOLDERS = ("encoders", "connectors", "train", "eval")
+
+packages = ["mmllm", *(f"mmllm.{name}" for name in find_namespace_packages("mmllm") if "recipes" not in name)]
+package_dir = {"mmllm": "mmllm"}
+for folder in FOLDERS:
+    package_dir[f"mmllm.{folder}"] = folder
+    packages += [f"mmllm.{folder}", *(f"mmllm.{folder}.{name}" for name in find_namespace_packages(folder))]
+
+setup(
+    name="mmllm",
+    version="0.1.0",
+    description="Build, train, evaluate and compare video and image LLMs out of interchangeable parts",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=[name for name in packages if "__pycache__" not in name],
+    package_dir=package_dir,
+    package_data={"mmllm": ["recipes/*.yaml", "recipes/*/*.yaml"]},
+    install_requires=[
+        "accelerate>=1.10",
+        "av>=14",
+        'decord>=0.6; sys_platform == "linux" and platform_machine == "x86_64"',
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pillow>=10",
+        "pyyaml>=6",
+        "rich>=13",
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "transformers>=5.23",
+    ],
+    extras_require={
+        "demo": ["gradio>=5"],
+        "deepspeed": ["deepspeed>=0.17"],
+        "dev": ["pytest>=8", "ruff>=0.9", "build>=1"],
+    },
+    entry_points={"console_scripts": ["mmllm=mmllm.cli:main"]},
+)
