@@ -1,0 +1,30 @@
+"""Options and fixtures that all tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where the material outside the repository lies."""
+    parser.addoption("--shared", default="../shared", help="folder with real clips and annotations")
+    parser.addoption("--goldens", default="tests/parity/goldens", help="folder with the reference values")
+
+
+@pytest.fixture(scope="session")
+def shared(request: pytest.FixtureRequest) -> Path:
+    """The folder of ``--shared``; the test is skipped where it does not exist."""
+    folder = REPOSITORY / request.config.getoption("--shared")
+    if not folder.is_dir():
+        pytest.skip(f"--shared {folder} does not exist")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def goldens(request: pytest.FixtureRequest) -> Path:
+    """The folder of ``--goldens``."""
+    return REPOSITORY / request.config.getoption("--goldens")
