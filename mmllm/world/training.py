@@ -1,0 +1,124 @@
+"""Training samples: scenes of all families with the questions that hold for them, as conversations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from mmllm.world import asks
+from mmllm.world.describe import describe
+from mmllm.world.palette import draw_cast
+from mmllm.world.question import Question, block, choose, letter
+from mmllm.world.scene import Scene
+from mmllm.world.tasks import EXTRAS, MLVU, MVBENCH, Ask, Task
+
+DESCRIBE = "Describe the video."
+SUMMARIZE = "Summarize the video."
+TASKS: tuple[Task, ...] = MVBENCH + MLVU
+ROUND: tuple[Task, ...] = tuple(task for turn in (1, 2) for task in TASKS if task.share >= turn)
+SUMMARY = MLVU[-1].ask
+ASKS: tuple[tuple[Ask, int], ...] = (
+    *((task.ask, task.options) for task in TASKS if task.ask is not SUMMARY),
+    *EXTRAS,
+)
+COMMON = frozenset({asks.exists, asks.size, asks.moving_count, *(ask for ask, _ in EXTRAS)})
+"""Questions that hold for nearly every scene: asked later than the others, or they would crowd them out."""
+Turn = dict[str, object]
+Fitting = tuple[Question, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One training scene, and whether its clip lies between other scenes (`bounded`)."""
+
+    scene: Scene
+    task: Task
+    bounded: bool
+
+
+def draw_sample(seed: int, split: str, index: int, side: int, extra: int) -> tuple[Sample, Random]:
+    """The scene number `index` of a split, and the generator to go on with: the same for the same arguments."""
+    rng = Random(f"{seed}/{split}/{index}")
+    task = ROUND[index % len(ROUND)]
+    cast = draw_cast(rng, side, extra=extra)
+    scene = task.sample(rng, cast)
+    return Sample(scene, task, task.bounded and task.reader == "video" and rng.random() < 0.1), rng
+
+
+def fitting(sample: Sample, rng: Random, count: int) -> list[Fitting]:
+    """`count` different questions (fewer if the scene has fewer) in random order, the family's own among them."""
+    scene = sample.scene
+    found: list[Fitting] = []
+    texts: set[str] = set()
+    own = next((thing for thing in scene.things if thing.color == scene.subject), scene.things[0])
+    wanted = [(sample.task.ask, sample.task.options, own)] if sample.task.ask is not SUMMARY else []
+    order = sorted(ASKS, key=lambda ask: rng.random() + 0.6 * (ask[0] in COMMON))
+    wanted += [(ask, options, rng.choice(scene.things)) for ask, options in order]
+    for again in range(2):
+        for ask, options, thing in wanted:
+            if len(found) == count:
+                break
+            question = ask(scene, thing if not again else rng.choice(scene.things))
+            if question is not None and question.text not in texts and len(question.pool) >= options - 1:
+                texts.add(question.text)
+                found.append((question, options))
+    rng.shuffle(found)
+    return found
+
+
+def say(role: str, text: str, video: Turn | None = None) -> Turn:
+    """One turn of a conversation; the video, if any, comes before the text."""
+    return {"role": role, "content": [*([video] if video else []), {"type": "text", "text": text}]}
+
+
+def pose(question: Question, options: int, rng: Random, letters: float) -> tuple[str, str, str]:
+    """(user's text, right reply, wrong reply): lettered with probability `letters` where there are options."""
+    wrong = rng.choice(question.pool)
+    if not options or rng.random() >= letters:
+        return question.text, question.answer, wrong
+    shown = choose(question, options, rng)
+    wrong = rng.choice([option for option in shown if option != question.answer])
+    return block(question.text, shown), letter(shown, question.answer), letter(shown, wrong)
+
+
+def talk(sample: Sample, rng: Random, count: int, letters: float) -> list[tuple[str, str]]:
+    """`count` exchanges (user's text, reply) about a scene."""
+    return [pose(question, options, rng, letters)[:2] for question, options in fitting(sample, rng, count)]
+
+
+def instruct_line(name: str, sample: Sample, video: Turn, rng: Random) -> dict[str, object]:
+    """A conversation of four or five questions about a clip, and in half of the lines a request to describe it."""
+    pairs = talk(sample, rng, rng.choice((4, 5)), 0.75)
+    if rng.random() < 0.5:
+        pairs.append((SUMMARIZE if rng.random() < 0.2 else DESCRIBE, describe(sample.scene)))
+    turns: list[Turn] = []
+    for i, (ask, reply) in enumerate(pairs):
+        turns += [say("user", ask, None if i else video), say("assistant", reply)]
+    return {"id": name, "messages": turns}
+
+
+def caption_line(name: str, sample: Sample, video: Turn) -> dict[str, object]:
+    """A clip and its description."""
+    return {"id": name, "messages": [say("user", DESCRIBE, video), say("assistant", describe(sample.scene))]}
+
+
+def preference_line(name: str, sample: Sample, video: Turn, rng: Random) -> dict[str, object]:
+    """A question or request with a right and a wrong reply; a wrong description is that of a sister scene."""
+    truth = describe(sample.scene)
+    if rng.random() < 0.25:
+        for _ in range(20):
+            other = describe(sample.task.sample(rng, draw_cast(rng, sample.scene.side)))
+            if other != truth:
+                return {"id": name, "messages": [say("user", DESCRIBE, video)], "chosen": truth, "rejected": other}
+    question, options = fitting(sample, rng, 1)[0]
+    ask, right, wrong = pose(question, options, rng, 0.5)
+    return {"id": name, "messages": [say("user", ask, video)], "chosen": right, "rejected": wrong}
+
+
+def text_line(seed: int, index: int, side: int, extra: int) -> dict[str, object]:
+    """A conversation about a description in place of a clip: six questions, the first after the description."""
+    sample, rng = draw_sample(seed, "text", index, side, extra)
+    turns: list[Turn] = []
+    for i, (ask, reply) in enumerate(talk(sample, rng, 6, 0.75)):
+        turns += [say("user", ask if i else f"{describe(sample.scene)}\n{ask}"), say("assistant", reply)]
+    return {"id": f"text-{index:06d}", "messages": turns}
