@@ -1,0 +1,121 @@
+"""A model as an answerer, and the one way in which a model is evaluated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mmllm.contract.errors import UserError, nearest
+from mmllm.eval.benchmarks import find_benchmark
+from mmllm.eval.protocol import PROTOCOLS, Protocol
+from mmllm.eval.report import Report
+from mmllm.eval.runner import run_benchmark
+
+
+class ModelAnswerer:
+    """Answers conversations in batches, greedily, left-padded.
+
+    Args:
+        model, processor: as `mmllm.load` gives them.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        self.model, self.processor = model, processor
+
+    @torch.inference_mode()
+    def __call__(self, conversations: list[list[dict]], *, frames: int | None, max_new_tokens: int) -> list[str]:
+        """One raw response a conversation; `frames` overrides the model's own number of frames."""
+        batch = self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=True,
+            processor_kwargs={"frames": frames, "padding_side": "left"},
+        ).to(self.model.device)
+        output = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        answers = output[:, batch["input_ids"].shape[1] :]
+        return self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+def evaluate_model(
+    model: nn.Module,
+    processor: Any,
+    benchmark: str,
+    root: Path,
+    out: Path,
+    protocol: str = "canonical",
+    *,
+    frames: int | None = None,
+    limit: int | None = None,
+    missing: Literal["error", "skip"] = "error",
+    baselines: tuple[str, ...] = ("blind", "single_frame"),
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Evaluate below `out/BENCHMARK/PROTOCOL-HASH/`; an interrupted evaluation continues.
+
+    Raises:
+        UserError: unknown benchmark or protocol, or the folder holds answers of other weights or frames.
+    """
+    chosen = find_protocol(protocol)
+    folder = out / benchmark / chosen.folder
+    _same_subject(folder, {"weights": weights_digest(model), "frames": frames, "limit": limit})
+    answer: Callable = ModelAnswerer(model, processor)
+    if frames is not None:
+        inner = answer
+
+        def answer(conversations: list, *, frames: int | None, max_new_tokens: int, wanted: int = frames) -> list[str]:
+            return inner(conversations, frames=frames or wanted, max_new_tokens=max_new_tokens)
+
+    return run_benchmark(
+        find_benchmark(benchmark),
+        root,
+        answer,
+        folder,
+        chosen,
+        baselines=baselines,
+        limit=limit,
+        missing=missing,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def find_protocol(name: str) -> Protocol:
+    """A protocol by its name.
+
+    Raises:
+        UserError: no such protocol.
+    """
+    if name not in PROTOCOLS:
+        raise UserError(f"--protocol {name}", "no such protocol", hint=nearest(name, list(PROTOCOLS)))
+    return PROTOCOLS[name]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A short digest of all weights and buffers, so that answers of two models are never mixed."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()[:16]
+
+
+def _same_subject(folder: Path, subject: dict[str, Any]) -> None:
+    path = folder / "subject.json"
+    if path.is_file():
+        old = json.loads(path.read_text())
+        different = [key for key in subject if old.get(key) != subject[key]]
+        if different:
+            raise UserError(
+                folder, f"holds answers of another run; these differ: {', '.join(different)}", hint="--out NEW"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(subject))

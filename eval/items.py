@@ -1,0 +1,157 @@
+"""One question of a benchmark, and how annotation files become questions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmllm.contract.errors import UserError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about one clip.
+
+    Attributes:
+        benchmark: name of the benchmark (``mvbench``).
+        task: name of the task as printed (``Action Sequence``).
+        id: stable key, unique in the benchmark; it changes when the question, its options or its clip change.
+        media_path: the file, or for `frame_folder` the folder of frames; it may not exist.
+        start: first second of the bound, or None for the whole clip.
+        end: last second of the bound, or None.
+        frame_folder: True where `media_path` is a folder of ``00001.jpg``, ... at 3 frames per second.
+        question: the question as written in the file.
+        options: option texts in order; empty for `kind` "open".
+        answer: text of the right answer.
+        gold: letter of the first option whose text equals `answer`, or None.
+        video: path of the clip relative to the video folder; items of one clip share it.
+        kind: "choice", or "open" for a free answer that a judge would score.
+    """
+
+    benchmark: str
+    task: str
+    id: str
+    media_path: Path
+    start: float | None
+    end: float | None
+    frame_folder: bool
+    question: str
+    options: tuple[str, ...]
+    answer: str
+    gold: str | None
+    video: str
+    kind: str = "choice"
+
+    def is_right(self, letter: str | None) -> bool:
+        """True where the chosen option's *text* is the answer (several options may carry the same text)."""
+        place = -1 if letter is None else LETTERS.index(letter)
+        return 0 <= place < len(self.options) and self.options[place] == self.answer
+
+
+def gold_letter(options: tuple[str, ...], answer: str) -> str | None:
+    """Letter of the first option that equals the answer exactly, or None."""
+    return LETTERS[options.index(answer)] if answer in options else None
+
+
+def defect(item: Item) -> str | None:
+    """Why a multiple-choice item cannot be scored, or None for a sound one."""
+    if item.kind != "choice":
+        return None
+    if not any(option.strip() for option in item.options):
+        return "all options are empty"
+    if not item.answer.strip():
+        return "the answer is empty"
+    return None if item.gold else "the answer is not among the options"
+
+
+def item_id(benchmark: str, task_key: str, index: int, *content: object) -> str:
+    """``benchmark/task/index/digest``, the digest over what the question asks."""
+    digest = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:10]
+    return f"{benchmark}/{task_key}/{index:04d}/{digest}"
+
+
+def media_exists(item: Item) -> bool:
+    """True where the clip (a file, or a folder for frames) is on disk."""
+    return item.media_path.is_dir() if item.frame_folder else item.media_path.is_file()
+
+
+def need_root(root: Path, benchmark: str) -> None:
+    """Raises UserError where the benchmark's folder does not exist."""
+    if not root.is_dir():
+        raise UserError(
+            root, f"no folder for {benchmark}", hint=f"--root {benchmark}=FOLDER, the one that holds json/ and video/"
+        )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The items of one annotation file, a JSON list of objects.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or is not a list of objects.
+    """
+    if not path.is_file():
+        raise UserError(
+            path, "annotation file missing", hint="download the json files of the benchmark into this folder"
+        )
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(path, f"not valid JSON ({error})", hint="download the file again") from error
+    if not isinstance(rows, list):
+        raise UserError(path, "wrong content", expected="a JSON list of items", got=type(rows).__name__)
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:item {index}", "wrong item", expected="an object", got=type(row).__name__)
+    return rows
+
+
+def text_of(row: dict[str, Any], key: str, where: str) -> str:
+    """A string field of an item; a number is taken as its digits.
+
+    Raises:
+        UserError: the key is missing or holds something else.
+    """
+    if key not in row:
+        raise UserError(
+            f"{where}:{key}", "key missing", expected="a string", got=f"keys {', '.join(sorted(row)) or 'none'}"
+        )
+    return _text(row[key], f"{where}:{key}")
+
+
+def options_of(row: dict[str, Any], where: str, key: str = "candidates") -> tuple[str, ...]:
+    """The option texts of an item, at most 26 of them.
+
+    Raises:
+        UserError: the key is missing, is not a list of strings, or is too long.
+    """
+    value = row.get(key)
+    if not isinstance(value, list):
+        got = "nothing" if value is None else type(value).__name__
+        raise UserError(f"{where}:{key}", "wrong options", expected="a list of strings", got=got)
+    if len(value) > len(LETTERS):
+        raise UserError(f"{where}:{key}", "too many options", expected="at most 26", got=len(value))
+    return tuple(_text(option, f"{where}:{key}[{place}]") for place, option in enumerate(value))
+
+
+def seconds_of(row: dict[str, Any], key: str, where: str) -> float:
+    """A bound of an item in seconds.
+
+    Raises:
+        UserError: the key is missing or is not a number.
+    """
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        got = "nothing" if value is None else repr(value)
+        raise UserError(f"{where}:{key}", "wrong bound", expected="a number of seconds", got=got)
+    return float(value)
+
+
+def _text(value: object, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(where, "wrong value", expected="a string", got=type(value).__name__)
+    return str(value)

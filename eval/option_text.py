@@ -1,0 +1,65 @@
+"""Responses that repeat the text of an option instead of its letter."""
+
+from __future__ import annotations
+
+import re
+
+_OWN_LETTER = re.compile(r"\s*\(?([A-Za-z])\s*[.):]\s*(?=\S|$)")
+
+
+def option_texts(options: list[str]) -> list[str]:
+    """The option texts, without their own letter where every option carries the one of its place (``"A. Cafe."``)."""
+    matches = [_OWN_LETTER.match(option) for option in options]
+    for place, match in enumerate(matches):
+        if match is None or match[1].upper() != chr(ord("A") + place):
+            return list(options)
+    return [option[match.end() :] for option, match in zip(options, matches, strict=True) if match]
+
+
+def plain(text: str) -> str:
+    """Case-folded, blanks collapsed, none around arrows, without wrapping quotes and the final dot."""
+    text = re.sub(r"\s*(->|=>|→)\s*", r"\1", " ".join(text.casefold().split()))
+    return text.strip(" \"'`*_").rstrip(".!").strip(" \"'`*_")
+
+
+def starts_with_text(rest: str, option: str) -> bool:
+    """True where `rest`, what follows a letter, opens with the text of that letter's option."""
+    wanted = plain(option)
+    return bool(wanted) and re.match(re.escape(wanted) + r"(?!\w)", plain(rest.lstrip(" .):],-*"))) is not None
+
+
+def contradicts(letter: str, rest: str, options: list[str]) -> bool:
+    """True where `rest`, what stands beside a letter, is exactly the text of another option and not of its own."""
+    said = plain(rest.strip(" .):],-*([{\"'"))
+    texts = [plain(option) for option in options]
+    return bool(said) and said in texts and texts[ord(letter) - ord("A")] != said
+
+
+def by_exact_text(text: str, options: list[str]) -> str | None:
+    """The letter of the only option whose text is the whole response (two characters or more)."""
+    said = plain(text)
+    places = [place for place, option in enumerate(options) if plain(option) == said]
+    if not said or len(places) != 1 or (len(said) == 1 and said.isalpha()):
+        return None
+    return chr(ord("A") + places[0])
+
+
+def by_text(text: str, options: list[str]) -> str | None:
+    """The letter of the only option whose text occurs in the response as whole words.
+
+    An occurrence inside that of a longer option ("red" in "red and black") does not count.
+    """
+    said = plain(text)
+    spans = []
+    for place, option in enumerate(options):
+        wanted = plain(option)
+        if not wanted or (len(wanted) == 1 and wanted.isalpha()):
+            continue
+        for match in re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", said):
+            spans.append((match.start(), match.end(), place))
+    places = {
+        place
+        for start, end, place in spans
+        if not any(a <= start and end <= b and b - a > end - start for a, b, _ in spans)
+    }
+    return chr(ord("A") + places.pop()) if len(places) == 1 else None

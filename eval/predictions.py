@@ -1,0 +1,72 @@
+"""The append-only file of answers: what a killed run leaves and the next one continues."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from mmllm.contract.errors import UserError
+
+logger = logging.getLogger(__name__)
+FIELDS = ("id", "task", "condition", "response", "letter", "gold", "correct")
+
+
+class Predictions:
+    """Answers by (item id, condition), kept in ``predictions.jsonl``, one JSON object per line.
+
+    Args:
+        path: the file; it and its folder are made at the first `add`. Lines of an earlier run are read. A torn last
+            line (the run was killed while writing) is cut off, so that its item is answered again.
+
+    Raises:
+        UserError: a line before the last is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.responses: dict[tuple[str, str], str] = {}
+        if path.is_file():
+            self._read()
+
+    def _read(self) -> None:
+        data = self.path.read_bytes()
+        good, start = 0, 0
+        while start < len(data):
+            end = data.find(b"\n", start)
+            row = _parse(data[start:end]) if end >= 0 else None
+            if row is None:
+                if 0 <= end < len(data) - 1:
+                    line = data.count(b"\n", 0, start) + 1
+                    raise UserError(f"{self.path}:{line}", "damaged line", hint="delete that line and run again")
+                break
+            self.responses[row["id"], row["condition"]] = row["response"]
+            good = start = end + 1
+        if good < len(data):
+            logger.warning("%s: the last line is torn; it is dropped and its item answered again", self.path)
+            with self.path.open("r+b") as file:
+                file.truncate(good)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows (with the keys of `FIELDS`) and flush them to the file."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+        for row in rows:
+            self.responses[row["id"], row["condition"]] = row["response"]
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        return key in self.responses
+
+    def __getitem__(self, key: tuple[str, str]) -> str:
+        return self.responses[key]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, UnicodeDecodeError):
+        return None
+    return row if isinstance(row, dict) and all(isinstance(row.get(k), str) for k in FIELDS[:4]) else None

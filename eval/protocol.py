@@ -1,0 +1,95 @@
+"""A protocol: everything about how a question is put that changes its answer, as data with a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mmllm.eval.items import LETTERS, Item
+
+FRAME_FOLDER_FPS = 3.0
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a question is put and read.
+
+    Attributes:
+        name: as given to ``--protocol``.
+        sampler: name of the frame sampler.
+        prompt: name of the prompt function, a key of `PROMPTS`.
+        max_new_tokens: longest answer, in tokens.
+        parser: name of the parser, a key of `mmllm.eval.parsing.parsers`.
+        system: system prompt; empty for none.
+        prefix: beginning of the answer, put into the model's mouth; empty for none.
+        decoding: how tokens are chosen.
+    """
+
+    name: str
+    sampler: str
+    prompt: str
+    max_new_tokens: int
+    parser: str
+    system: str = ""
+    prefix: str = ""
+    decoding: str = "greedy"
+
+    @property
+    def hash(self) -> str:
+        """Eight hexadecimal digits over all fields: equal for equal protocols, on every machine."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of its predictions, ``<name>-<hash>``."""
+        return f"{self.name}-{self.hash}"
+
+
+CANONICAL = Protocol("canonical", sampler="uniform", prompt="best_option", max_new_tokens=16, parser="canonical")
+PROTOCOLS = {protocol.name: protocol for protocol in (CANONICAL,)}
+
+
+def question_block(question: str, options: tuple[str, ...] | list[str]) -> str:
+    """``Question: ...``, ``Options:`` and one ``(X) text`` line per option, as the authors of MVBench write it."""
+    lines = [f"({letter}) {text}\n" for letter, text in zip(LETTERS, options, strict=False)]
+    return f"Question: {question}\nOptions:\n{''.join(lines)}".rstrip()
+
+
+def prompt(item: Item) -> str:
+    """The canonical text of an item: its question block and the demand for the best option."""
+    return question_block(item.question, item.options) + "\nOnly give the best option."
+
+
+PROMPTS: dict[str, Callable[[Item], str]] = {"best_option": prompt}
+
+
+def messages(item: Item, blind: bool = False, protocol: Protocol = CANONICAL) -> list[dict[str, Any]]:
+    """The item as chat messages in the form of Hugging Face's chat templates.
+
+    Args:
+        item: the question; its bound becomes `start` and `end` in seconds, and a folder of frames gets its `fps`.
+        blind: leave the video out; the text is the same and says nothing of it.
+        protocol: which prompt, system prompt and prefix.
+    """
+    content: list[dict[str, Any]] = [] if blind else [_video_entry(item)]
+    content.append({"type": "text", "text": PROMPTS[protocol.prompt](item)})
+    chat: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if protocol.system:
+        chat.insert(0, {"role": "system", "content": [{"type": "text", "text": protocol.system}]})
+    if protocol.prefix:
+        chat.append({"role": "assistant", "content": [{"type": "text", "text": protocol.prefix}]})
+    return chat
+
+
+def _video_entry(item: Item) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": "video", "path": str(item.media_path)}
+    if item.start is not None:
+        entry["start"] = item.start
+    if item.end is not None:
+        entry["end"] = item.end
+    if item.frame_folder:
+        entry["fps"] = FRAME_FOLDER_FPS
+    return entry

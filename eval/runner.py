@@ -1,0 +1,160 @@
+"""Running a benchmark: ask, write down, continue after a kill, and score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from typing import Protocol as Interface
+
+from mmllm.contract.errors import UserError
+from mmllm.eval.benchmarks import Benchmark
+from mmllm.eval.items import Item
+from mmllm.eval.predictions import Predictions
+from mmllm.eval.protocol import PROMPTS, Protocol, messages
+from mmllm.eval.report import Report, write_report
+from mmllm.eval.scoring import letter_of, score
+from mmllm.eval.selection import select, settle_missing
+
+Conversation = list[dict[str, Any]]
+
+
+class Answerer(Interface):
+    """What is evaluated: anything that answers conversations."""
+
+    def __call__(self, conversations: list[Conversation], *, frames: int | None, max_new_tokens: int) -> list[str]:
+        """One raw response per conversation, greedily decoded.
+
+        Args:
+            conversations: chat messages; a video entry has `path` and may have `start`, `end` (seconds) and `fps`.
+            frames: frames per clip; None means the model's own setting.
+            max_new_tokens: longest response.
+        """
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How the clip is shown: `blind` leaves it out, `frames` overrides the model's number of frames."""
+
+    blind: bool = False
+    frames: int | None = None
+
+
+CONDITIONS = {"model": Condition(), "blind": Condition(blind=True), "single_frame": Condition(frames=1)}
+
+
+def run_benchmark(
+    benchmark: Benchmark,
+    root: Path,
+    answer: Answerer,
+    out: Path,
+    protocol: Protocol,
+    *,
+    baselines: tuple[str, ...] = ("blind", "single_frame"),
+    limit: int | None = None,
+    missing: Literal["error", "skip"] = "error",
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Answer the items of a benchmark, or what an earlier run left of them, and write the report.
+
+    Args:
+        benchmark: one of `mmllm.eval.benchmarks.BENCHMARKS`.
+        root: its folder on disk.
+        answer: the model.
+        out: folder of this benchmark and protocol (``.../mvbench/canonical-<hash>``): gets ``predictions.jsonl``,
+            ``report.json``, ``report.md``, ``tasks.png`` and, where clips are absent, ``missing.txt``.
+        protocol: how questions are put and read.
+        baselines: conditions beside "model": any of "blind", "single_frame".
+        limit: only the first items of each task.
+        missing: "error" stops before the first answer where clips are absent, "skip" leaves their items out.
+        batch_size: conversations per call of `answer`.
+        progress: called with (answers done, answers in all), first with those of earlier runs.
+
+    Raises:
+        UserError: unknown baseline, broken annotation file, clips missing, or one raised by `answer`; what was
+            answered before stays in ``predictions.jsonl``.
+    """
+    conditions = _conditions(baselines)
+    chosen = select(benchmark.load(Path(root)), limit)
+    settle_missing(chosen, benchmark.name, out, missing)
+    predictions = Predictions(out / "predictions.jsonl")
+    keys = [(item.id, condition) for condition in conditions for item in chosen.scored]
+    report_progress = progress or (lambda done, total: None)
+    report_progress(done := sum(key in predictions for key in keys), len(keys))
+    for condition in conditions:
+        for batch in _batches(_pending(chosen.scored, condition, predictions, protocol), batch_size):
+            done += _answer_batch(batch, condition, answer, predictions, protocol)
+            report_progress(done, len(keys))
+    report = score(benchmark, protocol, chosen, predictions, conditions)
+    write_report(report, out)
+    return report
+
+
+def _conditions(baselines: tuple[str, ...]) -> tuple[str, ...]:
+    for name in baselines:
+        if name not in CONDITIONS or name == "model":
+            raise UserError("--baselines", f"unknown baseline {name!r}", expected=", ".join(list(CONDITIONS)[1:]))
+    return ("model", *dict.fromkeys(baselines))
+
+
+def _pending(
+    items: list[Item], condition: str, predictions: Predictions, protocol: Protocol
+) -> list[tuple[list[Item], str | None]]:
+    """Groups of unanswered items that share one answer, with that answer where an earlier run has it.
+
+    Without the clip, items of equal prompt are one question; with it, each item is its own.
+    """
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        key = PROMPTS[protocol.prompt](item) if CONDITIONS[condition].blind else item.id
+        groups.setdefault(key, []).append(item)
+    pending = []
+    for group in groups.values():
+        known = [predictions[item.id, condition] for item in group if (item.id, condition) in predictions]
+        todo = [item for item in group if (item.id, condition) not in predictions]
+        if todo:
+            pending.append((todo, known[0] if known else None))
+    return pending
+
+
+def _batches(values: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def _answer_batch(
+    batch: list[tuple[list[Item], str | None]],
+    condition: str,
+    answer: Answerer,
+    predictions: Predictions,
+    protocol: Protocol,
+) -> int:
+    """Answer one batch of groups and write its lines; returns the number of lines."""
+    how = CONDITIONS[condition]
+    asked = [items[0] for items, known in batch if known is None]
+    conversations = [messages(item, how.blind, protocol) for item in asked]
+    fresh = answer(conversations, frames=how.frames, max_new_tokens=protocol.max_new_tokens) if asked else []
+    if len(fresh) != len(asked):
+        raise ValueError(f"the answerer returned {len(fresh)} responses to {len(asked)} conversations")
+    responses = iter(fresh)
+    rows = []
+    for items, known in batch:
+        response = next(responses) if known is None else known
+        rows += [_row(item, condition, response, protocol) for item in items]
+    predictions.add(rows)
+    return len(rows)
+
+
+def _row(item: Item, condition: str, response: str, protocol: Protocol) -> dict[str, Any]:
+    letter = letter_of(protocol, response, item)
+    return {
+        "id": item.id,
+        "task": item.task,
+        "condition": condition,
+        "response": response,
+        "letter": letter,
+        "gold": item.gold,
+        "correct": item.is_right(letter),
+    }

@@ -1,0 +1,97 @@
+"""From answers to numbers: accuracy per task and the averages, with the floors beside them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from mmllm.eval.benchmarks import Benchmark
+from mmllm.eval.items import Item
+from mmllm.eval.parsing import parsers
+from mmllm.eval.predictions import Predictions
+from mmllm.eval.protocol import Protocol
+from mmllm.eval.report import Report, TaskScore
+from mmllm.eval.selection import Selection
+
+logger = logging.getLogger(__name__)
+EMPTY_SHARE = 0.01  # a model that works returns something: more empty answers mean a broken run
+
+
+def letter_of(protocol: Protocol, response: str, item: Item) -> str | None:
+    """The letter that the protocol's parser reads from a response, or None."""
+    return parsers[protocol.parser](response, list(item.options))
+
+
+def score(
+    benchmark: Benchmark, protocol: Protocol, chosen: Selection, predictions: Predictions, conditions: tuple[str, ...]
+) -> Report:
+    """The report of a finished run. Empty and unparsable answers are wrong; missing and unsound items do not count.
+
+    Args:
+        benchmark: name and kind of average.
+        protocol: whose parser reads the answers.
+        chosen: the items; `chosen.scored` must be answered under each condition.
+        predictions: raw responses by (item id, condition).
+        conditions: "model" and the baselines that were run.
+    """
+    right = {
+        condition: {i.id: i.is_right(letter_of(protocol, predictions[i.id, condition], i)) for i in chosen.scored}
+        for condition in conditions
+    }
+    unparsed = {i.id for i in chosen.scored if letter_of(protocol, predictions[i.id, "model"], i) is None}
+    empty = sum(not predictions[item.id, "model"].strip() for item in chosen.scored)
+    names = dict.fromkeys(i.task for i in [*chosen.scored, *chosen.missing, *(item for item, _ in chosen.excluded)])
+    tasks = {name: _task_score(name, chosen, right, unparsed) for name in names}
+    report = Report(
+        benchmark=benchmark.name,
+        protocol=protocol.name,
+        protocol_hash=protocol.hash,
+        headline=benchmark.average,
+        tasks=tasks,
+        empty=empty,
+        excluded=[{"id": item.id, "task": item.task, "reason": reason} for item, reason in chosen.excluded],
+        not_scored=dict(chosen.not_scored),
+    )
+    report.warnings = _warnings(report)
+    for warning in report.warnings:
+        logger.warning("%s: %s", benchmark.name, warning)
+    return report
+
+
+def _task_score(name: str, chosen: Selection, right: dict[str, dict[str, bool]], unparsed: set[str]) -> TaskScore:
+    items = [item for item in chosen.scored if item.task == name]
+    missing = sum(item.task == name for item in chosen.missing)
+    excluded = sum(item.task == name for item, _ in chosen.excluded)
+
+    def percent(condition: str) -> float | None:
+        verdicts = right.get(condition)
+        return None if verdicts is None else mean(items, lambda item: 100.0 * verdicts[item.id])
+
+    return TaskScore(
+        score=percent("model"),
+        chance=mean(items, lambda item: 100.0 / len(item.options)),
+        blind=percent("blind"),
+        single_frame=percent("single_frame"),
+        items=len(items),
+        total=len(items) + missing + excluded,
+        missing=missing,
+        unparsed=sum(item.id in unparsed for item in items),
+    )
+
+
+def mean(items: list[Item], value: Callable[[Item], float]) -> float | None:
+    """Mean of a value over items, or None over no items."""
+    return sum(value(item) for item in items) / len(items) if items else None
+
+
+def _warnings(report: Report) -> list[str]:
+    found = []
+    if report.empty > EMPTY_SHARE * report.scored:
+        found.append(
+            f"{report.empty} of {report.scored} responses are EMPTY and count as wrong: "
+            "the model or its generation settings are broken, do not use this score"
+        )
+    bare = [name for name, task in report.tasks.items() if task.score is None]
+    if bare:
+        found.append(f"no item scored in {', '.join(bare)}: averages leave {'it' if len(bare) == 1 else 'them'} out")
+    return found

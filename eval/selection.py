@@ -1,0 +1,92 @@
+"""Which items of a benchmark are answered: sound multiple-choice items whose clip is on disk."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mmllm.contract.errors import UserError
+from mmllm.eval.items import Item, defect, media_exists
+
+logger = logging.getLogger(__name__)
+NEEDS_JUDGE = "not scored: needs a judge"
+
+
+@dataclass
+class Selection:
+    """The items of one run, sorted into those that are answered and those that are not.
+
+    Attributes:
+        scored: items that are answered.
+        missing: sound items whose clip is absent.
+        excluded: (item, reason) of items that nobody could answer.
+        not_scored: tasks left out as a whole, with the reason.
+    """
+
+    scored: list[Item] = field(default_factory=list)
+    missing: list[Item] = field(default_factory=list)
+    excluded: list[tuple[Item, str]] = field(default_factory=list)
+    not_scored: dict[str, str] = field(default_factory=dict)
+
+
+def select(items: list[Item], limit: int | None = None) -> Selection:
+    """Sort items by whether they can be answered.
+
+    Args:
+        items: all items of a benchmark.
+        limit: keep the first `limit` items of each task; None keeps all.
+    """
+    chosen, seen = Selection(), Counter[str]()
+    for item in items:
+        seen[item.task] += 1
+        if limit is not None and seen[item.task] > limit:
+            continue
+        reason = defect(item)
+        if item.kind != "choice":
+            chosen.not_scored[item.task] = NEEDS_JUDGE
+        elif reason is not None:
+            chosen.excluded.append((item, reason))
+        elif not media_exists(item):
+            chosen.missing.append(item)
+        else:
+            chosen.scored.append(item)
+    return chosen
+
+
+def missing_by_task(chosen: Selection) -> dict[str, tuple[int, int]]:
+    """Per task with holes: (missing items, all sound items)."""
+    missing = Counter(item.task for item in chosen.missing)
+    scored = Counter(item.task for item in chosen.scored)
+    return {task: (count, count + scored[task]) for task, count in missing.items()}
+
+
+def settle_missing(chosen: Selection, benchmark: str, out: Path, missing: Literal["error", "skip"]) -> None:
+    """Write ``missing.txt`` (one path per line) where clips are absent, and go on or stop.
+
+    Args:
+        chosen: the items of the run.
+        benchmark: its name, for the message.
+        out: folder of the run's files.
+        missing: "error" stops, "skip" warns and goes on without these items.
+
+    Raises:
+        UserError: clips are missing and `missing` is "error", or nothing is left to answer.
+    """
+    listing = out / "missing.txt"
+    if not chosen.missing:
+        listing.unlink(missing_ok=True)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        paths = dict.fromkeys(str(item.media_path) for item in chosen.missing)
+        listing.write_text("".join(f"{path}\n" for path in paths), encoding="utf-8")
+        counts = ", ".join(f"{task} {n} of {total}" for task, (n, total) in missing_by_task(chosen).items())
+        what = f"clips missing for {len(chosen.missing)} items ({counts}); first {next(iter(paths))}, all in {listing}"
+        if missing == "error":
+            raise UserError(benchmark, what, hint="--missing skip, which leaves these items out and says so")
+        logger.warning("%s: %s; these items are left out", benchmark, what)
+    if not chosen.scored:
+        hint = "--root of the folder that holds json/ and video/" if chosen.missing else "a larger --limit"
+        raise UserError(benchmark, "no item is left to answer", hint=hint)

@@ -1,0 +1,154 @@
+"""Runs with answerers made up for the purpose: resuming, baselines, holes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmllm.contract.errors import UserError
+from mmllm.eval.benchmarks import BENCHMARKS
+from mmllm.eval.mvbench import load
+from mmllm.eval.predictions import Predictions
+from mmllm.eval.protocol import CANONICAL
+from mmllm.eval.report import Report
+from mmllm.eval.runner import run_benchmark
+
+
+class Fake:
+    """Answers from a table of paths, or always the same; counts what it was asked."""
+
+    def __init__(
+        self, answers: dict[str, str] | None = None, constant: str = "A", fail_after: int | None = None
+    ) -> None:
+        self.answers, self.constant, self.fail_after = answers or {}, constant, fail_after
+        self.asked: Counter[tuple[str, int | None]] = Counter()
+        self.tokens: set[int] = set()
+
+    def __call__(
+        self, conversations: list[list[dict[str, Any]]], *, frames: int | None, max_new_tokens: int
+    ) -> list[str]:
+        if self.fail_after is not None and self.asked.total() >= self.fail_after:
+            raise UserError("clip.mp4", "cannot be decoded")
+        self.tokens.add(max_new_tokens)
+        responses = []
+        for chat in conversations:
+            content = chat[-1]["content"]
+            key = content[0].get("path") or content[-1]["text"]
+            self.asked[key, frames] += 1
+            responses.append(self.answers.get(key, self.constant))
+        return responses
+
+
+def run(root: Path, out: Path, answer: Fake, **kwargs: Any) -> Report:
+    return run_benchmark(BENCHMARKS["mvbench"], root, answer, out, CANONICAL, **kwargs)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_constant_letter_scores_chance(mvbench_root: Path, tmp_path: Path) -> None:
+    fake, ticks = Fake(constant="(B)"), []
+    report = run(mvbench_root, tmp_path / "out", fake, progress=lambda done, total: ticks.append((done, total)))
+    assert (report.average, report.scored, report.missing, report.unparsed) == (25.0, 80, 0, 0)
+    assert [report.mean(floor) for floor in ("chance", "blind", "single_frame")] == [25.0, 25.0, 25.0]
+    assert ticks[0] == (0, 240)
+    assert ticks[-1] == (240, 240)
+    assert fake.tokens == {16}
+    blind = [key for key in fake.asked if key[0].startswith("Question")]
+    assert len(blind) == 20  # one per group of four equal questions
+    assert set(fake.asked.values()) == {1}
+    assert Counter(frames for _, frames in fake.asked) == {None: 100, 1: 80}
+    assert set(lines(tmp_path / "out")[0]) == {"id", "task", "condition", "response", "letter", "gold", "correct"}
+
+
+def test_gold_oracle_scores_100_and_blind_cannot(mvbench_root: Path, tmp_path: Path) -> None:
+    oracle = {str(item.media_path): f"({item.gold}) {item.answer}" for item in load(mvbench_root)}
+    report = run(mvbench_root, tmp_path / "out", Fake(oracle))
+    assert (report.average, report.mean("blind"), report.mean("single_frame")) == (100.0, 25.0, 100.0)
+
+
+def test_empty_answers_score_0_loudly(mvbench_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        report = run(mvbench_root, tmp_path / "out", Fake(constant=" "), baselines=())
+    assert (report.average, report.unparsed, report.empty) == (0.0, 80, 80)
+    assert "80 of 80 responses are EMPTY" in caplog.text
+    assert report.mean("blind") is None
+
+
+def test_a_crashed_run_continues_and_repeats_nothing(mvbench_root: Path, tmp_path: Path) -> None:
+    out, first = tmp_path / "out", Fake(fail_after=50)
+    with pytest.raises(UserError, match=r"clip\.mp4: cannot be decoded"):
+        run(mvbench_root, out, first, batch_size=7)
+    kept = lines(out)
+    assert len(kept) == 56
+    second, ticks = Fake(), []
+    report = run(mvbench_root, out, second, batch_size=7, progress=lambda done, total: ticks.append(done))
+    assert ticks[0] == 56
+    assert lines(out)[:56] == kept
+    assert len(lines(out)) == 240
+    assert len({(row["id"], row["condition"]) for row in lines(out)}) == 240
+    assert set((first.asked + second.asked).values()) == {1}
+    assert report.scored == 80
+    third = Fake()
+    assert run(mvbench_root, out, third).to_dict() == report.to_dict()
+    assert not third.asked
+
+
+def test_a_torn_last_line_is_redone(mvbench_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "out"
+    run(mvbench_root, out, Fake())
+    whole = (out / "predictions.jsonl").read_bytes()
+    (out / "predictions.jsonl").write_bytes(whole[:-9])
+    again = Fake()
+    run(mvbench_root, out, again)
+    assert again.asked.total() == 1
+    assert (out / "predictions.jsonl").read_bytes() == whole
+    assert "torn" in caplog.text
+
+
+def test_blind_answers_of_a_group_are_copied_across_runs(mvbench_root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(mvbench_root, out, Fake(constant="C"), baselines=("blind",), limit=1)
+    second = Fake(constant="D")
+    run(mvbench_root, out, second, baselines=("blind",))
+    assert not [key for key, _ in second.asked if key.startswith("Question")]
+    assert {row["response"] for row in lines(out) if row["condition"] == "blind"} == {"C"}
+
+
+def test_a_damaged_line_before_the_last_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    good = json.dumps({"id": "a", "task": "t", "condition": "model", "response": "A"})
+    path.write_text(f"{good}\n{{broken\n{good}\n")
+    with pytest.raises(UserError, match=r"predictions\.jsonl:2: damaged line"):
+        Predictions(path)
+
+
+def test_missing_clips(mvbench_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out, fake = tmp_path / "out", Fake()
+    for place in (0, 1, 2, 3):
+        (mvbench_root / "video" / "nturgbd" / f"fine_grained_pose_{place}.mp4").unlink()
+    with pytest.raises(UserError, match=r"Fine-grained Pose 4 of 4.*fine_grained_pose_0\.mp4.*--missing skip"):
+        run(mvbench_root, out, fake)
+    assert not fake.asked
+    assert len((out / "missing.txt").read_text().splitlines()) == 4
+    report = run(mvbench_root, out, fake, missing="skip", baselines=())
+    assert (report.scored, report.missing, report.total) == (76, 4, 80)
+    assert report.tasks["Fine-grained Pose"].score is None
+    assert "Fine-grained Pose 4 of 4" in caplog.text
+    assert any("no item scored in Fine-grained Pose" in warning for warning in report.warnings)
+
+
+def test_limit_baselines_and_bad_answerers(mvbench_root: Path, tmp_path: Path) -> None:
+    report = run(mvbench_root, tmp_path / "a", Fake(), limit=2, baselines=("blind",))
+    assert (report.scored, report.average) == (40, 50.0)
+    assert report.mean("single_frame") is None
+    with pytest.raises(UserError, match="unknown baseline 'blnd'"):
+        run(mvbench_root, tmp_path / "b", Fake(), baselines=("blnd",))
+    with pytest.raises(ValueError, match="1 responses to 32"):
+        run(mvbench_root, tmp_path / "c", lambda chats, **_: ["A"])
