@@ -1,0 +1,83 @@
+"""The command `mmllm`: one module a verb, results on stdout, progress on stderr, errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from pathlib import Path
+
+from mmllm.contract.errors import UserError
+
+VERBS = {
+    "recipe": "list, show and check recipes",
+    "world": "make NanoWorld, show it",
+    "train": "train a recipe's stages",
+    "eval": "evaluate on benchmarks",
+    "ask": "ask a model about videos and images",
+}
+EPILOG = """\
+examples:
+  mmllm recipe list
+  mmllm world make --out runs/world --level nano
+  mmllm train nano/llava --out runs/mine
+  mmllm eval --model runs/mine --tasks mvbench,mlvu
+  mmllm ask --model runs/mine --video clip.mp4 "What does the red square do?"
+
+exit codes: 0 done, 1 a bug, 2 the input does not fit, 3 done with holes, 130 or 143 stopped and saved
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    verb = next((word for word in arguments if not word.startswith("-")), None)
+    parser = argparse.ArgumentParser(
+        prog="mmllm",
+        description="Build, train, evaluate and ask video and image LLMs.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, summary in VERBS.items():
+        command = verbs.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == verb:
+            importlib.import_module(f"mmllm.cli.{name}").configure(command)
+    options, out = parser.parse_args(arguments), None
+    try:
+        return _run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception:
+        out = Path(getattr(options, "out", None) or ".")
+        return _crash(out)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from mmllm.contract.registry import load_plugin
+
+    for plugin in getattr(options, "plugin", None) or []:
+        load_plugin(plugin)
+    return options.run(options)
+
+
+def _version() -> str:
+    from mmllm import __version__
+
+    return f"mmllm {__version__}"
+
+
+def _crash(out: Path) -> int:
+    text = traceback.format_exc()
+    folder = out if out.is_dir() else Path(".")
+    (folder / "crash.txt").write_text(text)
+    last = text.strip().splitlines()[-1]
+    print(f"error: {last}\nthis is a bug of mmllm; the traceback is in {folder / 'crash.txt'}", file=sys.stderr)
+    return 1

@@ -1,0 +1,95 @@
+"""`mmllm ask`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from mmllm.cli.common import calm_libraries, common, pick_device, print_json
+
+EPILOG = """\
+examples:
+  mmllm ask --model runs/mine --video clip.mp4 "What does the red square do?"
+  mmllm ask --model runs/mine --video 'clip.mp4#t=3,8' --frames 16 "Who enters?"
+  mmllm ask --model runs/mine --image a.jpg --image b.jpg "What differs?"
+"""
+
+
+class Medium(argparse.Action):
+    """--video and --image keep their common order."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        """Note one medium."""
+        namespace.media = [*(namespace.media or []), (self.dest, values)]
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.epilog = EPILOG
+    parser.description = "Ask a model about videos and images; the answer streams to stdout."
+    parser.add_argument("question")
+    parser.add_argument("--model", required=True, help="run folder or model folder")
+    parser.add_argument("--video", action=Medium, metavar="FILE[#t=START,END]", help="a video (may repeat)")
+    parser.add_argument("--image", action=Medium, metavar="FILE", help="an image (may repeat)")
+    parser.add_argument("--frames", type=int, help="frames of each video (default: the model's own)")
+    parser.add_argument("--fps", type=float, help="frames per second of each video, instead of --frames")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default 64)")
+    common(parser, "--json", "--quiet", "--plugin", "--device", "--dtype")
+    parser.set_defaults(run=run, media=None)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Ask."""
+    calm_libraries()
+    from mmllm.api import load, stream_answer
+    from mmllm.data.media import MediaRef
+
+    media = [MediaRef.parse(kind, text) for kind, text in options.media or []]
+    device = pick_device(options.device)
+    model, processor = load(options.model, device=device, dtype=options.dtype or "auto")
+    content = [
+        {"type": ref.kind, "path": ref.path, "start": ref.start, "end": ref.end, "fps": ref.fps} for ref in media
+    ]
+    content.append({"type": "text", "text": options.question})
+    batch = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        processor_kwargs={"frames": options.frames, "fps": options.fps},
+    )
+    _say(batch, options.quiet)
+    start, pieces = time.perf_counter(), []
+    for piece in stream_answer(model, processor, batch, max_new_tokens=options.max_new_tokens):
+        pieces.append(piece)
+        if not options.json:
+            print(piece, end="", flush=True)
+    answer = "".join(pieces).strip()
+    if options.json:
+        seconds = round(time.perf_counter() - start, 3)
+        visual = sum(clip["tokens"] for clip in _clips(batch, processor))
+        print_json({"answer": answer, "visual_tokens": visual, "seconds": seconds})
+    else:
+        print()
+    return 0
+
+
+def _clips(batch: Any, processor: Any) -> list[dict[str, Any]]:
+    return [
+        {**clip, "tokens": sum(stream.tokens for stream in processor.front_end.streams(clip["spec"]))}
+        for clip in batch["visual"]["media"]
+    ]
+
+
+def _say(batch: Any, quiet: bool) -> None:
+    if quiet:
+        return
+    for clip in batch["visual"]["media"]:
+        spec, times = clip["spec"], clip["times"]
+        if spec.kind == "image":
+            print("1 image", file=sys.stderr)
+        else:
+            print(f"{spec.frames} frames from {times[0]:.2f} to {times[-1]:.2f} s", file=sys.stderr)
+    print(f"{batch['input_ids'].shape[1]} tokens in the prompt", file=sys.stderr)

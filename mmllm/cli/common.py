@@ -1,0 +1,79 @@
+"""Flags and habits that the verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from mmllm.contract.errors import UserError
+
+
+def common(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add some of the common flags by name."""
+    flags: dict[str, dict[str, Any]] = {
+        "--json": {"action": "store_true", "help": "print one JSON object on stdout"},
+        "--quiet": {"action": "store_true", "help": "no progress on stderr"},
+        "--plugin": {"action": "append", "metavar": "FILE.py", "help": "a file that registers parts (may repeat)"},
+        "--jobs": {"type": int, "help": "worker processes"},
+        "--seed": {"type": int, "default": 0, "help": "seed of every draw (default 0)"},
+        "--device": {"help": "cpu, cuda, cuda:1, ... (default: what there is)"},
+        "--dtype": {"choices": ["float32", "bfloat16", "float16"], "help": "number format"},
+        "--cache-dir": {"type": Path, "help": "where shared work is kept (default ~/.cache/mmllm)"},
+        "--dry-run": {"action": "store_true", "help": "check everything, load no weights, write nothing"},
+    }
+    for name in names:
+        parser.add_argument(name, **flags[name])
+
+
+def cache_dir(options: argparse.Namespace) -> Path:
+    """The cache folder: the flag, else XDG_CACHE_HOME/mmllm, else ~/.cache/mmllm."""
+    if options.cache_dir is not None:
+        return options.cache_dir
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmllm"
+
+
+def calm_libraries() -> None:
+    """No bars and no chatter of the libraries: stderr is for what the user asked."""
+    import logging
+
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for name in ("transformers", "accelerate", "deepspeed", "DeepSpeed", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as library
+
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+
+
+def print_json(value: Any) -> None:
+    """One object on stdout."""
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def pairs(values: list[str] | None, flag: str) -> dict[str, str]:
+    """`NAME=VALUE` flags as a dict.
+
+    Raises:
+        UserError: one has no `=`.
+    """
+    result = {}
+    for value in values or []:
+        name, equals, rest = value.partition("=")
+        if not equals:
+            raise UserError(f"{flag} {value}", "not of the form NAME=VALUE")
+        result[name] = rest
+    return result
+
+
+def pick_device(name: str | None) -> str:
+    """The device asked for, or the accelerator there is, or the CPU."""
+    import torch
+
+    if name is not None:
+        return name
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"

@@ -1,0 +1,154 @@
+"""`mmllm eval`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mmllm.cli.common import calm_libraries, common, pairs, pick_device, print_json
+from mmllm.contract.errors import UserError
+
+EPILOG = """\
+examples:
+  mmllm eval --model runs/mine --tasks mvbench,mlvu
+  mmllm eval --model runs/mine --tasks mvbench --root mvbench=MVBench --missing skip
+  mmllm eval check --tasks mvbench,mlvu --root mvbench=MVBench --root mlvu=MLVU
+
+Answers are kept item by item; the same command continues.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.epilog = EPILOG
+    parser.description = "Evaluate models on multiple-choice benchmarks, with chance, blind and single-frame floors."
+    parser.add_argument("action", nargs="?", choices=["check"], help="check: only look for the clips")
+    parser.add_argument("--model", action="append", help="run folder or model folder (may repeat)")
+    parser.add_argument("--tasks", default="mvbench,mlvu", help="benchmarks, separated by commas")
+    parser.add_argument("--root", action="append", metavar="NAME=DIR", help="folder of a benchmark (may repeat)")
+    parser.add_argument("--protocol", default="canonical", help="how questions are put and read (default canonical)")
+    parser.add_argument("--missing", choices=["error", "skip"], default="error", help="what absent clips mean")
+    parser.add_argument("--baselines", default="blind,single_frame", help="floors to measure, or none")
+    parser.add_argument("--limit", type=int, help="only the first items of each task")
+    parser.add_argument("--frames", type=int, help="frames of each video (default: the model's own)")
+    parser.add_argument("--batch", type=int, default=60, help="items a forward (default 60)")
+    parser.add_argument("--out", type=Path, help="where answers and reports go (default MODEL/eval)")
+    common(parser, "--json", "--quiet", "--plugin", "--device", "--dtype", "--dry-run")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate, or check."""
+    names = [name for name in options.tasks.split(",") if name]
+    if options.action == "check":
+        return _check(names, pairs(options.root, "--root"), options.json)
+    if not options.model:
+        raise UserError("--model", "missing", expected="a run folder or a model folder")
+    if options.dry_run:
+        return _check(names, _roots(options.model[0], names, options.root), options.json)
+    calm_libraries()
+    from mmllm.api import load, model_folder
+    from mmllm.eval.report import run_report
+
+    reports, holes = {}, False
+    for path in options.model:
+        roots = _roots(path, names, options.root)
+        model, processor = load(path, device=pick_device(options.device), dtype=options.dtype or "auto")
+        out = options.out or _beside(model_folder(path))
+        one, seconds = {}, {}
+        for name in names:
+            start = time.perf_counter()
+            one[name] = _evaluate(model, processor, name, Path(roots[name]), out, options)
+            seconds[f"eval_{name}"] = round(time.perf_counter() - start, 1)
+        reports[path] = run_report(one, seconds, out)
+        holes |= any(report.missing for report in one.values())
+        _print(path, one, out, options)
+    if options.json:
+        print_json(reports if len(reports) > 1 else next(iter(reports.values())))
+    return 3 if holes else 0
+
+
+def _evaluate(model: Any, processor: Any, name: str, root: Path, out: Path, options: argparse.Namespace) -> Any:
+    from mmllm.api import evaluate
+    from mmllm.progress import Progress
+
+    bars: list[Progress] = []
+
+    def progress(done: int, total: int) -> None:
+        if not bars:
+            bars.append(Progress(name, total, start=done, quiet=options.quiet))
+        bars[0].update(done)
+
+    baselines = () if options.baselines == "none" else tuple(options.baselines.split(","))
+    report = evaluate(
+        model,
+        processor,
+        name,
+        root=root,
+        out=out,
+        protocol=options.protocol,
+        frames=options.frames,
+        limit=options.limit,
+        missing=options.missing,
+        baselines=baselines,
+        batch_size=options.batch,
+        progress=progress,
+    )
+    for bar in bars:
+        bar.close()
+    return report
+
+
+def _print(path: str, reports: dict[str, Any], out: Path, options: argparse.Namespace) -> None:
+    from mmllm.eval.report import render, summary
+
+    if options.json:
+        return
+    for report in reports.values():
+        print(render(report), end="\n\n")
+    for report in reports.values():
+        print(f"{path}: {summary(report)}   {out}/report.md", file=sys.stderr)
+
+
+def _roots(model: str, names: list[str], given: list[str] | None) -> dict[str, str]:
+    """Folders of the benchmarks: from the flags, else from the recipe beside the model."""
+    from mmllm.api import model_folder
+    from mmllm.recipe import load as load_recipe
+
+    roots = pairs(given, "--root")
+    file = model_folder(model) / "recipe.yaml"
+    known = load_recipe(file).eval_roots if file.is_file() else {}
+    for name in names:
+        if name not in roots and name not in known:
+            raise UserError(f"--tasks {name}", "where are its files?", hint=f"--root {name}=DIR")
+    return {**known, **roots}
+
+
+def _beside(model: Path) -> Path:
+    return (model.parent if model.name == "model" else model) / "eval"
+
+
+def _check(names: list[str], roots: dict[str, str], as_json: bool) -> int:
+    """Which clips are there, task by task; exit code 2 where some are not."""
+    from mmllm.eval.benchmarks import find_benchmark
+    from mmllm.eval.selection import missing_by_task, select
+
+    table, absent = {}, 0
+    for name in names:
+        if name not in roots:
+            raise UserError(f"--tasks {name}", "where are its files?", hint=f"--root {name}=DIR")
+        chosen = select(find_benchmark(name).load(Path(roots[name])))
+        table[name] = {
+            task: {"missing": gone, "items": total} for task, (gone, total) in missing_by_task(chosen).items()
+        }
+        absent += sum(row["missing"] for row in table[name].values())
+    if as_json:
+        print_json(table)
+    else:
+        for name, rows in table.items():
+            for task, row in rows.items():
+                print(f"{name} {task}: {row['items'] - row['missing']}/{row['items']} items have their clip")
+    return 2 if absent else 0

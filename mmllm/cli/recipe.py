@@ -1,0 +1,88 @@
+"""`mmllm recipe`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mmllm.cli.common import calm_libraries, common, print_json
+
+EPILOG = """\
+examples:
+  mmllm recipe list
+  mmllm recipe show llava
+  mmllm recipe show nano/llava model.media.frames=16
+  mmllm recipe check my.yaml --plugin my_part.py
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.epilog = EPILOG
+    parser.description = "Recipes: what they are made of, and whether they hold together."
+    verbs = parser.add_subparsers(dest="action", metavar="list|show|check", required=True)
+    listing = verbs.add_parser("list", help="the shipped recipes")
+    common(listing, "--json")
+    listing.set_defaults(run=run_list)
+    for name, summary, run in (
+        ("show", "the walk: part, grid, tokens, width, parameters, multiply-adds", run_show),
+        ("check", "declared = real, gradients, batch = single, save = load", run_check),
+    ):
+        verb = verbs.add_parser(name, help=summary)
+        verb.add_argument("recipe", help="a shipped name or a YAML file")
+        verb.add_argument("overrides", nargs="*", metavar="key=value")
+        common(verb, "--json", "--plugin")
+        verb.set_defaults(run=run)
+        if name == "show":
+            verb.add_argument("--image", action="store_true", help="the walk of an image instead of a video")
+
+
+def run_list(options: argparse.Namespace) -> int:
+    """Names and what they are; reads YAML alone."""
+    from mmllm.recipe import summaries
+
+    rows = list(summaries())
+    if options.json:
+        print_json([{"name": name, "summary": summary, "paper": paper} for name, summary, paper in rows])
+        return 0
+    width = max(len(name) for name, _, _ in rows)
+    for name, summary, paper in rows:
+        print(f"{name.ljust(width)}  {summary}" + (f"  [{paper}]" if paper else ""))
+    return 0
+
+
+def run_show(options: argparse.Namespace) -> int:
+    """Print the walk."""
+    calm_libraries()
+    from mmllm.recipe import load
+    from mmllm.walk import as_dicts, render, walk
+
+    recipe = load(options.recipe, options.overrides)
+    rows = walk(recipe, "image" if options.image else "video")
+    if options.json:
+        print_json({"recipe": recipe.name, "parts": as_dicts(rows)})
+        return 0
+    print(render(rows))
+    for name, stage in recipe.stages.items():
+        length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs:g} epochs"
+        print(f"stage {name}: {length} of {stage.batch}, trains {', '.join(stage.trains)}, lr {stage.lr:g}")
+    return 0
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """Check every part of a recipe and the recipe as a whole."""
+    calm_libraries()
+    from mmllm.part_checks import check_part
+    from mmllm.recipe import load
+    from mmllm.recipe_checks import check_recipe
+
+    recipe = load(options.recipe, options.overrides)
+    facts: dict[str, Any] = check_recipe(recipe)
+    for kind, section in (
+        ("encoder", recipe.model["encoders"].values()),
+        ("connector", recipe.model["connector"]),
+    ):
+        for name in sorted({part["type"] for part in section}):
+            check_part(kind, name)
+    print_json(facts) if options.json else print(facts["says"])
+    return 0

@@ -1,0 +1,73 @@
+"""`mmllm train`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from mmllm.cli.common import cache_dir, calm_libraries, common, print_json
+
+EPILOG = """\
+examples:
+  mmllm train nano/llava --out runs/mine
+  mmllm train nano/llava --out runs/fast stages.instruct.steps=200 roots.world=runs/world
+  mmllm train my.yaml --plugin my_part.py --out runs/mine --dry-run
+  torchrun --nproc-per-node 8 -m mmllm train llava --out runs/llava
+
+The same command continues a run that was stopped.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.epilog = EPILOG
+    parser.description = "Train a recipe's stages, one after the other."
+    parser.add_argument("recipe", help="a shipped name (mmllm recipe list) or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="stages.instruct.lr=1e-5 and the like")
+    parser.add_argument("--out", type=Path, help="run folder (default runs/RECIPE)")
+    parser.add_argument("--stages", help="only these, separated by commas")
+    parser.add_argument("--deepspeed", help="zero1, zero2, zero3 or a JSON file")
+    parser.add_argument("--report-to", default="none", help="tensorboard, wandb or none (default)")
+    parser.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints (default 200)")
+    names = ("--json", "--quiet", "--plugin", "--jobs", "--seed", "--device", "--dtype", "--cache-dir", "--dry-run")
+    common(parser, *names)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train."""
+    calm_libraries()
+    from mmllm.recipe import load
+    from mmllm.train.run import Options, Stopped, check, train
+
+    recipe = load(options.recipe, options.overrides)
+    stages = options.stages.split(",") if options.stages else None
+    out = options.out or Path("runs") / Path(options.recipe).stem
+    settings = Options(
+        seed=options.seed,
+        jobs=1 if options.jobs is None else options.jobs,
+        device=options.device,
+        precision=options.dtype,
+        deepspeed=options.deepspeed,
+        report_to=options.report_to,
+        save_steps=options.save_steps,
+        cache=cache_dir(options),
+        quiet=options.quiet,
+    )
+    if options.dry_run:
+        facts = check(recipe, out, settings, stages)
+        print_json(facts) if options.json else print("\n".join(f"{key}: {value}" for key, value in facts.items()))
+        return 0
+    try:
+        finished = train(recipe, out, settings, stages)
+    except Stopped as stop:
+        print(f"{stop}; the same command continues", file=sys.stderr)
+        return 143 if stop.signal == signal.SIGTERM else 130
+    if options.json:
+        print_json({"out": str(out), "model": str(finished.model), **finished.status})
+    else:
+        print(finished.model)
+    print(f'next: mmllm ask --model {out} --video <clip>.mp4 "What happens?"', file=sys.stderr)
+    return 0

@@ -1,0 +1,221 @@
+"""The model: front end, splice, a stock causal LM of transformers, our head over its hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mmllm.configuration import MMLLMConfig
+from mmllm.contract.errors import UserError
+from mmllm.contract.parts import Part
+from mmllm.contract.types import Sequence
+from mmllm.front_end import FrontEnd
+from mmllm.processing import move
+
+CACHE_NAMES = ("cache", "past_key_values")  # the library renamed it between 5.23 and 5.24
+
+
+class MMLLMPreTrainedModel(PreTrainedModel):
+    """What the two classes share with the library: flags and how a part writes its own weights."""
+
+    config_class = MMLLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    input_modalities = ("image", "video", "text")
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Part):
+            module.reset_parameters()
+
+
+class MMLLMModel(MMLLMPreTrainedModel):
+    """Front end and the LLM's body."""
+
+    def __init__(self, config: MMLLMConfig) -> None:
+        super().__init__(config)
+        self.front_end = FrontEnd(config.model_section, config.text_config.hidden_size)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LLM's embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the LLM's embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        visual: dict[str, Any] | None = None,
+    ) -> Sequence:
+        """Ids [B, L] and media -> embeddings [B, L, D], visual rows written at their spans.
+
+        Raises:
+            UserError: a span does not fit into its row.
+        """
+        if visual is not None:
+            visual = move(visual, input_ids.device)
+        blank = self.front_end.blanks(visual or {"media": []}) if self._trains_in_company() else ()
+        where = torch.zeros_like(input_ids, dtype=torch.bool)
+        rows, target = None, None
+        if blank or (visual is not None and visual["media"]):
+            visual = visual or {"media": [], "pairs": [], "spans": input_ids.new_zeros(0, 4)}
+            rows, blanks = self.front_end(visual, blank)
+            real = rows[: len(rows) - blanks]
+            source, target = self._splice(visual, input_ids.shape, input_ids.device)
+            where.view(-1)[target] = True
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(where, 0))
+        if rows is not None:
+            flat = embeds.flatten(0, 1).index_copy(0, target, real[source].to(embeds.dtype))
+            # Blank rows touch the same parameters as real ones do elsewhere, and change nothing.
+            flat = flat + 0.0 * rows[len(rows) - blanks :].sum().to(embeds.dtype) if blanks else flat
+            embeds = flat.view_as(embeds)
+        return Sequence(embeds, attention_mask, position_ids, where)
+
+    def _trains_in_company(self) -> bool:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return self.training and torch.is_grad_enabled() and distributed and torch.distributed.get_world_size() > 1
+
+    def _splice(self, visual: dict[str, Any], shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which front-end row goes to which flat position, for all spans."""
+        starts: dict[tuple[int, int], tuple[int, int]] = {}
+        offset = 0
+        for pair, (clip, _) in enumerate(visual["pairs"]):
+            for stream, spec in enumerate(self.front_end.streams(visual["media"][clip]["spec"])):
+                starts[pair, stream] = (offset, spec.tokens)
+                offset += spec.tokens
+        source, target = [], []
+        for row, start, pair, stream in visual["spans"].tolist():
+            first, count = starts[pair, stream]
+            if start < 0 or start + count > shape[1]:
+                raise UserError(f"row {row}", f"a visual span of {count} at {start} leaves a row of {shape[1]}")
+            source.append(torch.arange(first, first + count))
+            target.append(torch.arange(row * shape[1] + start, row * shape[1] + start + count))
+        if not source:
+            empty = torch.zeros(0, dtype=torch.long, device=device)
+            return empty, empty
+        return torch.cat(source).to(device), torch.cat(target).to(device)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        visual: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The LLM's output over ids [B, L] with media, or over embeddings [B, L, D]."""
+        if inputs_embeds is None:
+            sequence = self.embed(input_ids, attention_mask, position_ids, visual)
+        else:
+            sequence = Sequence(inputs_embeds, attention_mask, position_ids, torch.zeros_like(inputs_embeds[..., 0]))
+        return self.run(sequence, **kwargs)
+
+    def run(self, sequence: Sequence, **kwargs: Any) -> Any:
+        """The LLM's body over a sequence; `last_hidden_state` [B, L, D] and what the library returns beside it."""
+        return self.language_model(
+            inputs_embeds=sequence.embeds,
+            attention_mask=sequence.mask,
+            position_ids=sequence.positions,
+            **kwargs,
+        )
+
+
+class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
+    """Front end + LLM + head; generates, saves and loads as any model of transformers does."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: MMLLMConfig) -> None:
+        super().__init__(config)
+        self.model = MMLLMModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    def embed(self, batch: dict[str, Any]) -> Sequence:
+        """The sequence of a batch."""
+        keys = ("input_ids", "attention_mask", "position_ids", "visual")
+        return self.model.embed(**{key: batch[key] for key in keys if key in batch})
+
+    def run(self, sequence: Sequence) -> Tensor:
+        """Hidden states [B, L, D] of a whole sequence, without a cache."""
+        return self.model.run(sequence, use_cache=False).last_hidden_state
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """[..., D] -> [..., vocabulary]; call it on scored rows only."""
+        return self.lm_head(rows)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        visual: dict[str, Any] | None = None,
+        objective: Any = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits [B, L, V]; with `labels` their mean loss too; with an `objective` its terms instead.
+
+        Args:
+            visual: media, pairs and spans of the batch, as the processor makes them; only with whole prompts.
+            objective: runs inside this call, so that gradients are synchronised and shards gathered.
+            logits_to_keep: how many of the last positions need logits (0 = all).
+        """
+        if objective is not None:
+            batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "visual": visual}
+            return objective(self, {**batch, **kwargs})
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, visual, **kwargs)
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        beside = {key: outputs[key] for key in (*CACHE_NAMES, "hidden_states", "attentions") if key in outputs}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **beside)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Media enter with the prompt only: afterwards they are in the cache."""
+        visual = kwargs.pop("visual", None)
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if kwargs.get("is_first_iteration") or kwargs.get("use_cache") is False:
+            inputs["visual"] = visual
+        return inputs
+
+    @staticmethod
+    def _expand_inputs_for_generation(
+        expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Beams repeat rows; the media stay as they are and the spans of a row are copied to its repeats."""
+        visual = model_kwargs.pop("visual", None)
+        input_ids, model_kwargs = GenerationMixin._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if visual is not None:
+            spans = visual["spans"].repeat_interleave(expand_size, dim=0)
+            repeat = torch.arange(expand_size, device=spans.device).repeat(len(visual["spans"]))
+            spans[:, 0] = spans[:, 0] * expand_size + repeat
+            model_kwargs["visual"] = {**visual, "spans": spans}
+        return input_ids, model_kwargs
+
+
+AutoModel.register(MMLLMConfig, MMLLMModel)
+AutoModelForImageTextToText.register(MMLLMConfig, MMLLMForConditionalGeneration)

@@ -1,0 +1,352 @@
+"""The processor: conversations with media in, a batch with known token counts out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+
+from mmllm.chat import LOCATORS, PLACEHOLDERS, Rendered, render
+from mmllm.contract.errors import UserError
+from mmllm.contract.types import Geometry, MediaSpec
+from mmllm.data.media import Clip, MediaRef
+from mmllm.data.sampling import Sampling
+from mmllm.front_end import FrontEnd, shape_copy
+
+
+@dataclass
+class Medium:
+    """One decoded clip or image: what a batch holds of it once, however often it is used."""
+
+    key: Any
+    spec: MediaSpec
+    times: Tensor
+    pixels: dict[Geometry, Tensor]
+
+
+@dataclass
+class Example:
+    """One conversation, ready to be batched.
+
+    Attributes:
+        ids: token ids with every medium expanded. labels: the same with -100 where nothing is learnt, or None.
+        media: its media in order. spans: (start, medium, stream) of every visual span.
+        name: what to call it in errors.
+    """
+
+    ids: list[int]
+    labels: list[int] | None
+    media: list[Medium] = field(default_factory=list)
+    spans: list[tuple[int, int, int]] = field(default_factory=list)
+    name: str = ""
+
+
+class VisualBatch(BatchFeature):
+    """A BatchFeature whose `.to` reaches into the visual part; a dtype casts no times and no pixels."""
+
+    def to(self, *args: Any, **kwargs: Any) -> VisualBatch:
+        """Move everything; floating-point tensors outside `visual` are cast too where a dtype is given."""
+        device = kwargs.get("device")
+        if device is None and args and not isinstance(args[0], torch.dtype):
+            device = args[0]
+        visual = self.data.pop("visual", None)
+        super().to(*args, **kwargs)
+        if visual is not None:
+            self.data["visual"] = visual if device is None else move(visual, device)
+        return self
+
+
+def move(value: Any, device: torch.device | str) -> Any:
+    """Every tensor in nested dicts, lists and tuples, moved."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: move(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(move(item, device) for item in value)
+    return value
+
+
+class MMLLMProcessor(ProcessorMixin):
+    """Tokenizer + our reader + the arithmetic of the front end.
+
+    Args:
+        tokenizer: of the language model.
+        model_section: the resolved `model` section; the same as in the model's config.
+        llm_width: width of the LLM's embeddings.
+        max_length: longest sequence; None = no limit.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        model_section: dict[str, Any] | None = None,
+        llm_width: int = 0,
+        max_length: int | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        self.model_section, self.llm_width, self.max_length = model_section, llm_width, max_length
+        missing = [token for token in PLACEHOLDERS.values() if token not in tokenizer.get_vocab()]
+        if missing:
+            tokenizer.add_tokens(missing, special_tokens=True)
+        self.placeholder_ids = {tokenizer.convert_tokens_to_ids(token) for token in PLACEHOLDERS.values()}
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        # Expanded positions hold an id that every LLM has a row for; the row itself is never used there.
+        self.filler_id = tokenizer.pad_token_id
+
+    @property
+    def front_end(self) -> FrontEnd:
+        """The shape arithmetic, without weights."""
+        return shape_copy(json.dumps(self.model_section, sort_keys=True), self.llm_width)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What the model's forward takes from here."""
+        return ["input_ids", "attention_mask", "visual"]
+
+    def apply_chat_template(
+        self,
+        conversation: list[Any],
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Text, or with `tokenize` a batch, of one conversation or of a list of them; media are read here.
+
+        Args:
+            processor_kwargs: `padding_side`, `frames`, `fps` (see `encode`).
+        """
+        single = bool(conversation) and isinstance(conversation[0], dict)
+        conversations = [conversation] if single else conversation
+        conversations = [getattr(item, "messages", item) for item in conversations]
+        if not tokenize:
+            options = {"prompt": add_generation_prompt, "continued": continue_final_message}
+            texts = [render(self.tokenizer, item, **options).text for item in conversations]
+            return texts[0] if single else texts
+        options = dict(processor_kwargs or {})
+        side = options.pop("padding_side", "left")
+        sampling = {key: options[key] for key in ("frames", "fps") if options.get(key) is not None}
+        examples = [
+            self.encode(item, answers=False, prompt=add_generation_prompt, continued=continue_final_message, **sampling)
+            for item in conversations
+        ]
+        batch = self.collate(examples, padding_side=side)
+        return batch if return_dict else batch["input_ids"]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        padding_side: str = "left",
+        return_tensors: str = "pt",
+        **kwargs: Any,
+    ) -> VisualBatch:
+        """A batch of plain texts with `<image>` and `<video>` where the media stand, in order.
+
+        Args:
+            images, videos: media of all texts in order (paths, PIL images, uint8 arrays [T, H, W, 3]), or a list
+                for each text.
+
+        Raises:
+            UserError: more media than placeholders or the reverse.
+        """
+        texts = [text] if isinstance(text, str) else list(text or [])
+        queues = {"image": _flat(images), "video": _flat(videos)}
+        rendered = [Rendered(item, self._take(item, queues)) for item in texts]
+        for kind, rest in queues.items():
+            if rest:
+                raise UserError(
+                    f"{kind}s", f"more media than placeholders: {len(rest)} left over", hint=f"add <{kind}>"
+                )
+        return self.collate([self._expand(item) for item in rendered], padding_side=padding_side)
+
+    def _take(self, text: str, queues: dict[str, list]) -> list[dict[str, Any]]:
+        taken = []
+        for piece in text.split("<")[1:]:
+            for kind, placeholder in PLACEHOLDERS.items():
+                if f"<{piece}".startswith(placeholder):
+                    if not queues[kind]:
+                        raise UserError(
+                            f"text {text[:40]!r}", f"more placeholders than media: no {kind} for {placeholder}"
+                        )
+                    taken.append({"type": kind, kind: queues[kind].pop(0)})
+        return taken
+
+    def encode(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        answers: bool = True,
+        prompt: bool = False,
+        continued: bool = False,
+        frames: int | None = None,
+        fps: float | None = None,
+        name: str = "",
+    ) -> Example:
+        """One conversation: media read, tokens expanded, labels on the assistant's turns.
+
+        Args:
+            answers: whether to make labels. prompt, continued: see `mmllm.chat.render`.
+            frames, fps: another sampling than the recipe's, for this conversation.
+
+        Raises:
+            UserError: a medium cannot be read, or even the first turn is longer than `max_length`.
+        """
+        while True:
+            rendered = render(self.tokenizer, messages, prompt=prompt, continued=continued)
+            example = self._expand(rendered, answers, frames, fps, name)
+            if self.max_length is None or len(example.ids) <= self.max_length:
+                return example
+            shorter = _without_last_turn(messages) if answers else None
+            if shorter is None:
+                visual = sum(self._length(example.media[index], stream) for _, index, stream in example.spans)
+                raise UserError(
+                    name or "conversation",
+                    f"{len(example.ids)} tokens, {visual} of them visual",
+                    expected=f"at most {self.max_length}",
+                    hint="fewer frames, or a connector that pools more",
+                )
+            messages = shorter
+
+    def _expand(
+        self,
+        rendered: Rendered,
+        answers: bool = False,
+        frames: int | None = None,
+        fps: float | None = None,
+        name: str = "",
+    ) -> Example:
+        encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=answers)
+        offsets = encoded["offset_mapping"] if answers else None
+        example = Example([], [] if answers else None, name=name)
+        for position, token in enumerate(encoded["input_ids"]):
+            if token in self.placeholder_ids:
+                self._append_medium(example, rendered, frames, fps)
+                continue
+            example.ids.append(token)
+            if answers:
+                learnt = any(start <= offsets[position][0] < end for start, end in rendered.answers)
+                example.labels.append(token if learnt else -100)
+        if len(example.media) != len(rendered.media):
+            raise UserError(name or "text", "a placeholder was lost in tokenisation")
+        return example
+
+    def _append_medium(self, example: Example, rendered: Rendered, frames: int | None, fps: float | None) -> None:
+        if len(example.media) >= len(rendered.media):
+            raise UserError(example.name or "text", "more placeholders than media")
+        medium = self.read(rendered.media[len(example.media)], frames, fps)
+        for stream in range(len(self.front_end.output[medium.spec.kind])):
+            example.spans.append((len(example.ids), len(example.media), stream))
+            example.ids += [self.filler_id] * self._length(medium, stream)
+        if example.labels is not None:
+            example.labels += [-100] * (len(example.ids) - len(example.labels))
+        example.media.append(medium)
+
+    def _length(self, medium: Medium, stream: int) -> int:
+        return self.front_end.streams(medium.spec)[stream].tokens
+
+    def read(self, entry: dict[str, Any], frames: int | None = None, fps: float | None = None) -> Medium:
+        """Decode one content entry and resize it for every encoder.
+
+        Args:
+            entry: `{"type", "path", "start", "end", "frames", "fps"}`, or an array or PIL image instead of a path.
+        """
+        kind = entry["type"]
+        source = next(entry[key] for key in LOCATORS if entry.get(key) is not None)
+        sampling = self._sampling(entry.get("frames") or frames, fps)
+        if isinstance(source, str) or hasattr(source, "__fspath__"):
+            from mmllm.data.reader import read_media
+
+            ref = MediaRef(kind, str(source), entry.get("start"), entry.get("end"), entry.get("fps"))
+            clip, key = read_media(ref, sampling), (ref, sampling)
+        else:
+            clip, key = _in_memory(source, kind, sampling), (id(source), sampling)
+        spec = MediaSpec(kind, len(clip.frames))
+        from mmllm.data.pixels import to_geometry
+
+        pixels = {geometry: to_geometry(clip.frames, geometry) for geometry in self.front_end.geometries}
+        return Medium(key, spec, torch.as_tensor(clip.times, dtype=torch.float32), pixels)
+
+    def _sampling(self, frames: int | None, fps: float | None) -> Sampling:
+        own = self.front_end.sampling
+        if frames is not None:
+            return Sampling(frames=frames, sampler=own.sampler)
+        if fps is not None:
+            return Sampling(frames=None, fps=fps, max_frames=own.max_frames, sampler=own.sampler)
+        return own
+
+    def collate(self, examples: list[Example], padding_side: str = "right") -> VisualBatch:
+        """A batch: padded ids, mask, labels, and the `visual` dict in which equal media appear once."""
+        length = max(len(example.ids) for example in examples)
+        ids = torch.full((len(examples), length), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        labels = torch.full_like(ids, -100) if examples[0].labels is not None else None
+        media: dict[Any, int] = {}
+        clips: list[dict[str, Any]] = []
+        spans: list[tuple[int, int, int, int]] = []
+        for row, example in enumerate(examples):
+            offset = length - len(example.ids) if padding_side == "left" else 0
+            place = slice(offset, offset + len(example.ids))
+            ids[row, place] = torch.tensor(example.ids)
+            mask[row, place] = 1
+            if labels is not None:
+                labels[row, place] = torch.tensor(example.labels)
+            for start, index, stream in example.spans:
+                medium = example.media[index]
+                if medium.key not in media:
+                    media[medium.key] = len(clips)
+                    clips.append({"spec": medium.spec, "times": medium.times, "pixels": medium.pixels})
+                spans.append((row, start + offset, media[medium.key], stream))
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if labels is not None:
+            batch["labels"] = labels
+        table = torch.tensor(spans, dtype=torch.long).reshape(-1, 4)
+        batch["visual"] = {"media": clips, "pairs": [(i, -1) for i in range(len(clips))], "spans": table}
+        return VisualBatch(batch)
+
+
+def _flat(media: Any) -> list:
+    if media is None:
+        return []
+    if not isinstance(media, list | tuple):
+        return [media]
+    return [item for group in media for item in (group if isinstance(group, list | tuple) else [group])]
+
+
+def _without_last_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """The conversation without its last question and answer; None if that was the only one."""
+    questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    return messages[: questions[-1]] if len(questions) > 1 else None
+
+
+def _in_memory(source: Any, kind: str, sampling: Sampling) -> Clip:
+    """Frames that are in memory already: a PIL image or uint8 [H, W, 3] or [T, H, W, 3] (one frame a second)."""
+    from PIL import ImageOps
+
+    array = np.asarray(ImageOps.exif_transpose(source).convert("RGB") if hasattr(source, "convert") else source)
+    array = array[None] if array.ndim == 3 else array
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
+        raise UserError(f"{kind} array", "wrong shape or type", expected="uint8 [T, H, W, 3]", got=array.shape)
+    if kind == "video":
+        from mmllm.data.media import Probe
+
+        probe = Probe("video", len(array), 1.0, *array.shape[1:3])
+        index = sampling.indices(probe, None, None)
+        return Clip(array[index], np.asarray(index, dtype=np.float64))
+    return Clip(array[:1], np.zeros(1))
+
+
+AutoProcessor.register("mmllm", MMLLMProcessor)

@@ -1,0 +1,1 @@
+"""What a stage optimises: one small module an objective."""

@@ -1,0 +1,107 @@
+"""What a stage shows while it runs: a line with ETA, a JSONL log, a loss curve, and a clean stop on a signal."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from mmllm.progress import Progress
+from mmllm.train.run_folder import RunFolder
+
+
+class StageProgress(TrainerCallback):
+    """Progress line, log.jsonl and curves.png of one stage.
+
+    Args:
+        run: where the log goes.
+        stage: its name.
+        samples_per_step: global batch, for samples/s.
+        quiet: no lines on stderr.
+    """
+
+    def __init__(self, run: RunFolder, stage: str, samples_per_step: int, quiet: bool) -> None:
+        self.run, self.stage, self.batch, self.quiet = run, stage, samples_per_step, quiet
+        self.trainer: Any = None
+        self.loss: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock at the step it continues from."""
+        self.bar = Progress(self.stage, state.max_steps, start=state.global_step, quiet=self.quiet)
+        self.began, self.first = time.perf_counter(), state.global_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One more step."""
+        seconds = time.perf_counter() - self.began
+        done = state.global_step - self.first
+        facts = {"samples/s": f"{done * self.batch / max(seconds, 1e-9):.1f}"}
+        if self.loss is not None:
+            facts = {"loss": f"{self.loss:.3f}", **facts}
+        facts["data wait"] = f"{100 * self.trainer.data_seconds / max(seconds, 1e-9):.0f} %"
+        self.bar.update(state.global_step, facts)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        """A record of the trainer, as one JSON line."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        self.loss = logs["loss"]
+        keys = ("loss", "grad_norm", "learning_rate")
+        self.run.log({"stage": self.stage, "step": state.global_step, **{k: logs[k] for k in keys if k in logs}})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the line and draw the curves."""
+        self.bar.close()
+        if state.is_world_process_zero:
+            draw_curves(self.run.path)
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM end the run after this step with a checkpoint; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over the signals (only possible in the main thread)."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.before[number] = signal.signal(number, self._note)
+            except ValueError:
+                return
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask the trainer to save and stop."""
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the signals back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.signal = number
+        signal.signal(number, self.before.get(number) or signal.SIG_DFL)
+
+
+def draw_curves(run: Path) -> None:
+    """curves.png out of log.jsonl: the loss of every stage over its steps."""
+    from matplotlib.figure import Figure
+
+    stages: dict[str, dict[int, float]] = {}
+    for line in (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").is_file() else []:
+        record = json.loads(line)
+        stages.setdefault(record["stage"], {})[record["step"]] = record["loss"]
+    if not stages:
+        return
+    figure = Figure(figsize=(4.5 * len(stages), 3), layout="constrained")
+    for axes, (name, losses) in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages.items(), strict=True):
+        axes.plot(list(losses), list(losses.values()), linewidth=1)
+        axes.set(title=name, xlabel="step", ylabel="loss", yscale="log")
+        axes.grid(alpha=0.3)
+    figure.savefig(run / "curves.png", dpi=110)

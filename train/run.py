@@ -1,0 +1,135 @@
+"""A recipe's stages, one after the other, from nothing or from where a run stood."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmllm.contract.arguments import bind
+from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.parts import Objective
+from mmllm.contract.registry import find
+from mmllm.recipe import Recipe, Stage
+from mmllm.train.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, as opposed to what: nothing here changes the result.
+
+    Attributes:
+        seed: of weights, order and every draw.
+        jobs: loader processes.
+        device: "cpu" keeps off an accelerator; None takes what there is.
+        precision: "float32" or "bfloat16"; None = bfloat16 where an accelerator has it.
+        deepspeed: zero1, zero2, zero3 or a JSON file. report_to: tensorboard, wandb or none.
+        save_every: seconds between checkpoints, about. cache: where shared stages are kept.
+    """
+
+    seed: int = 0
+    jobs: int = 1
+    device: str | None = None
+    precision: str | None = None
+    deepspeed: str | None = None
+    report_to: str = "none"
+    save_steps: int = 200
+    cache: Path = Path("~/.cache/mmllm")
+    quiet: bool = False
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved; `signal` says by which signal."""
+
+    def __init__(self, signal: int, checkpoint: Path | None) -> None:
+        super().__init__(f"stopped, saved {checkpoint}")
+        self.signal, self.checkpoint = signal, checkpoint
+
+
+def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] | None = None) -> RunFolder:
+    """Run the recipe's stages (or those named) into a run folder; finished ones are not run again.
+
+    Raises:
+        UserError: something in the recipe, the data or the folder does not fit.
+        Stopped: a signal came; the same command continues.
+    """
+    from transformers import set_seed
+
+    from mmllm.build import build_model, build_processor
+
+    chosen = _chosen(recipe, stages)
+    run = RunFolder(out)
+    run.open(recipe, options.seed)
+    todo = {name: stage for name, stage in chosen.items() if name not in run.status["stages"]}
+    if not todo:
+        return run
+    set_seed(options.seed)
+    if run.model.is_dir() and run.status["stages"]:
+        from mmllm.api import load
+
+        model, processor = load(run.model)
+    else:
+        processor = build_processor(recipe)
+        model = build_model(recipe)
+        _check_vocabulary(model, processor, recipe)
+    order = {name: index for index, name in enumerate(recipe.stages, start=1)}
+    for name, stage in todo.items():
+        start = time.perf_counter()
+        _run_stage(name, order[name], stage, recipe, model, processor, run, options)
+        run.finish_stage(name, steps=stage.steps, epochs=stage.epochs, seconds=round(time.perf_counter() - start, 1))
+    return run
+
+
+def _chosen(recipe: Recipe, names: list[str] | None) -> dict[str, Stage]:
+    stages = recipe.stages
+    if not stages:
+        raise UserError(recipe.where("stages"), "the recipe has no stage to train")
+    for name in names or []:
+        if name not in stages:
+            raise UserError(f"--stages {name}", "no such stage", hint=nearest(name, list(stages)))
+    return {name: stage for name, stage in stages.items() if names is None or name in names}
+
+
+def _check_vocabulary(model: Any, processor: Any, recipe: Recipe) -> None:
+    rows, needed = model.config.text_config.vocab_size, len(processor.tokenizer)
+    added = len(processor.placeholder_ids)
+    if needed - added > rows:
+        raise UserError(
+            recipe.where("model.llm.config.vocab_size"),
+            "smaller than the tokenizer",
+            expected=f"at least {needed}",
+            got=rows,
+        )
+
+
+def _run_stage(
+    name: str, number: int, stage: Stage, recipe: Recipe, model: Any, processor: Any, run: RunFolder, options: Options
+) -> None:
+    from mmllm.train.shared import SharedStage
+    from mmllm.train.stage import freeze, make_trainer
+
+    if stage.init is not None:
+        from mmllm.api import load_weights
+
+        load_weights(model, recipe.path(stage.init))
+    freeze(model, stage.trains, recipe.where(f"stages.{name}.trains"))
+    shared = SharedStage(stage, recipe, processor, options) if stage.share else None
+    if shared is not None and shared.load(model):
+        run.log_event(name, f"weights of an equal stage taken from {shared.file}")
+    else:
+        trainer, stopper, checkpoint = make_trainer(name, number, stage, recipe, model, processor, run, options)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if stopper.signal is not None and trainer.state.global_step < trainer.state.max_steps:
+            raise Stopped(stopper.signal, trainer.checkpoint)
+        if shared is not None:
+            shared.save(model)
+    model.requires_grad_(True)
+    run.save_model(model, processor, recipe)
+
+
+def build_objective(section: str | dict, where: str) -> Objective:
+    """An objective out of its part of a recipe: a name, or a map with `type` and arguments."""
+    section = {"type": section} if isinstance(section, str) else section
+    cls = find("objective", section.get("type", ""), where)
+    return cls(**bind(cls, {key: value for key, value in section.items() if key != "type"}, where))

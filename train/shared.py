@@ -1,0 +1,75 @@
+"""Stages that many recipes share: what they trained is kept under a hash of all that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmllm.recipe import Recipe, Stage
+
+
+class SharedStage:
+    """The kept weights of a stage that trains the LLM alone.
+
+    The hash covers the LLM's config and source, the tokenizer, the data, the stage's settings and the seed; not the
+    front end, which such a stage never runs.
+    """
+
+    def __init__(self, stage: Stage, recipe: Recipe, processor: Any, options: Any) -> None:
+        from mmllm.contract.errors import UserError
+
+        if stage.trains != ("llm",):
+            raise UserError(recipe.file, "only a stage that trains the llm alone can be shared", got=list(stage.trains))
+        files = (stage.data,) if isinstance(stage.data, str) else stage.data
+        facts = {
+            "llm": recipe.model["llm"].get("config"),
+            "name": recipe.model["llm"].get("name"),
+            "tokenizer": processor.tokenizer.backend_tokenizer.to_str(),
+            "template": processor.tokenizer.chat_template,
+            "data": [_digest(Path(recipe.path(file))) for file in files],
+            "stage": {**asdict(stage), "data": None, "micro_batch": None},
+            "seed": options.seed,
+        }
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        self.file = options.cache.expanduser() / "stages" / f"{key}.safetensors"
+
+    def load(self, model: Any) -> bool:
+        """Put the kept weights into the model; False where there are none."""
+        from safetensors.torch import load_file
+
+        if not self.file.is_file():
+            return False
+        state = load_file(self.file)
+        for prefix, module in _modules(model).items():
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            module.load_state_dict(own)
+        return True
+
+    def save(self, model: Any) -> None:
+        """Keep the model's LLM; complete or absent."""
+        from safetensors.torch import save_file
+
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            prefix + key: value.detach().cpu().contiguous().clone()
+            for prefix, module in _modules(model).items()
+            for key, value in module.state_dict().items()
+        }
+        fresh = self.file.with_suffix(".new")
+        save_file(state, fresh)
+        fresh.replace(self.file)
+
+
+def _modules(model: Any) -> dict[str, Any]:
+    return {"body.": model.model.language_model, "head.": model.lm_head}
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,142 @@
+"""One stage: what trains, its data, its trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mmllm.contract.errors import UserError, nearest
+from mmllm.data.conversations import ConversationFile, Joined
+from mmllm.recipe import Recipe, Stage
+from mmllm.train.progress import StageProgress, StopOnSignal
+from mmllm.train.run import Options, build_objective
+from mmllm.train.run_folder import RunFolder
+from mmllm.train.trainer import StageTrainer, last_checkpoint
+
+
+def trainable_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """What `trains` may name: {name: modules}."""
+    front = model.model.front_end
+    names = {
+        "llm": [model.model.language_model, model.lm_head],
+        "encoders": [front.bank],
+        "connector": [front.parts],
+    }
+    names |= {f"encoders.{name}": [part] for name, part in front.bank.encoders.items()}
+    names |= {f"connector.{name}": [part] for name, part in front.parts.items()}
+    return names
+
+
+def freeze(model: nn.Module, trains: tuple[str, ...], where: str) -> None:
+    """Gradients reach what `trains` names and nothing else.
+
+    Raises:
+        UserError: a name that the model has not.
+    """
+    known = trainable_modules(model)
+    model.requires_grad_(False)
+    for name in trains:
+        if name not in known:
+            raise UserError(where, f"the model has no {name!r}", hint=nearest(name, list(known)))
+        for module in known[name]:
+            module.requires_grad_(True)
+
+
+def load_data(stage: Stage, recipe: Recipe) -> Joined:
+    """The stage's samples.
+
+    Raises:
+        UserError: a file is missing or empty.
+    """
+    files = (stage.data,) if isinstance(stage.data, str) else stage.data
+    return Joined([ConversationFile(recipe.path(file)) for file in files])
+
+
+def micro_batch(name: str, stage: Stage, recipe: Recipe, processes: int) -> tuple[int, int]:
+    """(samples of one forward, accumulation steps): a recipe's batch is global, whatever the machine.
+
+    Raises:
+        UserError: the batch cannot be divided so.
+    """
+    where = recipe.where(f"stages.{name}")
+    if stage.batch % processes:
+        raise UserError(f"{where}.batch", f"{stage.batch} samples over {processes} processes", hint="a multiple")
+    per_process = stage.batch // processes
+    micro = stage.micro_batch or per_process
+    if per_process % micro:
+        raise UserError(f"{where}.micro_batch", f"{micro} does not divide the {per_process} samples of a process")
+    return micro, per_process // micro
+
+
+def make_trainer(
+    name: str, number: int, stage: Stage, recipe: Recipe, model: Any, processor: Any, run: RunFolder, options: Options
+) -> tuple[StageTrainer, StopOnSignal, Path | None]:
+    """The trainer of a stage, what stops it, and the checkpoint it continues from."""
+    objective = build_objective(stage.objective, recipe.where(f"stages.{name}.objective"))
+    data = load_data(stage, recipe)
+    folder = run.path / "stages" / f"{number}-{name}"
+    progress, stopper = StageProgress(run, name, stage.batch, options.quiet), StopOnSignal()
+    trainer = StageTrainer(
+        model=model,
+        args=_arguments(name, stage, recipe, folder, len(data), options),
+        train_dataset=data,
+        data_collator=lambda samples: objective.prepare(samples, processor),
+        processing_class=processor,
+        callbacks=[progress, stopper],
+        objective=objective,
+        stage=name,
+    )
+    _drop_printer(trainer)
+    progress.trainer = trainer
+    checkpoint = last_checkpoint(folder) if folder.is_dir() else None
+    trainer.checkpoint = checkpoint
+    return trainer, stopper, checkpoint
+
+
+def _arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, samples: int, options: Options) -> Any:
+    import torch
+    from accelerate import PartialState
+    from transformers import TrainingArguments
+
+    processes = PartialState(cpu=options.device == "cpu").num_processes
+    micro, accumulation = micro_batch(name, stage, recipe, processes)
+    accelerated = options.device != "cpu" and torch.cuda.is_available()
+    precision = options.precision or ("bfloat16" if accelerated and torch.cuda.is_bf16_supported() else "float32")
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        max_steps=stage.steps or -1,
+        num_train_epochs=stage.epochs or 1,
+        learning_rate=stage.lr,
+        lr_scheduler_type=stage.schedule
+        if stage.warmup == 0 or stage.schedule != "constant"
+        else "constant_with_warmup",
+        warmup_steps=stage.warmup,
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.clip,
+        bf16=precision == "bfloat16",
+        use_cpu=options.device == "cpu",
+        seed=options.seed,
+        data_seed=options.seed,
+        dataloader_num_workers=options.jobs,
+        dataloader_drop_last=samples >= stage.batch,
+        dataloader_persistent_workers=options.jobs > 0,
+        remove_unused_columns=False,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        report_to=options.report_to,
+        deepspeed=options.deepspeed,
+        disable_tqdm=True,
+    )
+
+
+def _drop_printer(trainer: StageTrainer) -> None:
+    """The library prints every log record to stdout, which is for results."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)

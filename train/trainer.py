@@ -1,0 +1,105 @@
+"""One trainer for every stage: transformers' own, with objectives inside the model's forward and exact denominators."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from mmllm.contract.errors import UserError
+from mmllm.contract.parts import Objective
+
+COMPLETE = "complete"
+
+
+class StageTrainer(Trainer):
+    """`transformers.Trainer` with three things of ours: the objective, its denominators, complete checkpoints.
+
+    Args:
+        objective: what the stage optimises; called inside the model's forward.
+        stage: name of the stage, for messages.
+    """
+
+    def __init__(self, *args: Any, objective: Objective, stage: str = "stage", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective, self.stage = objective, stage
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the count of all micro-batches itself
+        self.data_seconds = 0.0
+        self.term_sums: dict[str, float] = {}
+        self.checkpoint: Path | None = None
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, dict[str, Tensor]]:
+        """The micro-batches of one step and each term's denominator over all of them and all processes."""
+        start = time.perf_counter()
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.data_seconds += time.perf_counter() - start
+        totals: dict[str, int] = {}
+        for batch in batches:
+            for name, count in self.objective.counts(batch).items():
+                totals[name] = totals.get(name, 0) + count
+        counts = {name: torch.tensor(float(total), device=device) for name, total in totals.items()}
+        if self.args.world_size > 1:
+            counts = {name: self.accelerator.reduce(count, "sum") for name, count in counts.items()}
+        return batches, counts
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: dict[str, Tensor] | None = None,
+    ) -> Any:
+        """The weighted sum of the objective's terms, each over its global count.
+
+        Raises:
+            UserError: the loss is not a number; names the samples and the last good checkpoint.
+        """
+        names = inputs.pop("names", [])
+        terms = model(**inputs, objective=self.objective)
+        counts = num_items_in_batch or {}
+        loss = sum(term.weight * term.sum / counts.get(name, term.count) for name, term in terms.items())
+        if not math.isfinite(loss.item()):
+            kept = f"{self.checkpoint} is intact" if self.checkpoint else "no checkpoint yet"
+            raise UserError(
+                f"{self.stage} step {self.state.global_step + 1}, samples {', '.join(map(str, names))}",
+                f"the loss is {loss.item()}; {kept}",
+                hint=f"stages.{self.stage}.lr={self.args.learning_rate / 10:g}",
+            )
+        # Gradients are averaged over processes; the denominators already are the sums.
+        loss = loss * self.accelerator.num_processes
+        return (loss, terms) if return_outputs else loss
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (folder / COMPLETE).touch()
+        self.checkpoint = folder
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Weights and processor only: the arguments are in the run folder, as text."""
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            model.save_pretrained(output_dir, state_dict=state_dict)
+            self.processing_class.save_pretrained(output_dir)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; half-written ones are removed."""
+    best: Path | None = None
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
+        if (path / COMPLETE).exists():
+            best = path
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return best
