@@ -1,7 +1,9 @@
 """Packaging: the folders of the top level become one import package, `mmllm`.
 
-`encoders/` is imported as `mmllm.encoders`, and so on, so that nothing called `train` or `eval` leaks into site-packages.
+`encoders/` is imported as `mmllm.encoders`, and so on: nothing called `train` or `eval` leaks into site-packages.
 """
+
+from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
@@ -17,7 +19,7 @@ setup(
     name="mmllm",
     version="0.1.0",
     description="Build, train, evaluate and compare video and image LLMs out of interchangeable parts",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=[name for name in packages if "__pycache__" not in name],

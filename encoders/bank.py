@@ -71,7 +71,7 @@ class EncoderBank(nn.Module):
         return at_times(tokens, times[:, ::step])
 
     def blank(self, media: MediaSpec, name: str, like: Tensor) -> VisualTokens:
-        """Zero features of one clip, in place of running a frozen encoder for nothing; `like` gives dtype and device."""
+        """Zero features of one clip, in place of running a frozen encoder for nothing, with the dtype of `like`."""
         encoder: Encoder = self.encoders[name]
         spec = encoder.output_spec(media)
         values = like.new_zeros(1, spec.tokens, spec.width)

@@ -1,6 +1,6 @@
 """Image encoders of transformers: CLIP, SigLIP and DINOv2, frame by frame.
 
-Sources: CLIP (Radford et al. 2021), SigLIP (Zhai et al. 2023), DINOv2 (Oquab et al. 2023); the towers are the library's.
+Sources: CLIP (Radford et al. 2021), SigLIP (Zhai et al. 2023), DINOv2 (Oquab et al. 2023).
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from mmllm.contract.types import Sequence
 from mmllm.front_end import FrontEnd
 from mmllm.processing import move
 
-CACHE_NAMES = ("cache", "past_key_values")  # the library renamed it between 5.23 and 5.24
+# What the LLM returns beside its hidden states; the library renamed past_key_values to cache after 5.23.
+BESIDE = ("cache", "past_key_values", "hidden_states", "attentions")
 
 
 class MMLLMPreTrainedModel(PreTrainedModel):
@@ -189,25 +190,29 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
-        beside = {key: outputs[key] for key in (*CACHE_NAMES, "hidden_states", "attentions") if key in outputs}
+        beside = {key: value for key, value in outputs.items() if key in BESIDE}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **beside)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        visual: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Media enter with the prompt only: afterwards they are in the cache."""
-        visual = kwargs.pop("visual", None)
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if kwargs.get("is_first_iteration") or kwargs.get("use_cache") is False:
             inputs["visual"] = visual
         return inputs
 
-    @staticmethod
     def _expand_inputs_for_generation(
-        expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+        self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """Beams repeat rows; the media stay as they are and the spans of a row are copied to its repeats."""
         visual = model_kwargs.pop("visual", None)
-        input_ids, model_kwargs = GenerationMixin._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **model_kwargs
         )
         if visual is not None:
             spans = visual["spans"].repeat_interleave(expand_size, dim=0)

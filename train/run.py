@@ -25,7 +25,8 @@ class Options:
         device: "cpu" keeps off an accelerator; None takes what there is.
         precision: "float32" or "bfloat16"; None = bfloat16 where an accelerator has it.
         deepspeed: zero1, zero2, zero3 or a JSON file. report_to: tensorboard, wandb or none.
-        save_every: seconds between checkpoints, about. cache: where shared stages are kept.
+        save_steps, log_steps: steps between checkpoints and between lines of log.jsonl.
+        cache: where shared stages are kept.
     """
 
     seed: int = 0
@@ -35,6 +36,7 @@ class Options:
     deepspeed: str | None = None
     report_to: str = "none"
     save_steps: int = 200
+    log_steps: int = 10
     cache: Path = Path("~/.cache/mmllm")
     quiet: bool = False
 
@@ -79,6 +81,30 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
         _run_stage(name, order[name], stage, recipe, model, processor, run, options)
         run.finish_stage(name, steps=stage.steps, epochs=stage.epochs, seconds=round(time.perf_counter() - start, 1))
     return run
+
+
+def check(recipe: Recipe, out: str | Path, options: Options, stages: list[str] | None = None) -> dict[str, Any]:
+    """All that can be said before the first step: shapes, tokenizer, data, first samples, the batch; no weights.
+
+    Raises:
+        UserError: something does not fit.
+    """
+    from mmllm.build import build_processor, check_shapes
+    from mmllm.train.stage import freeze_names, load_data, micro_batch
+
+    front = check_shapes(recipe)
+    processor = build_processor(recipe)
+    facts: dict[str, Any] = {"recipe": recipe.name, "out": str(out)}
+    for name, stage in _chosen(recipe, stages).items():
+        objective = build_objective(stage.objective, recipe.where(f"stages.{name}.objective"))
+        freeze_names(front, stage.trains, recipe.where(f"stages.{name}.trains"))
+        data = load_data(stage, recipe)
+        micro, accumulation = micro_batch(name, stage, recipe, 1)
+        batch = objective.prepare([data[0]], processor)
+        length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs:g} epochs"
+        first = f"first sample {batch['input_ids'].shape[1]} tokens, {len(batch['visual']['media'])} media"
+        facts[f"stage {name}"] = f"{len(data)} samples, {length} of {micro} x {accumulation}; {first}"
+    return facts
 
 
 def _chosen(recipe: Recipe, names: list[str] | None) -> dict[str, Stage]:

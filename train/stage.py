@@ -9,6 +9,7 @@ from torch import nn
 
 from mmllm.contract.errors import UserError, nearest
 from mmllm.data.conversations import ConversationFile, Joined
+from mmllm.front_end import FrontEnd
 from mmllm.recipe import Recipe, Stage
 from mmllm.train.progress import StageProgress, StopOnSignal
 from mmllm.train.run import Options, build_objective
@@ -16,17 +17,19 @@ from mmllm.train.run_folder import RunFolder
 from mmllm.train.trainer import StageTrainer, last_checkpoint
 
 
-def trainable_modules(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """What `trains` may name: {name: modules}."""
-    front = model.model.front_end
-    names = {
-        "llm": [model.model.language_model, model.lm_head],
-        "encoders": [front.bank],
-        "connector": [front.parts],
-    }
-    names |= {f"encoders.{name}": [part] for name, part in front.bank.encoders.items()}
-    names |= {f"connector.{name}": [part] for name, part in front.parts.items()}
-    return names
+def freeze_names(front: FrontEnd, trains: tuple[str, ...], where: str) -> dict[str, list[nn.Module]]:
+    """{name that `trains` may give: modules}, the LLM left out; refuses unknown names.
+
+    Raises:
+        UserError: a name that the model has not.
+    """
+    known: dict[str, list[nn.Module]] = {"llm": [], "encoders": [front.bank], "connector": [front.parts]}
+    known |= {f"encoders.{name}": [part] for name, part in front.bank.encoders.items()}
+    known |= {f"connector.{name}": [part] for name, part in front.parts.items()}
+    for name in trains:
+        if name not in known:
+            raise UserError(where, f"the model has no {name!r}", hint=nearest(name, list(known)))
+    return known
 
 
 def freeze(model: nn.Module, trains: tuple[str, ...], where: str) -> None:
@@ -35,11 +38,10 @@ def freeze(model: nn.Module, trains: tuple[str, ...], where: str) -> None:
     Raises:
         UserError: a name that the model has not.
     """
-    known = trainable_modules(model)
+    known = freeze_names(model.model.front_end, trains, where)
+    known["llm"] = [model.model.language_model, model.lm_head]
     model.requires_grad_(False)
     for name in trains:
-        if name not in known:
-            raise UserError(where, f"the model has no {name!r}", hint=nearest(name, list(known)))
         for module in known[name]:
             module.requires_grad_(True)
 
@@ -111,9 +113,7 @@ def _arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, samples: i
         max_steps=stage.steps or -1,
         num_train_epochs=stage.epochs or 1,
         learning_rate=stage.lr,
-        lr_scheduler_type=stage.schedule
-        if stage.warmup == 0 or stage.schedule != "constant"
-        else "constant_with_warmup",
+        lr_scheduler_type="constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
         warmup_steps=stage.warmup,
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.clip,
@@ -124,8 +124,9 @@ def _arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, samples: i
         dataloader_num_workers=options.jobs,
         dataloader_drop_last=samples >= stage.batch,
         dataloader_persistent_workers=options.jobs > 0,
+        dataloader_pin_memory=accelerated,
         remove_unused_columns=False,
-        logging_steps=10,
+        logging_steps=options.log_steps,
         logging_nan_inf_filter=False,
         save_steps=options.save_steps,
         save_total_limit=2,

@@ -45,7 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
         command = verbs.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == verb:
             importlib.import_module(f"mmllm.cli.{name}").configure(command)
-    options, out = parser.parse_args(arguments), None
+    options, rest = parser.parse_known_args(arguments)
+    # The library takes positional arguments in one run only; overrides may stand anywhere.
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(overrides) < len(rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unknown: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *overrides]
     try:
         return _run(options)
     except UserError as error:
@@ -56,8 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except Exception:
-        out = Path(getattr(options, "out", None) or ".")
-        return _crash(out)
+        return _crash(Path(getattr(options, "out", None) or "."))
 
 
 def _run(options: argparse.Namespace) -> int:

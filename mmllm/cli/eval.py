@@ -141,14 +141,16 @@ def _check(names: list[str], roots: dict[str, str], as_json: bool) -> int:
         if name not in roots:
             raise UserError(f"--tasks {name}", "where are its files?", hint=f"--root {name}=DIR")
         chosen = select(find_benchmark(name).load(Path(roots[name])))
-        table[name] = {
-            task: {"missing": gone, "items": total} for task, (gone, total) in missing_by_task(chosen).items()
-        }
-        absent += sum(row["missing"] for row in table[name].values())
+        holes = missing_by_task(chosen)
+        tasks = {task: {"missing": gone, "items": total} for task, (gone, total) in holes.items()}
+        items = len(chosen.scored) + len(chosen.missing)
+        table[name] = {"items": items, "missing": len(chosen.missing), "tasks": tasks}
+        absent += len(chosen.missing)
     if as_json:
         print_json(table)
     else:
-        for name, rows in table.items():
-            for task, row in rows.items():
-                print(f"{name} {task}: {row['items'] - row['missing']}/{row['items']} items have their clip")
+        for name, found in table.items():
+            print(f"{name}: {found['items'] - found['missing']}/{found['items']} items have their clip")
+            for task, row in found["tasks"].items():
+                print(f"  {task}: {row['items'] - row['missing']}/{row['items']}")
     return 2 if absent else 0

@@ -11,7 +11,7 @@ from mmllm.contract.types import Geometry
 
 def to_geometry(frames: np.ndarray, geometry: Geometry) -> Tensor:
     """uint8 [T, H, W, 3] -> uint8 [T, 3, geometry.height, geometry.width]; antialiased."""
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.require(frames, requirements=["C", "W"])).permute(0, 3, 1, 2)
     if geometry.fit == "crop":
         pixels = _resize(pixels, _short_side(pixels, geometry), geometry)
         return _centre(pixels, geometry.height, geometry.width).contiguous()

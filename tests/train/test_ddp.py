@@ -1,0 +1,54 @@
+"""Two processes, one of them with a text-only batch, give one process's gradients."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import frames, tokenizer_folder, write_video
+
+SCRIPT = Path(__file__).with_name("ddp_run.py")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Even samples have a clip, odd ones are text: rank 1 of two never sees a clip."""
+    folder = tmp_path_factory.mktemp("ddp")
+    lines = []
+    for index in range(8):
+        content = [{"type": "text", "text": f"Question {index}: what moves?"}]
+        if index % 2 == 0:
+            write_video(folder / f"clips/{index}.mp4", frames(index, 8))
+            content.insert(0, {"type": "video", "path": f"clips/{index}.mp4"})
+        answer = "A red square moves left." if index % 4 else "left"
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"id": str(index), "messages": messages}))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "data.jsonl"
+
+
+def run(data: Path, out: Path, processes: int) -> dict[str, torch.Tensor]:
+    """Gradients of the first step over the same four samples."""
+    from safetensors.torch import load_file
+
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launch, str(SCRIPT), str(data), str(out), tokenizer_folder()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(out / "gradients.safetensors")
+
+
+def test_two_processes_give_one_processs_gradients(data, tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one, two = run(data, tmp_path / "one", 1), run(data, tmp_path / "two", 2)
+    assert set(one) == set(two)
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, atol=2e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    assert any("front_end" in name and bool((value != 0).any()) for name, value in two.items())

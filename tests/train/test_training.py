@@ -1,0 +1,169 @@
+"""Training is the same however it is cut: accumulated, resumed, with workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import frames, tiny_recipe, tokenizer_folder, write_video
+
+from mmllm.contract.errors import UserError
+from mmllm.recipe import Recipe
+from mmllm.train.run import Options, Stopped, train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Twelve conversations over clips, with answers of unequal length and some without media."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for index in range(12):
+        content = [{"type": "text", "text": f"Question {index}: what moves?"}]
+        if index % 3:
+            write_video(folder / f"clips/{index}.mp4", frames(index, 8))
+            content.insert(0, {"type": "video", "path": f"clips/{index}.mp4"})
+        answer = "A red square moves left." if index % 2 else "left"
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"id": f"sample-{index}", "messages": messages}))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "data.jsonl"
+
+
+def recipe(data: Path, **stage: object) -> Recipe:
+    """A tiny recipe with one stage over `data`."""
+    made = tiny_recipe()
+    made.model["llm"]["tokenizer"] = tokenizer_folder()
+    settings = {"data": str(data), "trains": ["encoders", "connector", "llm"], "steps": 6, "batch": 4, "lr": 1e-3}
+    made.data["stages"] = {"instruct": {**settings, **stage}}
+    return made
+
+
+def losses(run: Path) -> list[float]:
+    """Losses of a run, step by step."""
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def options(**changes: object) -> Options:
+    """Options for a quiet run that logs every step."""
+    return Options(**{"jobs": 0, "device": "cpu", "quiet": True, "log_steps": 1, "cache": Path("unused"), **changes})
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The trained weights."""
+    from safetensors.torch import load_file
+
+    return load_file(run / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory) -> Path:
+    """An uninterrupted run without workers and without accumulation."""
+    out = tmp_path_factory.mktemp("straight")
+    train(recipe(data), out, options())
+    return out
+
+
+def test_a_run_leaves_what_it_promises(straight):
+    names = {path.name for path in straight.iterdir()}
+    assert {"command.txt", "recipe.yaml", "environment.json", "status.json", "log.jsonl", "curves.png"} <= names
+    assert (straight / "model" / "recipe.yaml").is_file()
+    assert len(losses(straight)) == 6
+    assert losses(straight)[-1] < losses(straight)[0]
+
+
+def test_accumulation_four_times_one_is_one_times_four(data, straight, tmp_path):
+    train(recipe(data, micro_batch=1), tmp_path, options())
+    assert losses(tmp_path) == pytest.approx(losses(straight), abs=2e-5)
+    for name, value in weights(straight).items():
+        torch.testing.assert_close(weights(tmp_path)[name], value, atol=2e-4, rtol=0)
+
+
+def test_two_workers_are_none(data, straight, tmp_path):
+    train(recipe(data), tmp_path, options(jobs=2))
+    assert losses(tmp_path) == losses(straight)
+
+
+def test_resumed_is_uninterrupted(data, straight, tmp_path, monkeypatch):
+    from mmllm.train import progress
+
+    stop = progress.StopOnSignal.on_step_end
+
+    def stop_after_three(self, args, state, control, **kwargs):
+        if state.global_step == 3 and self.signal is None:
+            self.signal = 15
+        stop(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.StopOnSignal, "on_step_end", stop_after_three)
+        with pytest.raises(Stopped) as stopped:
+            train(recipe(data), tmp_path, options())
+    assert stopped.value.checkpoint.name == "checkpoint-3"
+    assert "instruct" not in json.loads((tmp_path / "status.json").read_text() if (tmp_path / "status.json").exists() else '{"x": 0}')
+    train(recipe(data), tmp_path, options())
+    assert losses(tmp_path) == losses(straight)
+    for name, value in weights(straight).items():
+        assert torch.equal(weights(tmp_path)[name], value), name
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(data, straight, tmp_path):
+    from mmllm.train.trainer import last_checkpoint
+
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "complete").touch()
+    (tmp_path / "checkpoint-10").mkdir()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert not (tmp_path / "checkpoint-10").exists()
+
+
+def test_a_finished_run_is_not_run_again(data, straight):
+    before = (straight / "log.jsonl").read_text()
+    train(recipe(data), straight, options())
+    assert (straight / "log.jsonl").read_text() == before
+
+
+def test_another_recipe_in_the_folder_is_refused_with_the_keys(data, straight):
+    with pytest.raises(UserError, match=r"stages\.instruct\.lr"):
+        train(recipe(data, lr=1e-2), straight, options())
+
+
+def test_gradients_reach_what_trains_and_nothing_else(data, tmp_path, straight):
+    train(recipe(data, trains=["connector"], steps=2), tmp_path, options())
+    from mmllm.build import build_model
+    from transformers import set_seed
+
+    set_seed(0)
+    fresh = build_model(recipe(data)).state_dict()
+    for name, value in weights(tmp_path).items():
+        moved = not torch.equal(value, fresh[name])
+        assert moved == ("front_end.parts" in name), name
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_samples(data, tmp_path):
+    with pytest.raises(UserError, match=r"sample-\d+.*checkpoint-1 is intact"):
+        train(recipe(data, lr=1e30, warmup=0.0, clip=1e30, schedule="constant"), tmp_path, options(save_steps=1))
+    from safetensors.torch import load_file
+
+    kept = load_file(tmp_path / "stages" / "1-instruct" / "checkpoint-1" / "model.safetensors")
+    assert kept
+
+
+def test_the_batch_is_global(data):
+    from mmllm.train.stage import micro_batch
+
+    made = recipe(data, batch=12, micro_batch=2)
+    stage = made.stages["instruct"]
+    assert micro_batch("instruct", stage, made, 1) == (2, 6)
+    assert micro_batch("instruct", stage, made, 3) == (2, 2)
+    with pytest.raises(UserError, match="12 samples over 5 processes"):
+        micro_batch("instruct", stage, made, 5)
+
+
+def test_a_shared_stage_is_trained_once(data, tmp_path):
+    made = recipe(data, trains=["llm"], share=True, steps=2)
+    train(made, tmp_path / "a", options(cache=tmp_path / "cache"))
+    train(made, tmp_path / "b", options(cache=tmp_path / "cache"))
+    assert not (tmp_path / "b" / "log.jsonl").exists()
+    for name, value in weights(tmp_path / "a").items():
+        assert torch.equal(weights(tmp_path / "b")[name], value), name
