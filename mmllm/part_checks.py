@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmllm.configuration import MMLLMConfig
 from mmllm.contract.arguments import bind
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Encoder, Part, Site
@@ -75,7 +76,7 @@ class _ConnectorRun:
     def __init__(self, part: Part, inputs: tuple[TokenSpec, ...]) -> None:
         self.part, self.inputs = part, inputs
 
-    def tokens(self, clips: list[int]) -> list[VisualTokens]:
+    def _tokens(self, clips: list[int]) -> list[VisualTokens]:
         result = []
         for place, spec in enumerate(self.inputs):
             rows = [torch.randn(spec.tokens, spec.width, generator=_generator(clip * 97 + place)) for clip in clips]
@@ -84,7 +85,7 @@ class _ConnectorRun:
         return result
 
     def __call__(self, clips: list[int], part: nn.Module | None = None) -> VisualTokens:
-        return (part or self.part)(*self.tokens(clips))
+        return (part or self.part)(*self._tokens(clips))
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -110,21 +111,14 @@ def _no_garbage(cls: type, arguments: dict[str, Any], inputs: tuple, real: Part,
     with torch.no_grad():
         for tensor in [*part.parameters(), *part.buffers()]:
             tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
-    for module in part.modules():
-        MMLLMPreTrainedModel._init_weights(_Initialiser, module)
+    model = MMLLMPreTrainedModel(MMLLMConfig(text_config={"model_type": "llama"}))
+    model.part = part
+    for module in model.modules():  # a tower marks its modules as initialised when it is built
+        module.__dict__.pop("_is_hf_initialized", None)
+    model.initialize_weights()
     for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise UserError(where, f"{name} stays unwritten when a checkpoint lacks it", hint="reset_parameters()")
-
-
-class _Initialiser:
-    """Stands for a model where only its way of initialising a module is wanted."""
-
-    config = type("Config", (), {"initializer_range": 0.02})()
-
-    @classmethod
-    def get_text_config(cls) -> Any:
-        return cls.config
 
 
 def _gradients_reach(part: Part, run: Any, where: str) -> None:

@@ -92,10 +92,11 @@ def check(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
     from mmllm.build import build_processor, check_shapes
     from mmllm.train.stage import freeze_names, load_data, micro_batch
 
+    chosen = _chosen(recipe, stages)
     front = check_shapes(recipe)
     processor = build_processor(recipe)
     facts: dict[str, Any] = {"recipe": recipe.name, "out": str(out)}
-    for name, stage in _chosen(recipe, stages).items():
+    for name, stage in chosen.items():
         objective = build_objective(stage.objective, recipe.where(f"stages.{name}.objective"))
         freeze_names(front, stage.trains, recipe.where(f"stages.{name}.trains"))
         data = load_data(stage, recipe)

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         add_generation_prompt=True,
         processor_kwargs={"frames": options.frames, "fps": options.fps},
     )
-    _say(batch, options.quiet)
+    _say(batch, _visual_tokens(batch, processor), options.quiet)
     start, pieces = time.perf_counter(), []
     for piece in stream_answer(model, processor, batch, max_new_tokens=options.max_new_tokens):
         pieces.append(piece)
@@ -69,21 +69,21 @@ def run(options: argparse.Namespace) -> int:
     answer = "".join(pieces).strip()
     if options.json:
         seconds = round(time.perf_counter() - start, 3)
-        visual = sum(clip["tokens"] for clip in _clips(batch, processor))
+        visual = _visual_tokens(batch, processor)
         print_json({"answer": answer, "visual_tokens": visual, "seconds": seconds})
     else:
         print()
     return 0
 
 
-def _clips(batch: Any, processor: Any) -> list[dict[str, Any]]:
-    return [
-        {**clip, "tokens": sum(stream.tokens for stream in processor.front_end.streams(clip["spec"]))}
-        for clip in batch["visual"]["media"]
-    ]
+def _visual_tokens(batch: Any, processor: Any) -> int:
+    """How many positions of the prompt are visual."""
+    specs = [batch["visual"]["media"][clip]["spec"] for clip, _ in batch["visual"]["pairs"]]
+    streams = [processor.front_end.streams(spec) for spec in specs]
+    return sum(streams[pair][stream].tokens for _, _, pair, stream in batch["visual"]["spans"].tolist())
 
 
-def _say(batch: Any, quiet: bool) -> None:
+def _say(batch: Any, visual: int, quiet: bool) -> None:
     if quiet:
         return
     for clip in batch["visual"]["media"]:
@@ -92,4 +92,4 @@ def _say(batch: Any, quiet: bool) -> None:
             print("1 image", file=sys.stderr)
         else:
             print(f"{spec.frames} frames from {times[0]:.2f} to {times[-1]:.2f} s", file=sys.stderr)
-    print(f"{batch['input_ids'].shape[1]} tokens in the prompt", file=sys.stderr)
+    print(f"{visual} visual tokens, {batch['input_ids'].shape[1]} in the prompt", file=sys.stderr)

@@ -42,8 +42,10 @@ def calm_libraries() -> None:
 
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for name in ("transformers", "accelerate", "deepspeed", "DeepSpeed", "torch"):
+    for name in ("transformers", "accelerate", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed sets its own level when it is imported, and writes to stdout.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     from transformers.utils import logging as library
 
     library.set_verbosity_error()

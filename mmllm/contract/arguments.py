@@ -94,7 +94,7 @@ def _parse(value: Any, annotation: Any) -> Any:
 
 def _parse_union(value: Any, options: tuple) -> Any:
     for option in options:
-        if type(value) is option:
+        if type(value) is option and option is not str:
             return value
     ordered = sorted(options, key=lambda option: option is str)  # text last: everything on a command line is text
     for option in ordered:

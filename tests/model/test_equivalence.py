@@ -16,7 +16,11 @@ def conversations() -> list[list[dict]]:
     return [
         [turn("How many objects move?")],
         [turn(picture(1), "What color is it?")],
-        [turn(picture(2), "and", video(3), "What moves?"), turn("left", role="assistant"), turn(picture(4), "And here?")],
+        [
+            turn(picture(2), "and", video(3), "What moves?"),
+            turn("left", role="assistant"),
+            turn(picture(4), "And here?"),
+        ],
         [turn(video(5), "Where is the red square at the end?")],
     ]
 

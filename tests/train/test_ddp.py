@@ -50,5 +50,7 @@ def test_two_processes_give_one_processs_gradients(data, tmp_path):
     one, two = run(data, tmp_path / "one", 1), run(data, tmp_path / "two", 2)
     assert set(one) == set(two)
     for name, gradient in one.items():
-        torch.testing.assert_close(two[name], gradient, atol=2e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            two[name], gradient, atol=2e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
     assert any("front_end" in name and bool((value != 0).any()) for name, value in two.items())

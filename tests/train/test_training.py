@@ -100,7 +100,9 @@ def test_resumed_is_uninterrupted(data, straight, tmp_path, monkeypatch):
         with pytest.raises(Stopped) as stopped:
             train(recipe(data), tmp_path, options())
     assert stopped.value.checkpoint.name == "checkpoint-3"
-    assert "instruct" not in json.loads((tmp_path / "status.json").read_text() if (tmp_path / "status.json").exists() else '{"x": 0}')
+    assert "instruct" not in json.loads(
+        (tmp_path / "status.json").read_text() if (tmp_path / "status.json").exists() else '{"x": 0}'
+    )
     train(recipe(data), tmp_path, options())
     assert losses(tmp_path) == losses(straight)
     for name, value in weights(straight).items():
@@ -130,8 +132,9 @@ def test_another_recipe_in_the_folder_is_refused_with_the_keys(data, straight):
 
 def test_gradients_reach_what_trains_and_nothing_else(data, tmp_path, straight):
     train(recipe(data, trains=["connector"], steps=2), tmp_path, options())
-    from mmllm.build import build_model
     from transformers import set_seed
+
+    from mmllm.build import build_model
 
     set_seed(0)
     fresh = build_model(recipe(data)).state_dict()

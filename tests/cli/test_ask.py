@@ -1,0 +1,59 @@
+"""`mmllm ask` over every kind of file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import frames, image, tiny_model, tiny_processor, tiny_recipe, write_video
+
+from mmllm.cli import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A saved tiny model."""
+    folder = tmp_path_factory.mktemp("model")
+    recipe = tiny_recipe()
+    tiny_model(recipe).save_pretrained(folder)
+    tiny_processor(recipe).save_pretrained(folder)
+    return folder
+
+
+def answer(capsys: pytest.CaptureFixture, *words: object) -> dict:
+    """The JSON that asking prints."""
+    assert main(["ask", "--json", *map(str, words), "What moves?"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_several_media_in_their_order(capsys, model, tmp_path):
+    clip = write_video(tmp_path / "clip.mp4", frames(0, 16))
+    image(1).save(tmp_path / "a.png")
+    found = answer(capsys, "--model", model, "--image", tmp_path / "a.png", "--video", f"{clip}#t=0.5,1.5")
+    assert found["visual_tokens"] == 9 + 4 * 9
+    more = answer(capsys, "--model", model, "--frames", 6, "--video", clip, "--video", clip)
+    assert more["visual_tokens"] == 2 * 6 * 9
+
+
+def test_text_alone_and_streamed_output(capsys, model):
+    assert main(["ask", "--model", str(model), "--quiet", "--max-new-tokens", "4", "What moves?"]) == 0
+    streamed = capsys.readouterr().out.strip()
+    found = answer(capsys, "--model", model, "--max-new-tokens", 4)
+    assert found["answer"] == streamed
+    assert found["visual_tokens"] == 0
+
+
+@pytest.mark.shared
+def test_every_shared_file_is_answered(capsys, model, shared):
+    files = sorted(path for path in (shared / "data" / "videos").iterdir() if path.suffix in (".mp4", ".avi", ".jpg"))
+    assert len(files) == 12
+    for path in files:
+        kind = "--image" if path.suffix == ".jpg" else "--video"
+        found = answer(capsys, "--model", model, kind, path)
+        assert found["visual_tokens"] == (9 if kind == "--image" else 36)
+
+
+def test_the_committed_clip_is_answered(capsys, model):
+    clip = Path(__file__).parents[1] / "assets" / "tablet_drawing.mp4"
+    assert answer(capsys, "--model", model, "--video", clip)["visual_tokens"] == 36

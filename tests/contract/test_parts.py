@@ -1,0 +1,139 @@
+"""One test over every registered part, and the rules of the registry."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mmllm.contract import registry
+from mmllm.contract.errors import UserError
+from mmllm.contract.parts import Part, Site
+from mmllm.contract.types import Grid, MediaSpec, TokenSpec, VisualTokens
+from mmllm.part_checks import check_part
+
+PARTS = [(kind, name) for kind in ("encoder", "connector") for name in sorted(registry.parts(kind))]
+
+
+@pytest.mark.parametrize(("kind", "name"), PARTS, ids=lambda value: value)
+def test_part_keeps_the_contract(kind, name):
+    assert check_part(kind, name) >= 1
+
+
+@pytest.mark.parametrize(("kind", "name"), PARTS, ids=lambda value: value)
+def test_no_submodule_is_hidden_by_a_method(kind, name):
+    cls = registry.find(kind, name)
+    for arguments, inputs in cls.examples():
+        specs = () if kind == "encoder" else inputs
+        for module in cls(Site(specs, 16), **arguments).modules():
+            for child in module._modules:
+                assert not hasattr(nn.Module, child), f"{name}: {child} hides a method"
+
+
+class Liar(Part):
+    """Declares one token more than it makes."""
+
+    def __init__(self, site: Site, *, lie: bool = True) -> None:
+        super().__init__(site)
+        self.lie = lie
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def output_spec(self, *inputs):
+        return TokenSpec(inputs[0].media, inputs[0].tokens + self.lie, inputs[0].width)
+
+    def forward(self, *inputs):
+        index = torch.arange(inputs[0].values.shape[1])
+        return inputs[0].new(inputs[0].values * self.weight, None, index=index)
+
+    @classmethod
+    def examples(cls):
+        yield {}, (TokenSpec(MediaSpec("video", 2), 8, 4, Grid(2, 2, 2)),)
+
+
+class Unwritten(Liar):
+    """Leaves its raw weight to chance when a checkpoint lacks it."""
+
+    @classmethod
+    def examples(cls):
+        yield {"lie": False}, (TokenSpec(MediaSpec("video", 2), 8, 4, Grid(2, 2, 2)),)
+
+
+@pytest.mark.parametrize(("cls", "says"), [(Liar, "declared is not real"), (Unwritten, "stays unwritten")])
+def test_the_check_finds_what_breaks_the_contract(cls, says, monkeypatch):
+    registry.parts("connector")
+    monkeypatch.setitem(registry._parts["connector"], "bad", cls)
+    with pytest.raises(UserError, match=says):
+        check_part("connector", "bad")
+
+
+def test_names_are_exact_and_unknown_ones_get_the_nearest():
+    with pytest.raises(UserError, match="Try: linear"):
+        registry.find("connector", "liner")
+    with pytest.raises(UserError):
+        registry.find("connector", "LINEAR")
+
+
+def test_a_duplicate_is_an_error_and_the_same_source_is_not(tmp_path):
+    with pytest.raises(UserError, match="the name is taken"):
+        registry.register("connector", "linear")(Liar)
+    plugin = tmp_path / "twice.py"
+    plugin.write_text(
+        "from mmllm.contract.parts import Part\nfrom mmllm.contract.registry import register\n\n"
+        "@register('connector', 'twice')\nclass Twice(Part):\n    pass\n"
+    )
+    registry.load_plugin(plugin)
+    registry.load_plugin(plugin)
+    del registry._parts["connector"]["twice"]
+
+
+def tokens(grid: Grid, width: int = 3, seed: int = 0) -> VisualTokens:
+    """Random tokens on a grid."""
+    from mmllm.encoders.tokens import at_times, frame_tokens
+
+    values = torch.randn(2, grid.tokens, width, generator=torch.Generator().manual_seed(seed))
+    made = frame_tokens(values, MediaSpec("video", grid.t), grid, grid.t)
+    return at_times(made, torch.arange(float(grid.t)).expand(2, -1))
+
+
+@pytest.mark.parametrize("name", ["pool", "newline", "temporal_spatial_mean"])
+def test_sizes_are_kept_in_sum_and_positions_stay_inside(name):
+    cls = registry.find("connector", name)
+    for arguments, inputs in cls.examples():
+        spec = inputs[0]
+        given = tokens(spec.grid, spec.width)
+        given.media = spec.media
+        out = cls(Site(inputs, 16), **arguments)(given)
+        torch.testing.assert_close(out.sizes.sum(1), given.sizes.sum(1), atol=1e-4, rtol=0)
+        assert out.positions[..., 1:].min() >= 0
+        assert out.positions[..., 1:].max() <= 1
+        assert out.positions[..., 0].max() <= spec.grid.t
+
+
+def test_pooling_equals_the_librarys():
+    pool = registry.find("connector", "pool")
+    given = tokens(Grid(5, 7, 6), 4)
+    grid = given.as_grid().permute(0, 4, 1, 2, 3)
+    ours = pool(Site((given.spec,), 16), grid=(2, 3, 4))(given)
+    theirs = nn.functional.adaptive_avg_pool3d(grid, (2, 3, 4))
+    torch.testing.assert_close(ours.as_grid().permute(0, 4, 1, 2, 3), theirs, atol=1e-6, rtol=0)
+    ours = pool(Site((given.spec,), 16), kernel=(1, 2, 2), mode="bilinear")(given)
+    frames = grid.transpose(1, 2).flatten(0, 1)
+    theirs = nn.functional.interpolate(frames, size=(4, 3), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(ours.as_grid().flatten(0, 1).permute(0, 3, 1, 2), theirs, atol=1e-6, rtol=0)
+    even = tokens(Grid(4, 6, 6), 4)
+    ours = pool(Site((even.spec,), 16), kernel=(2, 3, 2))(even)
+    theirs = nn.functional.avg_pool3d(even.as_grid().permute(0, 4, 1, 2, 3), (2, 3, 2))
+    torch.testing.assert_close(ours.as_grid().permute(0, 4, 1, 2, 3), theirs, atol=1e-6, rtol=0)
+
+
+def test_newlines_stand_where_they_are_asked_for():
+    newline = registry.find("connector", "newline")
+    given = tokens(Grid(2, 2, 3), 4)
+    for at, places in {"one": [12], "frame": [6, 13], "row": [3, 7, 11, 15]}.items():
+        part = newline(Site((given.spec,), 16), at=at)
+        out = part(given)
+        assert [i for i in range(out.values.shape[1]) if bool((out.sizes[0, i] == 0).all())] == places
+        for place in places:
+            assert torch.equal(out.values[1, place], part.embedding)
+        rest = [i for i in range(out.values.shape[1]) if i not in places]
+        assert torch.equal(out.values[:, rest], given.values)

@@ -1,0 +1,130 @@
+"""Recipes: every shipped one builds and fits; mistakes are named by file and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmllm import recipe as recipes
+from mmllm.build import check_shapes
+from mmllm.contract.errors import UserError
+from mmllm.contract.types import MediaSpec
+from mmllm.walk import walk
+
+MODELS = [name for name in recipes.names() if name != "nano/base"]
+# tokens of a video into the LLM, parameters of the whole in units of 1e6
+FIGURES = {
+    "llava": (8 * 24 * 24, 7063),
+    "video_chatgpt": (100 + 256, 7046),
+    "llava_onevision_video": (32 * 196 + 1, 8030),
+    "nano/llava": (8 * 9, None),
+    "nano/video_chatgpt": (8 + 9, None),
+    "nano/llava_onevision_video": (8 * 9 + 1, None),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_shipped_recipe_walks_to_its_figures(name):
+    tokens, millions = FIGURES[name]
+    rows = walk(recipes.load(name))
+    assert rows[-1].tokens == tokens
+    assert all(row.macs > 0 for row in rows if row.type not in ("newline", "temporal_spatial_mean"))
+    if millions is not None:
+        assert sum(row.parameters for row in rows) / 1e6 == pytest.approx(millions, rel=0.002)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_dumped_recipe_is_the_same(name, tmp_path):
+    first = recipes.load(name)
+    (tmp_path / "r.yaml").write_text(first.dump())
+    assert recipes.load(tmp_path / "r.yaml").data == first.data
+
+
+def write(folder: Path, **sections: object) -> Path:
+    """A recipe on the nano base with other sections."""
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({"base": "nano/base", **sections}))
+    return path
+
+
+def problem(path: Path | str, *overrides: str) -> str:
+    """The one line that a mistake gives."""
+    with pytest.raises(UserError) as error:
+        check_shapes(recipes.load(path, overrides))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_overrides_address_by_name_and_are_typed():
+    made = recipes.load(
+        "nano/llava", ["stages.instruct.lr=1e-5", "model.encoders.nano.grid=3,3", "model.media.frames=4"]
+    )
+    assert made.stages["instruct"].lr == 1e-5
+    made = recipes.load("nano/llava_onevision_video", ["model.connector.pool.kernel=2,3,3"])
+    assert check_shapes(made).streams(MediaSpec("video", 8))[0].tokens == 4 * 2 * 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("stages.instruct.lrr=1", "stages.instruct.lrr: unknown key. Try: lr"),
+        ("model.connector.mpl.width=3", "model.connector.mpl: no such key. Try: mlp"),
+        ("model.encoders.nano.sise=3", "model.encoders.nano.sise: unknown key. Try: size"),
+        ("stages.instruct.lr=fast", "stages.instruct.lr: wrong type, expected float"),
+        ("model.encoders.nano.size=big", "model.encoders.nano.size: wrong type, expected int"),
+        ("model.media.frames=0", "bad number of frames"),
+        ("nonsense", "not an override"),
+    ],
+)
+def test_wrong_overrides(override, says):
+    assert says in problem("nano/llava", override)
+
+
+def test_unknown_names():
+    assert "Try: llava" in problem("lava")
+    assert "no such file" in problem("nowhere.yaml")
+
+
+def test_parts_that_do_not_fit_name_both_and_their_shapes(tmp_path):
+    wide = write(tmp_path, model={"connector": [{"type": "mlp", "width": 96}]})
+    assert problem(wide) == "mine.yaml:model.connector.mlp: width 96, llm takes 128. Try: {type: linear} after it"
+    lost = write(tmp_path, model={"connector": ["temporal_spatial_mean", {"type": "pool", "grid": [2, 2, 2]}]})
+    text = problem(lost)
+    assert "model.connector.pool" in text
+    assert "temporal_spatial_mean: 17 tokens of width 128 (no grid)" in text
+
+
+def test_a_recipe_names_what_is_wrong_in_it(tmp_path):
+    assert "mine.yaml:model.connector.mpl.type: no connector is called 'mpl'" in problem(
+        write(tmp_path, model={"connector": [{"type": "mpl"}]})
+    )
+    assert "mine.yaml:modell: unknown key. Try: model" in problem(write(tmp_path, modell={}))
+    assert "mine.yaml:model.connector.mlp.in: nothing above is called 'nono'. Try: nano" in problem(
+        write(tmp_path, model={"connector": [{"type": "mlp", "in": "nono"}]})
+    )
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    assert "not YAML" in problem(tmp_path / "broken.yaml")
+    two = write(tmp_path, model={"encoders": {"other": {"type": "nano_conv"}}})
+    assert "which encoder does it read?" in problem(two)
+
+
+def test_bases_merge_maps_and_replace_lists(tmp_path):
+    path = write(tmp_path, model={"media": {"frames": 4}, "connector": ["linear"]})
+    made = recipes.load(path)
+    assert made.model["media"] == {"frames": 4}
+    assert [node["type"] for node in made.model["connector"]] == ["linear"]
+    assert made.model["llm"]["config"]["hidden_size"] == 128
+
+
+def test_only_and_several_streams(tmp_path):
+    connector = [
+        {"type": "mlp"},
+        {"name": "few", "type": "pool", "grid": [2, 1, 1], "only": "video"},
+        {"name": "lines", "type": "newline", "at": "row", "in": "mlp", "only": "image"},
+    ]
+    path = write(tmp_path, model={"connector": connector, "output": {"video": ["few", "mlp"], "image": "lines"}})
+    front = check_shapes(recipes.load(path))
+    assert [spec.tokens for spec in front.streams(MediaSpec("video", 8))] == [2, 72]
+    assert [spec.tokens for spec in front.streams(MediaSpec("image", 1))] == [12]
