@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from mmllm.progress import Progress
-from mmllm.train.run_folder import RunFolder
+from mmllm.run_folder import RunFolder
 
 
 class StageProgress(TrainerCallback):

@@ -12,7 +12,7 @@ from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.parts import Objective
 from mmllm.contract.registry import find
 from mmllm.recipe import Recipe, Stage
-from mmllm.train.run_folder import RunFolder
+from mmllm.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,11 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
     order = {name: index for index, name in enumerate(recipe.stages, start=1)}
     for name, stage in todo.items():
         start = time.perf_counter()
-        _run_stage(name, order[name], stage, recipe, model, processor, run, options)
-        run.finish_stage(name, steps=stage.steps, epochs=stage.epochs, seconds=round(time.perf_counter() - start, 1))
+        try:
+            _run_stage(name, order[name], stage, recipe, model, processor, run, options)
+        finally:
+            run.add_seconds(name, time.perf_counter() - start)
+        run.finish_stage(name, steps=stage.steps, epochs=stage.epochs)
     return run
 
 

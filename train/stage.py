@@ -11,9 +11,9 @@ from mmllm.contract.errors import UserError, nearest
 from mmllm.data.conversations import ConversationFile, Joined
 from mmllm.front_end import FrontEnd
 from mmllm.recipe import Recipe, Stage
+from mmllm.run_folder import RunFolder
 from mmllm.train.progress import StageProgress, StopOnSignal
 from mmllm.train.run import Options, build_objective
-from mmllm.train.run_folder import RunFolder
 from mmllm.train.trainer import StageTrainer, last_checkpoint
 
 

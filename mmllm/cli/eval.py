@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="only the first items of each task")
     parser.add_argument("--frames", type=int, help="frames of each video (default: the model's own)")
     parser.add_argument("--batch", type=int, default=60, help="items a forward (default 60)")
-    parser.add_argument("--out", type=Path, help="where answers and reports go (default MODEL/eval)")
+    parser.add_argument("--out", type=Path, help="where eval/ and report.* go (default: the run folder)")
     common(parser, "--json", "--quiet", "--plugin", "--device", "--dtype", "--dry-run")
     parser.set_defaults(run=run)
 
@@ -52,22 +52,25 @@ def run(options: argparse.Namespace) -> int:
     calm_libraries()
     from mmllm.api import load, model_folder
     from mmllm.eval.report import run_report
+    from mmllm.run_folder import add_seconds, read_seconds
 
-    reports, holes = {}, False
+    results, holes = {}, False
     for path in options.model:
         roots = _roots(path, names, options.root)
         model, processor = load(path, device=pick_device(options.device), dtype=options.dtype or "auto")
-        out = options.out or _beside(model_folder(path))
-        one, seconds = {}, {}
+        out = options.out or _run_folder(model_folder(path))
+        reports = {}
         for name in names:
             start = time.perf_counter()
-            one[name] = _evaluate(model, processor, name, Path(roots[name]), out, options)
-            seconds[f"eval_{name}"] = round(time.perf_counter() - start, 1)
-        reports[path] = run_report(one, seconds, out)
-        holes |= any(report.missing for report in one.values())
-        _print(path, one, out, options)
+            try:
+                reports[name] = _evaluate(model, processor, name, Path(roots[name]), out / "eval", options)
+            finally:
+                add_seconds(out, f"eval_{name}", time.perf_counter() - start)
+        results[path] = run_report(reports, read_seconds(out), out)
+        holes |= any(report.missing for report in reports.values())
+        _print(path, reports, out, options)
     if options.json:
-        print_json(reports if len(reports) > 1 else next(iter(reports.values())))
+        print_json(results if len(results) > 1 else next(iter(results.values())))
     return 3 if holes else 0
 
 
@@ -127,8 +130,8 @@ def _roots(model: str, names: list[str], given: list[str] | None) -> dict[str, s
     return {**known, **roots}
 
 
-def _beside(model: Path) -> Path:
-    return (model.parent if model.name == "model" else model) / "eval"
+def _run_folder(model: Path) -> Path:
+    return model.parent if model.name == "model" else model
 
 
 def _check(names: list[str], roots: dict[str, str], as_json: bool) -> int:

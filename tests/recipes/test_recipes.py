@@ -58,9 +58,7 @@ def problem(path: Path | str, *overrides: str) -> str:
 
 
 def test_overrides_address_by_name_and_are_typed():
-    made = recipes.load(
-        "nano/llava", ["stages.instruct.lr=1e-5", "model.encoders.nano.grid=3,3", "model.media.frames=4"]
-    )
+    made = recipes.load("nano/llava", ["stages.instruct.lr=1e-5", "model.encoders.nano.grid=3,3"])
     assert made.stages["instruct"].lr == 1e-5
     made = recipes.load("nano/llava_onevision_video", ["model.connector.pool.kernel=2,3,3"])
     assert check_shapes(made).streams(MediaSpec("video", 8))[0].tokens == 4 * 2 * 2 + 1

@@ -61,6 +61,10 @@ class RunFolder:
         status["stages"][name] = facts
         self._replace_text("status.json", json.dumps(status, indent=1))
 
+    def add_seconds(self, step: str, seconds: float) -> None:
+        """Count time of a step, over all the times it was continued."""
+        add_seconds(self.path, step, seconds)
+
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to log.jsonl."""
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
@@ -89,6 +93,20 @@ class RunFolder:
         fresh = self.path / f"{name}.new"
         fresh.write_text(text)
         os.replace(fresh, self.path / name)
+
+
+def add_seconds(run: Path, step: str, seconds: float) -> None:
+    """Add to `RUN/seconds/STEP`, a file with one number."""
+    path = run / "seconds" / step
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = float(path.read_text()) if path.is_file() else 0.0
+    path.write_text(f"{before + seconds:.1f}\n")
+
+
+def read_seconds(run: Path) -> dict[str, float]:
+    """{step: seconds} of everything that was timed, in the order in which the steps began."""
+    files = (run / "seconds").glob("*") if (run / "seconds").is_dir() else ()
+    return {path.name: float(path.read_text()) for path in sorted(files, key=lambda path: path.stat().st_mtime)}
 
 
 def environment() -> dict[str, Any]:
