@@ -94,6 +94,9 @@ class PyAVBackend(Backend):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
+        from av.video.reformatter import VideoReformatter
+
+        self._reformatter = VideoReformatter()
         self._container: av.container.InputContainer | None = None
         self._stream: av.VideoStream
         self._first: av.VideoFrame | None = None
@@ -232,7 +235,9 @@ class PyAVBackend(Backend):
 
     def _picture(self, frame: av.VideoFrame) -> np.ndarray:
         """RGB uint8 ``[H, W, 3]``, upright and of the size of the first frame."""
-        picture = frame.to_ndarray(format="rgb24", width=self._first.width, height=self._first.height)
+        # One reformatter for all frames: a frame's own would set up its tables anew each time.
+        size = {"width": self._first.width, "height": self._first.height}
+        picture = self._reformatter.reformat(frame, format="rgb24", **size).to_ndarray()
         return np.rot90(picture, self._turns) if self._turns else picture
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,13 +175,6 @@ def test_decord_falls_back(make_video: Make, caplog: pytest.LogCaptureFixture, m
     ]
 
 
-def test_small_files_are_quick(make_video: Make) -> None:
-    """Eight of 16 small frames, file opened anew: far below 20 ms even on a busy machine, and one thread only."""
-    path, best = make_video(), float("inf")
-    for _ in range(10):
-        begin = time.perf_counter()
-        read_media(video(path), Sampling())
-        best = min(best, time.perf_counter() - begin)
-    assert best < 0.02
-    with PyAVBackend.open(str(path)) as backend:
+def test_small_files_start_no_threads(make_video: Make) -> None:
+    with PyAVBackend.open(str(make_video())) as backend:
         assert backend._stream.codec_context.thread_count == 1
