@@ -37,6 +37,7 @@ class Stage:
         trains: which parts learn: prefixes among `encoders`, `encoders.NAME`, `connector`, `connector.NAME`, `llm`.
         steps, epochs: length; exactly one.
         batch: samples of one optimizer step over all processes. micro_batch: samples of one forward of one process.
+        optimizer: "adamw", or "muon": Muon on hidden matrices, AdamW on the rest. muon_lr: Muon's own peak.
         lr: peak learning rate. schedule: its shape after the warm-up. warmup: share of the steps.
         weight_decay: on matrices only. clip: largest gradient norm.
         init: a run or model folder whose weights it starts from; default: the stage before.
@@ -50,7 +51,9 @@ class Stage:
     epochs: float | None = None
     batch: int = 32
     micro_batch: int | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
+    muon_lr: float = 1e-2
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0

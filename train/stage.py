@@ -89,6 +89,7 @@ def make_trainer(
         callbacks=[progress, stopper],
         objective=objective,
         stage=name,
+        muon_lr=stage.muon_lr if stage.optimizer == "muon" else None,
     )
     _drop_printer(trainer)
     progress.trainer = trainer

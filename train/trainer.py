@@ -25,15 +25,28 @@ class StageTrainer(Trainer):
     Args:
         objective: what the stage optimises; called inside the model's forward.
         stage: name of the stage, for messages.
+        muon_lr: peak learning rate of Muon; None = AdamW alone.
     """
 
-    def __init__(self, *args: Any, objective: Objective, stage: str = "stage", **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, objective: Objective, stage: str = "stage", muon_lr: float | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.objective, self.stage = objective, stage
+        self.objective, self.stage, self.muon_lr = objective, stage, muon_lr
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the count of all micro-batches itself
         self.data_seconds = 0.0
         self.term_sums: dict[str, float] = {}
         self.checkpoint: Path | None = None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The library's optimizer, or Muon beside it where the stage asks for that."""
+        if self.muon_lr is None:
+            return super().create_optimizer(model)
+        if self.optimizer is None:
+            from mmllm.train.optimizer import muon
+
+            self.optimizer = muon(self.model, self.args.learning_rate, self.muon_lr, self.args.weight_decay)
+        return self.optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

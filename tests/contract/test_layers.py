@@ -15,7 +15,7 @@ LAYERS = {
     "mmllm.data": {"contract"},
     "mmllm.world": {"contract"},
     "mmllm.encoders": {"contract"},
-    "mmllm.connectors": {"contract", "encoders"},
+    "mmllm.connectors": {"contract"},
     "mmllm.train": {"contract", "data", "encoders", "connectors", "core"},
     "mmllm.eval": {"contract", "data", "encoders", "connectors", "core"},
 }

@@ -170,3 +170,22 @@ def test_a_shared_stage_is_trained_once(data, tmp_path):
     assert not (tmp_path / "b" / "log.jsonl").exists()
     for name, value in weights(tmp_path / "a").items():
         assert torch.equal(weights(tmp_path / "b")[name], value), name
+
+
+def test_a_run_with_muon_resumes_to_the_same_losses(data, tmp_path, monkeypatch):
+    from mmllm.train import progress
+
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    train(recipe(data, optimizer="muon"), straight, options())
+    stop = progress.StopOnSignal.on_step_end
+
+    def stop_after_two(self, args, state, control, **kwargs):
+        self.signal = 15 if state.global_step == 2 else self.signal
+        stop(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.StopOnSignal, "on_step_end", stop_after_two)
+        with pytest.raises(Stopped):
+            train(recipe(data, optimizer="muon"), cut, options())
+    train(recipe(data, optimizer="muon"), cut, options())
+    assert losses(cut) == losses(straight)
