@@ -43,7 +43,7 @@ setup(
     extras_require={
         "demo": ["gradio>=5"],
         "deepspeed": ["deepspeed>=0.17"],
-        "dev": ["pytest>=8", "ruff>=0.9", "build>=1"],
+        "dev": ["pytest>=8", "ruff>=0.9", "setuptools>=77"],
     },
     entry_points={"console_scripts": ["mmllm=mmllm.cli:main"]},
 )

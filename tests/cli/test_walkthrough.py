@@ -1,0 +1,94 @@
+"""The path a user walks, end to end on the tiny world: make, train, evaluate, continue."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmllm.cli import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """The tiny NanoWorld."""
+    folder = tmp_path_factory.mktemp("walk") / "world"
+    assert main(["world", "make", "--out", str(folder), "--level", "tiny", "--quiet", "--jobs", "1"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(world) -> Path:
+    """A run of both stages, two steps each."""
+    out = world.parent / "run"
+    words = ["train", "nano/llava", "--out", str(out), "--quiet", "--device", "cpu", "--jobs", "0"]
+    words += ["--cache-dir", str(world.parent / "cache"), f"roots.world={world}"]
+    words += ["stages.text.steps=2", "stages.instruct.steps=2", "stages.text.batch=4", "stages.instruct.batch=4"]
+    assert main(words) == 0
+    return out
+
+
+def test_evaluation_reports_with_floors_and_denominator(run, capsys):
+    words = ["eval", "--model", str(run), "--quiet", "--device", "cpu", "--json"]
+    assert main(words) == 0
+    printed = json.loads(capsys.readouterr().out)
+    report = json.loads((run / "report.json").read_text())
+    assert printed == report
+    assert set(report["benchmarks"]) == {"mvbench", "mlvu"}
+    for name, tasks in (("mvbench", 20), ("mlvu", 7)):
+        found = report["benchmarks"][name]
+        scored = {task: row for task, row in found["tasks"].items() if row["score"] is not None}
+        assert len(scored) == tasks
+        assert found["items"] == sum(row["items"] for row in scored.values())
+        assert found["chance"] == pytest.approx({"mvbench": 27.5, "mlvu": 25.0}[name], abs=1.5)
+    assert set(report["seconds"]) == {"text", "instruct", "eval_mvbench", "eval_mlvu"}
+    assert {"report.md", "report.png", "eval"} <= {path.name for path in run.iterdir()}
+    predictions = next((run / "eval" / "mvbench").glob("canonical-*/predictions.jsonl"))
+    before = predictions.read_text()
+    assert main(words) == 0
+    assert predictions.read_text() == before
+
+
+def test_answers_of_another_model_are_refused(run, world, capsys, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    other = shutil.copytree(run / "model", tmp_path / "model")
+    state = load_file(other / "model.safetensors")
+    name = next(iter(state))
+    state[name] = state[name] + 1
+    save_file(state, other / "model.safetensors", metadata={"format": "pt"})
+    words = ["eval", "--model", str(other), "--out", str(run), "--tasks", "mlvu", "--quiet", "--limit", "4"]
+    assert main(words) == 0 or "holds answers of another run" in capsys.readouterr().err
+
+
+def test_a_missing_clip_is_an_error_or_a_printed_hole(run, world, capsys, tmp_path):
+    import shutil
+
+    root = shutil.copytree(world / "mlvu", tmp_path / "mlvu")
+    next((root / "video").rglob("*.mp4")).unlink()
+    words = ["eval", "--model", str(run), "--tasks", "mlvu", "--root", f"mlvu={root}", "--out", str(tmp_path / "out")]
+    assert main([*words, "--quiet", "--baselines", "none"]) == 2
+    assert "missing" in capsys.readouterr().err
+    assert main([*words, "--quiet", "--baselines", "none", "--missing", "skip"]) == 3
+    assert main(["eval", "check", "--tasks", "mlvu", "--root", f"mlvu={root}"]) == 2
+    assert main(["eval", "check", "--tasks", "mvbench", "--root", f"mvbench={world / 'mvbench'}"]) == 0
+
+
+def test_evaluate_from_python(run, world):
+    import mmllm
+
+    model, processor = mmllm.load(run)
+    report = mmllm.evaluate(model, processor, "mvbench", root=world / "mvbench", limit=3, baselines=())
+    assert report.scored == 60
+    assert report.missing == 0
+    assert 0 <= report.average <= 100
+
+
+def test_contact_sheets(world, capsys):
+    assert main(["world", "show", "--out", str(world)]) == 0
+    sheets = capsys.readouterr().out.split()
+    assert len(sheets) == 29
+    assert all(Path(path).is_file() for path in sheets)
