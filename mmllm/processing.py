@@ -238,7 +238,9 @@ class MMLLMProcessor(ProcessorMixin):
                 continue
             example.ids.append(token)
             if answers:
-                learnt = any(start <= offsets[position][0] < end for start, end in rendered.answers)
+                # Overlap, not inclusion: many tokenizers join a word with the blank before it.
+                first, last = offsets[position]
+                learnt = any(last > start and first < end for start, end in rendered.answers)
                 example.labels.append(token if learnt else -100)
         if len(example.media) != len(rendered.media):
             raise UserError(name or "text", "a placeholder was lost in tokenisation")

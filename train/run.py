@@ -144,7 +144,7 @@ def _run_stage(
 
         load_weights(model, recipe.path(stage.init))
     freeze(model, stage.trains, recipe.where(f"stages.{name}.trains"))
-    shared = SharedStage(stage, recipe, processor, options) if stage.share else None
+    shared = SharedStage(name, recipe, processor, options) if stage.share else None
     if shared is not None and shared.load(model):
         run.log_event(name, f"weights of an equal stage taken from {shared.file}")
     else:

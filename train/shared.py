@@ -8,29 +8,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mmllm.contract.errors import UserError
 from mmllm.recipe import Recipe, Stage
 
 
 class SharedStage:
     """The kept weights of a stage that trains the LLM alone.
 
-    The hash covers the LLM's config and source, the tokenizer, the data, the stage's settings and the seed; not the
-    front end, which such a stage never runs.
+    The hash covers the LLM's config and source, the tokenizer, the seed, and data and settings of this stage and of
+    those before it; not the front end, which such stages never run.
     """
 
-    def __init__(self, stage: Stage, recipe: Recipe, processor: Any, options: Any) -> None:
-        from mmllm.contract.errors import UserError
-
-        if stage.trains != ("llm",):
-            raise UserError(recipe.file, "only a stage that trains the llm alone can be shared", got=list(stage.trains))
-        files = (stage.data,) if isinstance(stage.data, str) else stage.data
+    def __init__(self, name: str, recipe: Recipe, processor: Any, options: Any) -> None:
+        stages = list(recipe.stages.items())
+        until = [stage for _, stage in stages[: [key for key, _ in stages].index(name) + 1]]
+        if any(stage.trains != ("llm",) or stage.init for stage in until):
+            where = recipe.where(f"stages.{name}.share")
+            raise UserError(where, "only stages that train the llm alone, from the first one on, can be shared")
         facts = {
             "llm": recipe.model["llm"].get("config"),
             "name": recipe.model["llm"].get("name"),
             "tokenizer": processor.tokenizer.backend_tokenizer.to_str(),
             "template": processor.tokenizer.chat_template,
-            "data": [_digest(Path(recipe.path(file))) for file in files],
-            "stage": {**asdict(stage), "data": None, "micro_batch": None},
+            "stages": [_stage_facts(stage, recipe) for stage in until],
             "seed": options.seed,
         }
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -61,6 +61,11 @@ class SharedStage:
         fresh = self.file.with_suffix(".new")
         save_file(state, fresh)
         fresh.replace(self.file)
+
+
+def _stage_facts(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    files = (stage.data,) if isinstance(stage.data, str) else stage.data
+    return {**asdict(stage), "micro_batch": None, "data": [_digest(Path(recipe.path(file))) for file in files]}
 
 
 def _modules(model: Any) -> dict[str, Any]:

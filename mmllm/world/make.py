@@ -21,7 +21,7 @@ class Level:
     Args:
         side: height and width of the clips in pixels.
         clips: number of training clips.
-        texts: number of lines of text.jsonl.
+        texts: number of lines of text.jsonl; letters.jsonl has half as many.
         items: test items a task, before rounding to whole groups; 0 = one group.
         extra: bystanders in a scene.
     """
@@ -35,14 +35,14 @@ class Level:
 
 LEVELS = {
     "tiny": Level(48, 64, 200, 0, 1),
-    "nano": Level(48, 6000, 20000, 60, 1),
-    "hard": Level(64, 12000, 20000, 60, 2),
+    "nano": Level(48, 6000, 40000, 60, 1),
+    "hard": Level(64, 12000, 40000, 60, 2),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A piece of work for one process: numbers [start, end) of a kind (clips, text, or a task's stem)."""
+    """A piece of work for one process: numbers [start, end) of a kind (clips, letters, text, or a task's stem)."""
 
     out: Path
     kind: str
@@ -60,12 +60,13 @@ def dumps(value: object) -> str:
 def run_job(job: Job) -> tuple[str, int, dict[str, list[str]]]:
     """Do one piece of work in any process; returns (kind, start, {file: lines})."""
     from mmllm.world.layout import write_clip
-    from mmllm.world.training import draw_sample, text_line
+    from mmllm.world.training import draw_sample, letter_line, text_line
 
     side, extra = job.level.side, job.level.extra
     lines: dict[str, list[str]] = {}
-    if job.kind == "text":
-        lines["text"] = [dumps(text_line(job.seed, i, side, extra)) for i in range(job.start, job.end)]
+    if job.kind in ("text", "letters"):
+        write = text_line if job.kind == "text" else letter_line
+        lines[job.kind] = [dumps(write(job.seed, i, side, extra)) for i in range(job.start, job.end)]
     elif job.kind == "clips":
         for i in range(job.start, job.end):
             sample, rng = draw_sample(job.seed, "train", i, side, extra)
@@ -97,7 +98,11 @@ def plan(out: Path, level: Level, seed: int) -> list[Job]:
     from mmllm.world.tasks import MLVU, MVBENCH
 
     jobs = [Job(out, task.stem, 0, 1, seed, level) for task in MVBENCH + MLVU]
-    for kind, total, step in (("clips", level.clips, 100), ("text", level.texts, 1000)):
+    for kind, total, step in (
+        ("clips", level.clips, 100),
+        ("letters", level.texts // 2, 1000),
+        ("text", level.texts, 1000),
+    ):
         jobs += [Job(out, kind, i, min(i + step, total), seed, level) for i in range(0, total, step)]
     return jobs
 

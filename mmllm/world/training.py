@@ -81,14 +81,27 @@ def pose(question: Question, options: int, rng: Random, letters: float) -> tuple
     return block(question.text, shown), letter(shown, question.answer), letter(shown, wrong)
 
 
-def talk(sample: Sample, rng: Random, count: int, letters: float) -> list[tuple[str, str]]:
-    """`count` exchanges (user's text, reply) about a scene."""
-    return [pose(question, options, rng, letters)[:2] for question, options in fitting(sample, rng, count)]
+def talk(sample: Sample, rng: Random, count: int, letters: float, copies: float) -> list[tuple[str, str]]:
+    """`count` exchanges (user's text, reply) about a scene; a share `copies` of them only names an option."""
+    pairs = []
+    for question, options in fitting(sample, rng, count):
+        if options and rng.random() < copies:
+            pairs.append(copying(question, options, rng))
+        else:
+            pairs.append(pose(question, options, rng, letters)[:2])
+    return pairs
+
+
+def copying(question: Question, options: int, rng: Random) -> tuple[str, str]:
+    """An exchange that needs no scene: which letter stands before an option. Teaches how letters are meant."""
+    shown = choose(question, options, rng)
+    named = rng.choice(shown)
+    return block(f"Which option is {named}?", shown), letter(shown, named)
 
 
 def instruct_line(name: str, sample: Sample, video: Turn, rng: Random) -> dict[str, object]:
     """A conversation of four or five questions about a clip, and in half of the lines a request to describe it."""
-    pairs = talk(sample, rng, rng.choice((4, 5)), 0.75)
+    pairs = talk(sample, rng, rng.choice((4, 5)), 0.75, 0.05)
     if rng.random() < 0.5:
         pairs.append((SUMMARIZE if rng.random() < 0.2 else DESCRIBE, describe(sample.scene)))
     turns: list[Turn] = []
@@ -116,9 +129,17 @@ def preference_line(name: str, sample: Sample, video: Turn, rng: Random) -> dict
 
 
 def text_line(seed: int, index: int, side: int, extra: int) -> dict[str, object]:
-    """A conversation about a description in place of a clip: six questions, the first after the description."""
+    """A conversation about a description in place of a clip: up to three questions, the first after the description."""
     sample, rng = draw_sample(seed, "text", index, side, extra)
     turns: list[Turn] = []
-    for i, (ask, reply) in enumerate(talk(sample, rng, 6, 0.75)):
+    for i, (ask, reply) in enumerate(talk(sample, rng, rng.choice((1, 1, 1, 2, 3)), 0.8, 0.2)):
         turns += [say("user", ask if i else f"{describe(sample.scene)}\n{ask}"), say("assistant", reply)]
     return {"id": f"text-{index:06d}", "messages": turns}
+
+
+def letter_line(seed: int, index: int, side: int, extra: int) -> dict[str, object]:
+    """One question that only names one of its options: the first thing that a small LLM has to learn."""
+    sample, rng = draw_sample(seed, "letters", index, side, extra)
+    lettered = [fit for fit in fitting(sample, rng, 6) if fit[1]]
+    ask, reply = copying(*rng.choice(lettered), rng)
+    return {"id": f"letters-{index:06d}", "messages": [say("user", ask), say("assistant", reply)]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -130,7 +131,7 @@ def test_finished_worlds_are_kept_and_not_mixed(tiny: Path) -> None:
     calls: list[str] = []
     manifest = make_world(tiny, "tiny", seed=0, progress=lambda kind, done, total: calls.append(kind))
     assert not calls and (tiny / "train/text.jsonl").stat().st_mtime_ns == stamp
-    assert manifest["counts"] == {"caption": 64, "instruct": 64, "preference": 64, "text": 200}
+    assert manifest["counts"] == {"caption": 64, "instruct": 64, "letters": 100, "preference": 64, "text": 200}
     with pytest.raises(UserError, match="holds another world"):
         make_world(tiny, "nano", seed=0)
     with pytest.raises(UserError, match="holds another world"):
@@ -142,7 +143,7 @@ def test_finished_worlds_are_kept_and_not_mixed(tiny: Path) -> None:
 def test_training_lines(tiny: Path) -> None:
     lines = {
         name: [json.loads(line) for line in (tiny / f"train/{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        for name in ("text", "caption", "instruct", "preference")
+        for name in ("letters", "text", "caption", "instruct", "preference")
     }
     for name in ("caption", "instruct", "preference"):
         for line in lines[name]:
@@ -153,6 +154,10 @@ def test_training_lines(tiny: Path) -> None:
     replies = [turn["content"][0]["text"] for line in lines["instruct"] for turn in line["messages"][1::2]]
     lettered = sum(reply in ("(A)", "(B)", "(C)", "(D)", "(E)") for reply in replies)
     assert 0.45 < lettered / len(replies) < 0.8
+    for line in lines["letters"]:
+        ask, reply = (turn["content"][0]["text"] for turn in line["messages"])
+        named = re.search(r"Which option is (.*)\?\n", ask)[1]
+        assert f"\n{reply} {named}\n" in ask
     for line in lines["text"]:
         assert line["messages"][0]["content"][0]["text"].startswith("The background ")
         assert [turn["role"] for turn in line["messages"]] == ["user", "assistant"] * (len(line["messages"]) // 2)
