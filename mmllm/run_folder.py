@@ -76,12 +76,12 @@ class RunFolder:
         with (self.path / "events.txt").open("a", encoding="utf-8") as file:
             file.write(f"{stage}: {text}\n")
 
-    def save_model(self, model: Any, processor: Any, recipe: Recipe) -> None:
-        """`model/`: a folder for `from_pretrained`, complete or absent."""
+    def save_model(self, model: Any, processor: Any, recipe: Recipe, state: dict[str, Any] | None = None) -> None:
+        """`model/`: a folder for `from_pretrained`, complete or absent; `state` where the weights are sharded."""
         fresh, old = self.path / "model.new", self.path / "model.old"
         for path in (fresh, old):
             shutil.rmtree(path, ignore_errors=True)
-        model.save_pretrained(fresh)
+        model.save_pretrained(fresh, state_dict=state)
         processor.save_pretrained(fresh)
         (fresh / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
         if self.model.exists():

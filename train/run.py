@@ -62,7 +62,8 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
 
     chosen = _chosen(recipe, stages)
     run = RunFolder(out)
-    run.open(recipe, options.seed)
+    with _processes(options).main_process_first():
+        run.open(recipe, options.seed)
     todo = {name: stage for name, stage in chosen.items() if name not in run.status["stages"]}
     if not todo:
         return run
@@ -81,9 +82,16 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
         try:
             _run_stage(name, order[name], stage, recipe, model, processor, run, options)
         finally:
-            run.add_seconds(name, time.perf_counter() - start)
-        run.finish_stage(name, steps=stage.steps, epochs=stage.epochs)
+            if _processes(options).is_main_process:
+                run.add_seconds(name, time.perf_counter() - start)
     return run
+
+
+def _processes(options: Options) -> Any:
+    """What accelerate knows of the processes of this run."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=options.device == "cpu")
 
 
 def check(recipe: Recipe, out: str | Path, options: Options, stages: list[str] | None = None) -> dict[str, Any]:
@@ -145,17 +153,23 @@ def _run_stage(
         load_weights(model, recipe.path(stage.init))
     freeze(model, stage.trains, recipe.where(f"stages.{name}.trains"))
     shared = SharedStage(name, recipe, processor, options) if stage.share else None
+    state, main = None, _processes(options).is_main_process
     if shared is not None and shared.load(model):
-        run.log_event(name, f"weights of an equal stage taken from {shared.file}")
+        if main:
+            run.log_event(name, f"weights of an equal stage taken from {shared.file}")
     else:
         trainer, stopper, checkpoint = make_trainer(name, number, stage, recipe, model, processor, run, options)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stopper.signal is not None and trainer.state.global_step < trainer.state.max_steps:
             raise Stopped(stopper.signal, trainer.checkpoint)
-        if shared is not None:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        if shared is not None and main:
             shared.save(model)
     model.requires_grad_(True)
-    run.save_model(model, processor, recipe)
+    if main:
+        run.save_model(model, processor, recipe, state)
+        run.finish_stage(name, steps=stage.steps, epochs=stage.epochs)
+    _processes(options).wait_for_everyone()
 
 
 def build_objective(section: str | dict, where: str) -> Objective:

@@ -132,9 +132,33 @@ def _arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, samples: i
         save_steps=options.save_steps,
         save_total_limit=2,
         report_to=options.report_to,
-        deepspeed=options.deepspeed,
+        deepspeed=deepspeed_config(options.deepspeed, stage),
         disable_tqdm=True,
     )
+
+
+def deepspeed_config(name: str | None, stage: Stage) -> dict | str | None:
+    """`zero1`, `zero2` or `zero3` as DeepSpeed's config, a JSON file as it is.
+
+    Raises:
+        UserError: no such file, or a stage with an optimizer that cannot be sharded.
+    """
+    if name is None:
+        return None
+    if stage.optimizer == "muon":
+        raise UserError(f"--deepspeed {name}", "Muon needs whole matrices", hint="stages.NAME.optimizer=adamw")
+    if name not in ("zero1", "zero2", "zero3"):
+        if not Path(name).is_file():
+            raise UserError(f"--deepspeed {name}", "no such file", expected="zero1, zero2, zero3 or a JSON file")
+        return name
+    return {
+        "zero_optimization": {"stage": int(name[-1]), "stage3_gather_16bit_weights_on_model_save": True},
+        "bf16": {"enabled": "auto"},
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
 
 
 def _drop_printer(trainer: StageTrainer) -> None:

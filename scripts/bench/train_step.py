@@ -49,7 +49,7 @@ def by_hand(model: Any, prepared: list[dict[str, Any]], lr: float) -> Any:
         yield time.perf_counter() - start
 
 
-def by_trainer(model: Any, prepared: list[dict[str, Any]], lr: float, size: int, device: str) -> Any:
+def by_trainer(model: Any, prepared: list[dict[str, Any]], lr: float, device: str) -> Any:
     """A generator of step seconds of StageTrainer, its loop cut after every step."""
     import tempfile
     from queue import Queue

@@ -47,7 +47,8 @@ def test_labels_are_the_answers_with_their_end_and_nothing_else(processor):
 TEMPLATES = {
     "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "rewrites": "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}A:<think></think>{{ m.content }}<|end|>"
+    "rewrites": "{% for m in messages %}"
+    "{% if m.role == 'assistant' and loop.last %}A:<think></think>{{ m.content }}<|end|>"
     "{% elif m.role == 'assistant' %}A:{{ m.content }}<|end|>{% else %}U:{{ m.content }}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}A:{% endif %}",
     "inline": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} ASSISTANT:"
@@ -71,7 +72,10 @@ def test_counts_are_known_before_decoding(processor):
 
 
 def test_collation_pads_either_side_and_moves_spans(processor):
-    examples = [processor.encode([turn(picture(1), "a")]), processor.encode([turn("x " * 30), turn("b", role="assistant")])]
+    examples = [
+        processor.encode([turn(picture(1), "a")]),
+        processor.encode([turn("x " * 30), turn("b", role="assistant")]),
+    ]
     right, left = processor.collate(examples, "right"), processor.collate(examples, "left")
     shift = right["input_ids"].shape[1] - len(examples[0].ids)
     assert left["visual"]["spans"][0, 1] - right["visual"]["spans"][0, 1] == shift
@@ -98,7 +102,11 @@ def test_two_streams_and_kinds_of_media_are_spliced_where_they_belong(tmp_path):
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     batch = processor.apply_chat_template(messages, **options)
     spans = batch["visual"]["spans"].tolist()
-    assert [(start - spans[0][1], pair, stream) for _, start, pair, stream in spans] == [(0, 0, 0), (2, 0, 1), (38, 1, 0)]
+    assert [(start - spans[0][1], pair, stream) for _, start, pair, stream in spans] == [
+        (0, 0, 0),
+        (2, 0, 1),
+        (38, 1, 0),
+    ]
     with torch.no_grad():
         rows, blank = model.model.front_end(batch["visual"])
         embeds = model.embed(batch).embeds[0]
