@@ -54,7 +54,7 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], *, prompt: bool, cont
         result.text += content
         result.media += media
         if roles[index] == "assistant":
-            start = _turn_start(result.text, start, opening)
+            start -= _written_first(pieces[index], opening)
             end_marker = tokenizer.eos_token or ""
             extent = len(end_marker) if end_marker and piece.startswith(end_marker) else 0
             result.answers.append((start, len(result.text) + extent))
@@ -68,10 +68,10 @@ def _role(message: dict[str, Any]) -> str:
     return message["role"]
 
 
-def _turn_start(text: str, start: int, opening: str) -> int:
-    """An answer begins right after what a generation prompt ends with, where the template writes more before it."""
-    found = text.rfind(opening, 0, start) if opening else -1
-    return found + len(opening) if found >= 0 and start - found <= len(opening) + 64 else start
+def _written_first(piece: str, opening: str) -> int:
+    """How much a template writes between what a generation prompt ends with and the content (an empty thought, say)."""
+    place = piece.rfind(opening) if opening else -1
+    return len(piece) - place - len(opening) if place >= 0 else 0
 
 
 def _content(message: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:

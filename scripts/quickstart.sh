@@ -21,7 +21,7 @@ done
 world=runs/world-$level
 overrides=("roots.world=$world")
 if [ "$level" = tiny ]; then
-    overrides+=(stages.text.steps=4 stages.instruct.steps=4)
+    overrides+=(stages.letters.steps=4 stages.text.steps=4 stages.instruct.steps=4)
     left=(3 2 2 2 1 1)
 else
     left=(20 18 17 12 3 1)
@@ -48,8 +48,8 @@ step 2 world "NanoWorld: videos with known truth"
 "$mmllm" world make --out "$world" --level "$level" > /dev/null
 finish
 
-step 3 text "learn the language as text"
-"$mmllm" train nano/llava --out "$out" --seed "$seed" --stages text "${overrides[@]}" > /dev/null
+step 3 text "learn letters, then the language as text"
+"$mmllm" train nano/llava --out "$out" --seed "$seed" --stages letters,text "${overrides[@]}" > /dev/null
 
 step 4 see "learn to see"
 "$mmllm" train nano/llava --out "$out" --seed "$seed" --stages instruct "${overrides[@]}" > /dev/null

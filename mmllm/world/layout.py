@@ -20,6 +20,9 @@ from mmllm.world.video import FPS, write_jpgs, write_mp4
 PADDING = 16
 """Frames of other scenes around a bounded clip, before and after together."""
 
+TALKS = 3
+"""Conversations about each training clip, with other questions each."""
+
 
 def between(scene: Scene, rng: Random, held: bool) -> tuple[np.ndarray, int]:
     """(frames [16 + T, S, S, 3], number of the scene's first frame): the scene between two others."""
@@ -65,8 +68,8 @@ def write_item(task: Task, item: Item, number: int, root: Path, seed: int) -> di
     return entry
 
 
-def write_clip(sample: Sample, number: int, train: Path, rng: Random) -> dict[str, dict[str, object]]:
-    """Write one training clip below `train` and return its lines: caption, instruct and preference."""
+def write_clip(sample: Sample, number: int, train: Path, rng: Random) -> dict[str, list[dict[str, object]]]:
+    """Write one training clip below `train` and return its lines: caption, instruct (several) and preference."""
     name = f"clips/{number:06d}.mp4"
     video: dict[str, object] = {"type": "video", "path": name}
     if sample.bounded:
@@ -76,7 +79,7 @@ def write_clip(sample: Sample, number: int, train: Path, rng: Random) -> dict[st
         frames = render(sample.scene)
     write_mp4(train / name, frames)
     return {
-        "caption": caption_line(f"caption-{number:06d}", sample, video),
-        "instruct": instruct_line(f"instruct-{number:06d}", sample, video, rng),
-        "preference": preference_line(f"preference-{number:06d}", sample, video, rng),
+        "caption": [caption_line(f"caption-{number:06d}", sample, video)],
+        "instruct": [instruct_line(f"instruct-{number:06d}-{talk}", sample, video, rng) for talk in range(TALKS)],
+        "preference": [preference_line(f"preference-{number:06d}", sample, video, rng)],
     }

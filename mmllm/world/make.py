@@ -70,8 +70,8 @@ def run_job(job: Job) -> tuple[str, int, dict[str, list[str]]]:
     elif job.kind == "clips":
         for i in range(job.start, job.end):
             sample, rng = draw_sample(job.seed, "train", i, side, extra)
-            for name, line in write_clip(sample, i, job.out / "train", rng).items():
-                lines.setdefault(name, []).append(dumps(line))
+            for name, made in write_clip(sample, i, job.out / "train", rng).items():
+                lines.setdefault(name, []).extend(map(dumps, made))
     else:
         run_test(job)
     return job.kind, job.start, lines

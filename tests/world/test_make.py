@@ -131,7 +131,7 @@ def test_finished_worlds_are_kept_and_not_mixed(tiny: Path) -> None:
     calls: list[str] = []
     manifest = make_world(tiny, "tiny", seed=0, progress=lambda kind, done, total: calls.append(kind))
     assert not calls and (tiny / "train/text.jsonl").stat().st_mtime_ns == stamp
-    assert manifest["counts"] == {"caption": 64, "instruct": 64, "letters": 100, "preference": 64, "text": 200}
+    assert manifest["counts"] == {"caption": 64, "instruct": 192, "letters": 100, "preference": 64, "text": 200}
     with pytest.raises(UserError, match="holds another world"):
         make_world(tiny, "nano", seed=0)
     with pytest.raises(UserError, match="holds another world"):
