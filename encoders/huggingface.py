@@ -29,12 +29,14 @@ class ImageTower(Encoder):
             joined along the width.
         cls: keep the CLS token of every frame; the tokens then have no grid.
         frames: how many frames of a clip to read, evenly spaced; None = all.
+        size: side of the input in pixels, where it is not the tower's own: positions are interpolated.
     """
 
     model_type: ClassVar[str]
     mean: ClassVar[tuple[float, float, float]]
     std: ClassVar[tuple[float, float, float]]
     prefix: ClassVar[int] = 1  # tokens before the patches
+    asks_to_interpolate: ClassVar[bool] = True  # another input size has to be asked for
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class ImageTower(Encoder):
         layer: int | tuple[int, ...] = -2,
         cls: bool = False,
         frames: int | None = None,
+        size: int | None = None,
     ) -> None:
         super().__init__(site)
         from transformers import AutoModel
@@ -60,9 +63,14 @@ class ImageTower(Encoder):
             raise ValueError("cls: this tower has no CLS token")
         self.tower: nn.Module = AutoModel.from_config(tower_config)
         self.patch, self.hidden = tower_config.patch_size, tower_config.hidden_size
-        size = self._input_size(tower_config)
+        if size is not None and size % self.patch:
+            raise ValueError(f"size {size} is not a multiple of the patch of {self.patch}")
+        size = self._own_size(tower_config) if size is None else size
         self.geometry = self._geometry(size)
         self.side = size // self.patch
+        self.options: dict[str, Any] = {"output_hidden_states": True}
+        if size != tower_config.image_size and self.asks_to_interpolate:
+            self.options["interpolate_pos_encoding"] = True
 
     @classmethod
     def resolve(cls, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +96,7 @@ class ImageTower(Encoder):
         config = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
         return AutoConfig.for_model(self.model_type, **config)
 
-    def _input_size(self, config: Any) -> int:
+    def _own_size(self, config: Any) -> int:
         return config.image_size
 
     def _geometry(self, size: int) -> Geometry:
@@ -111,7 +119,7 @@ class ImageTower(Encoder):
     def forward(self, pixels: Tensor, media: MediaSpec, needs: Needs) -> VisualTokens:
         """[B, F, 3, h, w] uint8 -> tokens [B, F * patches, C], frame by frame in row-major order."""
         batch, frames = pixels.shape[:2]
-        states = self.tower(self.normalise(pixels.flatten(0, 1)), output_hidden_states=True).hidden_states
+        states = self.tower(self.normalise(pixels.flatten(0, 1)), **self.options).hidden_states
         chosen = torch.cat([states[index] for index in self.layers], dim=-1)
         if self.prefix and not self.cls:
             chosen = chosen[:, self.prefix :]
@@ -150,6 +158,7 @@ class ImageTower(Encoder):
         config = {**small, "image_size": 28, "patch_size": 14}
         yield {"config": config}, (MediaSpec("video", 2),)
         yield {"config": config, "layer": (-1, -3)}, (MediaSpec("image", 1),)
+        yield {"config": config, "size": 42}, (MediaSpec("image", 1),)
         if cls.prefix:
             yield {"config": config, "cls": True}, (MediaSpec("video", 3),)
 
@@ -179,34 +188,14 @@ class SiglipEncoder(ImageTower):
 
 @register("encoder", "dinov2")
 class Dinov2Encoder(ImageTower):
-    """DINOv2's image tower, ImageNet normalisation; reads 224 pixels unless `size` says otherwise.
-
-    Args:
-        size: input side in pixels (positions are interpolated by the tower from the config's `image_size`).
-    """
+    """DINOv2's image tower; reads 224 pixels, as its own processor gives, whatever its config says."""
 
     model_type = "dinov2"
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    asks_to_interpolate = False
 
-    def __init__(
-        self,
-        site: Site,
-        *,
-        name: str | None = None,
-        config: dict | None = None,
-        layer: int | tuple[int, ...] = -2,
-        cls: bool = False,
-        frames: int | None = None,
-        size: int | None = None,
-    ) -> None:
-        self.size = size
-        super().__init__(site, name=name, config=config, layer=layer, cls=cls, frames=frames)
-
-    def _input_size(self, config: Any) -> int:
-        size = min(224, config.image_size) if self.size is None else self.size
-        if size % config.patch_size:
-            raise ValueError(f"size {size} is not a multiple of the patch of {config.patch_size}")
-        return size
+    def _own_size(self, config: Any) -> int:
+        return min(224, config.image_size)
 
     def _geometry(self, size: int) -> Geometry:
         return Geometry(size, size, fit="crop", short=size * 256 // 224)

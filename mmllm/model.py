@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mmllm.batch import move
 from mmllm.configuration import MMLLMConfig
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part
 from mmllm.contract.types import Sequence
 from mmllm.front_end import FrontEnd
-from mmllm.processing import move
 
 # What the LLM returns beside its hidden states; the library renamed past_key_values to cache after 5.23.
 BESIDE = ("cache", "past_key_values", "hidden_states", "attentions")

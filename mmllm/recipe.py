@@ -4,69 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
-from mmllm.contract.arguments import bind, signature
+from mmllm.contract.arguments import bind
 from mmllm.contract.errors import UserError, nearest
+from mmllm.overrides import override
+from mmllm.sections import LLM, Stage
 
 SHIPPED = Path(__file__).parent / "recipes"
 MODEL_KEYS = ("media", "encoders", "connector", "output", "llm")
 NODE_KEYS = ("type", "name", "in", "only")
 TOP_KEYS = ("summary", "paper", "roots", "model", "stages", "eval")
-
-
-@dataclass(frozen=True)
-class LLM:
-    """The language model of a recipe: `name` says where weights and tokenizer come from, `config` its geometry."""
-
-    name: str | None = None
-    config: dict | None = None
-    tokenizer: str | None = None
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of training.
-
-    Attributes:
-        data: JSONL file of conversations, or several, joined.
-        trains: which parts learn: prefixes among `encoders`, `encoders.NAME`, `connector`, `connector.NAME`, `llm`.
-        steps, epochs: length; exactly one.
-        batch: samples of one optimizer step over all processes. micro_batch: samples of one forward of one process.
-        optimizer: "adamw", or "muon": Muon on hidden matrices, AdamW on the rest. muon_lr: Muon's own peak.
-        lr: peak learning rate. schedule: its shape after the warm-up. warmup: share of the steps.
-        weight_decay: on matrices only. clip: largest gradient norm.
-        init: a run or model folder whose weights it starts from; default: the stage before.
-        share: keep what it trained in the cache, so that other recipes with an equal stage start from it.
-    """
-
-    objective: str | dict = "language_modeling"
-    data: str | tuple[str, ...] = ""
-    trains: tuple[str, ...] = ("connector",)
-    steps: int | None = None
-    epochs: float | None = None
-    batch: int = 32
-    micro_batch: int | None = None
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-3
-    muon_lr: float = 1e-2
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    init: str | None = None
-    share: bool = False
-
-
-@dataclass(frozen=True)
-class Eval:
-    """What the recipe is evaluated on: {benchmark: folder}."""
-
-    roots: dict = field(default_factory=dict)
 
 
 @dataclass
@@ -147,7 +99,7 @@ def load(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         if key not in TOP_KEYS:
             raise UserError(recipe.where(key), "unknown key", hint=nearest(key, list(TOP_KEYS)))
     for line in overrides:
-        _override(recipe, line)
+        override(recipe.data, line, recipe.file)
     if not isinstance(data.get("model"), dict):
         raise UserError(recipe.where("model"), "missing", expected="encoders, connector and llm")
     _normalise(recipe)
@@ -197,64 +149,6 @@ def _merge(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[key] = copy.deepcopy(value)
     return merged
-
-
-def _override(recipe: Recipe, line: str) -> None:
-    key, equals, value = line.partition("=")
-    if not equals or not key:
-        raise UserError(line, "not an override", expected="key.path=value")
-    *parents, last = key.split(".")
-    here: Any = recipe.data
-    walked: list[str] = []
-    for name in parents:
-        walked.append(name)
-        here = _child(here, name, recipe.where(".".join(walked)))
-    _check_key(here, parents, last, recipe.where(key))
-    if isinstance(here, list):
-        raise UserError(recipe.where(key), "names a whole part", expected="one of its arguments")
-    here[last] = _typed(here.get(last), value)
-
-
-def _child(here: Any, name: str, where: str) -> Any:
-    if isinstance(here, list):
-        named = {node.get("name", node.get("type")): node for node in here if isinstance(node, dict)}
-    else:
-        named = here if isinstance(here, dict) else {}
-    if name not in named:
-        raise UserError(where, "no such key", hint=nearest(name, list(named)) if named else None)
-    if isinstance(named[name], str):  # a part given by its name alone
-        named[name] = {"name": named[name]}
-    return named[name]
-
-
-def _check_key(here: Any, parents: list[str], last: str, where: str) -> None:
-    if not isinstance(here, dict) or last in here:
-        return
-    known = list(here)
-    if parents[:1] == ["stages"] and len(parents) == 2:
-        known = list(signature(Stage))
-    elif parents == ["model", "llm"]:
-        known = list(signature(LLM))
-    elif parents == ["model", "media"]:
-        known = ["frames", "fps", "max_frames", "sampler"]
-    elif parents[:1] in (["roots"], ["eval"]) or "config" in parents:
-        return
-    elif "type" in here:
-        from mmllm.contract.registry import find
-
-        known = [*signature(find("connector" if "connector" in parents else "encoder", here["type"], where)), *known]
-    if last not in known:
-        raise UserError(where, "unknown key", hint=nearest(last, known))
-
-
-def _typed(old: Any, value: str) -> Any:
-    """Text stays text where an annotation will read it later; a plain number or map is read as YAML does."""
-    if isinstance(old, str):
-        return value
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
 
 
 def _normalise(recipe: Recipe) -> None:

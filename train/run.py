@@ -11,8 +11,9 @@ from mmllm.contract.arguments import bind
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.parts import Objective
 from mmllm.contract.registry import find
-from mmllm.recipe import Recipe, Stage
+from mmllm.recipe import Recipe
 from mmllm.run_folder import RunFolder
+from mmllm.sections import Stage
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
     from transformers import set_seed
 
     from mmllm.build import build_model, build_processor
+    from mmllm.train.stage import data_files
 
     chosen = _chosen(recipe, stages)
     run = RunFolder(out)
@@ -67,6 +69,8 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
     todo = {name: stage for name, stage in chosen.items() if name not in run.status["stages"]}
     if not todo:
         return run
+    for stage in todo.values():  # a file missing for the last stage is said before the first one runs
+        data_files(stage, recipe)
     set_seed(options.seed)
     if run.model.is_dir() and run.status["stages"]:
         from mmllm.api import load

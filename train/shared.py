@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.contract.errors import UserError
-from mmllm.recipe import Recipe, Stage
+from mmllm.recipe import Recipe
+from mmllm.sections import Stage
 
 
 class SharedStage:
@@ -64,8 +65,9 @@ class SharedStage:
 
 
 def _stage_facts(stage: Stage, recipe: Recipe) -> dict[str, Any]:
-    files = (stage.data,) if isinstance(stage.data, str) else stage.data
-    return {**asdict(stage), "micro_batch": None, "data": [_digest(Path(recipe.path(file))) for file in files]}
+    from mmllm.train.stage import data_files
+
+    return {**asdict(stage), "micro_batch": None, "data": [_digest(path) for path in data_files(stage, recipe)]}
 
 
 def _modules(model: Any) -> dict[str, Any]:

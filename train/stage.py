@@ -10,8 +10,9 @@ from torch import nn
 from mmllm.contract.errors import UserError, nearest
 from mmllm.data.conversations import ConversationFile, Joined
 from mmllm.front_end import FrontEnd
-from mmllm.recipe import Recipe, Stage
+from mmllm.recipe import Recipe
 from mmllm.run_folder import RunFolder
+from mmllm.sections import Stage
 from mmllm.train.progress import StageProgress, StopOnSignal
 from mmllm.train.run import Options, build_objective
 from mmllm.train.trainer import StageTrainer, last_checkpoint
@@ -46,14 +47,27 @@ def freeze(model: nn.Module, trains: tuple[str, ...], where: str) -> None:
             module.requires_grad_(True)
 
 
+def data_files(stage: Stage, recipe: Recipe) -> list[Path]:
+    """The stage's data files.
+
+    Raises:
+        UserError: one is missing.
+    """
+    files = (stage.data,) if isinstance(stage.data, str) else stage.data
+    paths = [Path(recipe.path(file)) for file in files]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(path, "no such data file", expected="a .jsonl file of conversations")
+    return paths
+
+
 def load_data(stage: Stage, recipe: Recipe) -> Joined:
     """The stage's samples.
 
     Raises:
         UserError: a file is missing or empty.
     """
-    files = (stage.data,) if isinstance(stage.data, str) else stage.data
-    return Joined([ConversationFile(recipe.path(file)) for file in files])
+    return Joined([ConversationFile(path) for path in data_files(stage, recipe)])
 
 
 def micro_batch(name: str, stage: Stage, recipe: Recipe, processes: int) -> tuple[int, int]:

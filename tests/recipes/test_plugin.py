@@ -54,6 +54,7 @@ model:
     - mlp
     - {{type: every_second, gain: 0.5}}
 stages:
+  letters: null
   text: null
   instruct: {{data: "here:data.jsonl", steps: 1, batch: 2}}
 """

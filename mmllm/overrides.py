@@ -1,0 +1,78 @@
+"""Overrides on the command line: `stages.instruct.lr=1e-5 model.connector.pool.grid=8,6,6`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from mmllm.contract.arguments import signature
+from mmllm.contract.errors import UserError, nearest
+from mmllm.data.sampling import Sampling
+from mmllm.sections import LLM, Stage
+
+
+def override(data: dict[str, Any], line: str, file: str) -> None:
+    """Set one value in a recipe's maps by its path; lists of nodes are addressed by name.
+
+    Args:
+        data: the recipe; changed in place. line: `key.path=value`. file: the recipe's file, for errors.
+
+    Raises:
+        UserError: not of that form, or the path names nothing that is there or that a part takes.
+    """
+    key, equals, value = line.partition("=")
+    if not equals or not key:
+        raise UserError(line, "not an override", expected="key.path=value")
+    *parents, last = key.split(".")
+    here: Any = data
+    walked: list[str] = []
+    for name in parents:
+        walked.append(name)
+        here = _child(here, name, f"{file}:{'.'.join(walked)}")
+    _check_key(here, parents, last, f"{file}:{key}")
+    if isinstance(here, list):
+        raise UserError(f"{file}:{key}", "names a whole part", expected="one of its arguments")
+    here[last] = _typed(here.get(last), value)
+
+
+def _child(here: Any, name: str, where: str) -> Any:
+    if isinstance(here, list):
+        named = {node.get("name", node.get("type")): node for node in here if isinstance(node, dict)}
+    else:
+        named = here if isinstance(here, dict) else {}
+    if name not in named:
+        raise UserError(where, "no such key", hint=nearest(name, list(named)) if named else None)
+    if isinstance(named[name], str):  # a part given by its name alone
+        named[name] = {"name": named[name]}
+    return named[name]
+
+
+def _check_key(here: Any, parents: list[str], last: str, where: str) -> None:
+    if not isinstance(here, dict) or last in here:
+        return
+    known = list(here)
+    if parents[:1] == ["stages"] and len(parents) == 2:
+        known = list(signature(Stage))
+    elif parents == ["model", "llm"]:
+        known = list(signature(LLM))
+    elif parents == ["model", "media"]:
+        known = list(signature(Sampling))
+    elif parents[:1] in (["roots"], ["eval"]) or "config" in parents:
+        return
+    elif "type" in here:
+        from mmllm.contract.registry import find
+
+        known = [*signature(find("connector" if "connector" in parents else "encoder", here["type"], where)), *known]
+    if last not in known:
+        raise UserError(where, "unknown key", hint=nearest(last, known))
+
+
+def _typed(old: Any, value: str) -> Any:
+    """Text stays text where an annotation will read it later; a plain number or map is read as YAML does."""
+    if isinstance(old, str):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value

@@ -1,0 +1,49 @@
+"""The typed sections of a recipe: what keys there are, of which type, with which defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class LLM:
+    """The language model of a recipe: `name` says where weights and tokenizer come from, `config` its geometry."""
+
+    name: str | None = None
+    config: dict | None = None
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+        data: JSONL file of conversations, or several, joined.
+        trains: which parts learn: prefixes among `encoders`, `encoders.NAME`, `connector`, `connector.NAME`, `llm`.
+        steps, epochs: length; exactly one.
+        batch: samples of one optimizer step over all processes. micro_batch: samples of one forward of one process.
+        optimizer: "adamw", or "muon": Muon on hidden matrices, AdamW on the rest. muon_lr: Muon's own peak.
+        lr: peak learning rate. schedule: its shape after the warm-up. warmup: share of the steps.
+        weight_decay: on matrices only. clip: largest gradient norm.
+        init: a run or model folder whose weights it starts from; default: the stage before.
+        share: keep what it trained in the cache, so that other recipes with an equal stage start from it.
+    """
+
+    objective: str | dict = "language_modeling"
+    data: str | tuple[str, ...] = ""
+    trains: tuple[str, ...] = ("connector",)
+    steps: int | None = None
+    epochs: float | None = None
+    batch: int = 32
+    micro_batch: int | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    muon_lr: float = 1e-2
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    init: str | None = None
+    share: bool = False
