@@ -21,7 +21,7 @@ done
 world=runs/world-$level
 overrides=("roots.world=$world")
 if [ "$level" = tiny ]; then
-    overrides+=(stages.letters.steps=4 stages.text.steps=4 stages.instruct.steps=4)
+    overrides+=(stages.{letters,text,caption,instruct}.steps=4)
     left=(3 2 2 2 1 1)
 else
     left=(20 18 17 12 3 1)
@@ -51,8 +51,8 @@ finish
 step 3 text "learn letters, then the language as text"
 "$mmllm" train nano/llava --out "$out" --seed "$seed" --stages letters,text "${overrides[@]}" > /dev/null
 
-step 4 see "learn to see"
-"$mmllm" train nano/llava --out "$out" --seed "$seed" --stages instruct "${overrides[@]}" > /dev/null
+step 4 see "learn to see: descriptions, then questions"
+"$mmllm" train nano/llava --out "$out" --seed "$seed" --stages caption,instruct "${overrides[@]}" > /dev/null
 
 step 5 evaluate "evaluate on mini MVBench and mini MLVU, with blind and single-frame floors"
 "$mmllm" eval --model "$out" --tasks mvbench,mlvu

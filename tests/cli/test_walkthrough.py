@@ -24,7 +24,7 @@ def run(world) -> Path:
     out = world.parent / "run"
     words = ["train", "nano/llava", "--out", str(out), "--quiet", "--device", "cpu", "--jobs", "0"]
     words += ["--cache-dir", str(world.parent / "cache"), f"roots.world={world}"]
-    for stage in ("letters", "text", "instruct"):
+    for stage in ("letters", "text", "caption", "instruct"):
         words += [f"stages.{stage}.steps=2", f"stages.{stage}.batch=4"]
     assert main(words) == 0
     return out
@@ -43,7 +43,7 @@ def test_evaluation_reports_with_floors_and_denominator(run, capsys):
         assert len(scored) == tasks
         assert found["items"] == sum(row["items"] for row in scored.values())
         assert found["chance"] == pytest.approx({"mvbench": 27.5, "mlvu": 25.0}[name], abs=1.5)
-    assert set(report["seconds"]) == {"letters", "text", "instruct", "eval_mvbench", "eval_mlvu"}
+    assert set(report["seconds"]) == {"letters", "text", "caption", "instruct", "eval_mvbench", "eval_mlvu"}
     assert {"report.md", "report.png", "eval"} <= {path.name for path in run.iterdir()}
     predictions = next((run / "eval" / "mvbench").glob("canonical-*/predictions.jsonl"))
     before = predictions.read_text()

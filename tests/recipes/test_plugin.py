@@ -55,6 +55,7 @@ model:
     - {{type: every_second, gain: 0.5}}
 stages:
   letters: null
+  caption: null
   text: null
   instruct: {{data: "here:data.jsonl", steps: 1, batch: 2}}
 """
