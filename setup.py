@@ -33,11 +33,10 @@ setup(
         "numpy>=1.26",
         "pillow>=10",
         "pyyaml>=6",
-        "rich>=13",
         "safetensors>=0.5",
         "tokenizers>=0.21",
-        "torch>=2.6",
-        "torchvision>=0.21",
+        "torch>=2.9",
+        "torchvision>=0.24",
         "transformers>=5.23",
     ],
     extras_require={

@@ -23,10 +23,11 @@ class ModelAnswerer:
 
     Args:
         model, processor: as `mmllm.load` gives them.
+        sampler: the protocol's, whatever the model's own.
     """
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
-        self.model, self.processor = model, processor
+    def __init__(self, model: nn.Module, processor: Any, sampler: str | None = None) -> None:
+        self.model, self.processor, self.sampler = model, processor, sampler
 
     @torch.inference_mode()
     def __call__(self, conversations: list[list[dict]], *, frames: int | None, max_new_tokens: int) -> list[str]:
@@ -36,7 +37,7 @@ class ModelAnswerer:
             tokenize=True,
             return_dict=True,
             add_generation_prompt=True,
-            processor_kwargs={"frames": frames, "padding_side": "left"},
+            processor_kwargs={"frames": frames, "sampler": self.sampler, "padding_side": "left"},
         ).to(self.model.device)
         output = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         answers = output[:, batch["input_ids"].shape[1] :]
@@ -65,8 +66,10 @@ def evaluate_model(
     """
     chosen = find_protocol(protocol)
     folder = out / benchmark / chosen.folder
-    _same_subject(folder, {"weights": weights_digest(model), "frames": frames, "limit": limit})
-    answer: Callable = ModelAnswerer(model, processor)
+    section = json.dumps(processor.model_section, sort_keys=True)
+    subject = {"weights": weights_digest(model), "frames": frames}
+    _same_subject(folder, {**subject, "front_end": hashlib.sha256(section.encode()).hexdigest()[:16]})
+    answer: Callable = ModelAnswerer(model, processor, chosen.sampler)
     if frames is not None:
         inner = answer
 

@@ -14,12 +14,17 @@ from mmllm.contract.types import Geometry, MediaSpec
 
 @dataclass
 class Medium:
-    """One decoded clip or image: what a batch holds of it once, however often it is used."""
+    """One decoded clip or image: what a batch holds of it once, however often it is used.
+
+    Attributes:
+        key: equal for equal media. source: what was given in memory, kept so that its identity stays its own.
+    """
 
     key: Any
     spec: MediaSpec
     times: Tensor
     pixels: dict[Geometry, Tensor]
+    source: Any = None
 
 
 @dataclass

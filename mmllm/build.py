@@ -80,15 +80,30 @@ def _load_llm(model: MMLLMForConditionalGeneration, recipe: Recipe) -> None:
         raise UserError(recipe.where("model.llm.name"), f"cannot fetch {name}", hint=f"hf download {name}") from error
     body, head = llm.base_model, llm.get_output_embeddings()
     ours = model.model.language_model.state_dict()
-    for key, value in body.state_dict().items():
-        if key not in ours or ours[key].shape != value.shape:
-            got = "nothing" if key not in ours else list(ours[key].shape)
-            raise UserError(
-                recipe.where("model.llm.config"), f"{key} differs from {name}", expected=list(value.shape), got=got
-            )
+    theirs, where = body.state_dict(), recipe.where("model.llm.config")
+    for key in {**theirs, **ours}:
+        sizes = [list(state[key].shape) if key in state else "nothing" for state in (theirs, ours)]
+        if sizes[0] != sizes[1]:
+            raise UserError(where, f"{key} differs from {name}", expected=sizes[0], got=sizes[1])
+    for field in ("num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_parameters"):
+        one, other = (getattr(config, field, None) for config in (llm.config, model.config.text_config))
+        if one != other:
+            raise UserError(f"{where}.{field}", f"differs from {name}", expected=one, got=other)
+    model.generation_config = llm.generation_config
     model.model.language_model.load_state_dict(body.state_dict())
     if not model.config.tie_word_embeddings:
         model.lm_head.load_state_dict({"weight": head.weight})
+
+
+def set_stop_tokens(model: MMLLMForConditionalGeneration, tokenizer: Any) -> None:
+    """Where the LLM's configs say nothing, generation ends at the tokenizer's end of turn and pads with its padding."""
+    config = model.generation_config
+    if config.eos_token_id is None:
+        config.eos_token_id = model.config.text_config.eos_token_id
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def build_tokenizer(recipe: Recipe) -> Any:

@@ -56,7 +56,8 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], *, prompt: bool, cont
         if roles[index] == "assistant":
             start -= _written_first(pieces[index], opening)
             end_marker = tokenizer.eos_token or ""
-            extent = len(end_marker) if end_marker and piece.startswith(end_marker) else 0
+            blank = len(piece) - len(piece.lstrip(" \n"))
+            extent = blank + len(end_marker) if end_marker and piece[blank:].startswith(end_marker) else 0
             result.answers.append((start, len(result.text) + extent))
         result.text += "" if continued and index == len(messages) - 1 else piece
     return result
@@ -77,10 +78,14 @@ def _written_first(piece: str, opening: str) -> int:
 def _content(message: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     content = message["content"]
     entries = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError("content", "wrong type", expected="a text or a list of entries", got=str(content)[:60])
     text, media = "", []
     for entry in entries:
         kind = entry.get("type")
         if kind == "text":
+            if not isinstance(entry.get("text"), str):
+                raise UserError("text entry", "has no text", got=str(entry)[:60])
             for placeholder in PLACEHOLDERS.values():
                 if placeholder in entry["text"]:
                     raise UserError(

@@ -68,6 +68,9 @@ class FrontEnd(nn.Module):
         nominal = {kind: self.nominal(kind) for kind in KINDS}
         specs = {kind: dict(self.bank.output_specs(nominal[kind])) for kind in KINDS}
         for node in self.nodes:
+            if node.only not in (None, *KINDS):
+                where = f"{self.where}.connector.{node.name}.only"
+                raise UserError(where, "wrong kind", expected="video or image", got=node.only)
             kind = node.only or "video"
             inputs = tuple(specs[kind][name] for name in node.inputs)
             self.parts[node.name] = self._part(node, sections[node.name], inputs)
@@ -91,8 +94,6 @@ class FrontEnd(nn.Module):
 
     def _part(self, node: Node, section: dict[str, Any], inputs: tuple[TokenSpec, ...]) -> Part:
         where = f"{self.where}.connector.{node.name}"
-        if node.only not in (None, *KINDS):
-            raise UserError(f"{where}.only", "wrong kind", expected="video or image", got=node.only)
         cls = find("connector", section["type"], f"{where}.type")
         arguments = {key: value for key, value in section.items() if key not in ("type", "name", "in", "only")}
         bound = bind(cls, arguments, where)
@@ -124,8 +125,12 @@ class FrontEnd(nn.Module):
         inputs = [specs[name] for name in node.inputs]
         if not node.runs(media):
             return inputs[0]
+        part = self.parts[node.name]
         try:
-            return self.parts[node.name].output_spec(*inputs)
+            for built, given in zip(part.site.inputs, inputs, strict=True):
+                if built.width != given.width:
+                    raise ValueError(f"built for width {built.width}, an {media.kind} has {given.width}")
+            return part.output_spec(*inputs)
         except ValueError as error:
             reads = ", ".join(f"{name}: {spec}" for name, spec in zip(node.inputs, inputs, strict=True))
             raise UserError(f"{self.where}.connector.{node.name}", f"{error}; it reads {reads}") from error

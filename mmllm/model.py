@@ -43,8 +43,9 @@ class MMLLMModel(MMLLMPreTrainedModel):
 
     def __init__(self, config: MMLLMConfig) -> None:
         super().__init__(config)
-        self.front_end = FrontEnd(config.model_section, config.text_config.hidden_size)
+        # The LLM first: its random weights then depend on the seed alone, not on what stands before it.
         self.language_model = AutoModel.from_config(config.text_config)
+        self.front_end = FrontEnd(config.model_section, config.text_config.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -72,7 +72,7 @@ class MMLLMProcessor(ProcessorMixin):
         """Text, or with `tokenize` a batch, of one conversation or of a list of them; media are read here.
 
         Args:
-            processor_kwargs: `padding_side`, `frames`, `fps` (see `encode`).
+            processor_kwargs: `padding_side`, and `frames`, `fps`, `sampler` (see `sampling`).
         """
         single = bool(conversation) and isinstance(conversation[0], dict)
         conversations = [conversation] if single else conversation
@@ -83,9 +83,11 @@ class MMLLMProcessor(ProcessorMixin):
             return texts[0] if single else texts
         options = dict(processor_kwargs or {})
         side = options.pop("padding_side", "left")
-        sampling = {key: options[key] for key in ("frames", "fps") if options.get(key) is not None}
+        sampling = self.sampling(**{key: options.get(key) for key in ("frames", "fps", "sampler")})
         examples = [
-            self.encode(item, answers=False, prompt=add_generation_prompt, continued=continue_final_message, **sampling)
+            self.encode(
+                item, answers=False, prompt=add_generation_prompt, continued=continue_final_message, sampling=sampling
+            )
             for item in conversations
         ]
         batch = self.collate(examples, padding_side=side)
@@ -138,22 +140,21 @@ class MMLLMProcessor(ProcessorMixin):
         answers: bool = True,
         prompt: bool = False,
         continued: bool = False,
-        frames: int | None = None,
-        fps: float | None = None,
+        sampling: Sampling | None = None,
         name: str = "",
     ) -> Example:
         """One conversation: media read, tokens expanded, labels on the assistant's turns.
 
         Args:
             answers: whether to make labels. prompt, continued: see `mmllm.chat.render`.
-            frames, fps: another sampling than the recipe's, for this conversation.
+            sampling: another than the recipe's, for this conversation.
 
         Raises:
             UserError: a medium cannot be read, or even the first turn is longer than `max_length`.
         """
         while True:
             rendered = render(self.tokenizer, messages, prompt=prompt, continued=continued)
-            example = self._expand(rendered, answers, frames, fps, name)
+            example = self._expand(rendered, answers, sampling, name)
             if self.max_length is None or len(example.ids) <= self.max_length:
                 return example
             shorter = _without_last_turn(messages) if answers else None
@@ -171,8 +172,7 @@ class MMLLMProcessor(ProcessorMixin):
         self,
         rendered: Rendered,
         answers: bool = False,
-        frames: int | None = None,
-        fps: float | None = None,
+        sampling: Sampling | None = None,
         name: str = "",
     ) -> Example:
         encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=answers)
@@ -180,7 +180,7 @@ class MMLLMProcessor(ProcessorMixin):
         example = Example([], [] if answers else None, name=name)
         for position, token in enumerate(encoded["input_ids"]):
             if token in self.placeholder_ids:
-                self._append_medium(example, rendered, frames, fps)
+                self._append_medium(example, rendered, sampling)
                 continue
             example.ids.append(token)
             if answers:
@@ -192,10 +192,10 @@ class MMLLMProcessor(ProcessorMixin):
             raise UserError(name or "text", "a placeholder was lost in tokenisation")
         return example
 
-    def _append_medium(self, example: Example, rendered: Rendered, frames: int | None, fps: float | None) -> None:
+    def _append_medium(self, example: Example, rendered: Rendered, sampling: Sampling | None) -> None:
         if len(example.media) >= len(rendered.media):
             raise UserError(example.name or "text", "more placeholders than media")
-        medium = self.read(rendered.media[len(example.media)], frames, fps)
+        medium = self.read(rendered.media[len(example.media)], sampling)
         for stream in range(len(self.front_end.output[medium.spec.kind])):
             example.spans.append((len(example.ids), len(example.media), stream))
             example.ids += [self.filler_id] * self._length(medium, stream)
@@ -206,7 +206,7 @@ class MMLLMProcessor(ProcessorMixin):
     def _length(self, medium: Medium, stream: int) -> int:
         return self.front_end.streams(medium.spec)[stream].tokens
 
-    def read(self, entry: dict[str, Any], frames: int | None = None, fps: float | None = None) -> Medium:
+    def read(self, entry: dict[str, Any], sampling: Sampling | None = None) -> Medium:
         """Decode one content entry and resize it for every encoder.
 
         Args:
@@ -214,27 +214,33 @@ class MMLLMProcessor(ProcessorMixin):
         """
         kind = entry["type"]
         source = next(entry[key] for key in LOCATORS if entry.get(key) is not None)
-        sampling = self._sampling(entry.get("frames") or frames, fps)
+        sampling = sampling or self.front_end.sampling
+        if entry.get("frames") is not None:
+            sampling = Sampling(frames=entry["frames"], sampler=sampling.sampler)
         if isinstance(source, str) or hasattr(source, "__fspath__"):
             from mmllm.data.reader import read_media
 
             ref = MediaRef(kind, str(source), entry.get("start"), entry.get("end"), entry.get("fps"))
             clip, key = read_media(ref, sampling), (ref, sampling)
         else:
-            clip, key = _in_memory(source, kind, sampling), (id(source), sampling)
+            clip, key = _in_memory(source, kind, sampling), (kind, id(source), sampling)
         spec = MediaSpec(kind, len(clip.frames))
         from mmllm.data.pixels import to_geometry
 
         pixels = {geometry: to_geometry(clip.frames, geometry) for geometry in self.front_end.geometries}
-        return Medium(key, spec, torch.as_tensor(clip.times, dtype=torch.float32), pixels)
+        return Medium(key, spec, torch.as_tensor(clip.times, dtype=torch.float32), pixels, source)
 
-    def _sampling(self, frames: int | None, fps: float | None) -> Sampling:
+    def sampling(self, frames: int | None = None, fps: float | None = None, sampler: str | None = None) -> Sampling:
+        """The model's own sampling with a number of frames, a rate or a sampler of its own.
+
+        Raises:
+            UserError: both frames and fps, or an unknown sampler.
+        """
         own = self.front_end.sampling
-        if frames is not None:
-            return Sampling(frames=frames, sampler=own.sampler)
-        if fps is not None:
-            return Sampling(frames=None, fps=fps, max_frames=own.max_frames, sampler=own.sampler)
-        return own
+        sampler = sampler or own.sampler
+        if frames is None and fps is None:
+            frames, fps = own.frames, own.fps
+        return Sampling(frames=frames, fps=fps, max_frames=own.max_frames if fps else None, sampler=sampler)
 
     def collate(self, examples: list[Example], padding_side: str = "right") -> VisualBatch:
         """A batch: padded ids, mask, labels, and the `visual` dict in which equal media appear once."""

@@ -28,8 +28,11 @@ class RunFolder:
         self.path = Path(path)
         self.model = self.path / "model"
 
-    def open(self, recipe: Recipe, seed: int) -> None:
+    def open(self, recipe: Recipe, seed: int, write: bool = True) -> None:
         """Write what is asked for, or check that it is what was asked for before.
+
+        Args:
+            write: False in all processes but the main one, which only check.
 
         Raises:
             UserError: the folder holds a run of another recipe or seed; names the keys that differ.
@@ -42,12 +45,26 @@ class RunFolder:
             if different:
                 keys = ", ".join(different[:6])
                 raise UserError(self.path, f"holds a run of another recipe; these differ: {keys}", hint="another --out")
+        if not write:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         plain = json.loads(json.dumps(record))  # tuples as lists
-        known.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        self._replace_text("recipe.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
         with (self.path / "command.txt").open("a", encoding="utf-8") as file:
             file.write(" ".join(sys.argv) + "\n")
         (self.path / "environment.json").write_text(json.dumps(environment(), indent=1))
+
+    def recover_model(self) -> None:
+        """Put `model/` back where a kill fell between two renames.
+
+        Raises:
+            UserError: stages are finished but their weights are gone.
+        """
+        old = self.path / "model.old"
+        if not self.model.is_dir() and old.is_dir():
+            os.replace(old, self.model)
+        if self.status["stages"] and not self.model.is_dir():
+            raise UserError(self.model, "the weights of the finished stages are gone", hint="another --out")
 
     @property
     def status(self) -> dict[str, Any]:

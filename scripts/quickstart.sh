@@ -58,7 +58,7 @@ step 5 evaluate "evaluate on mini MVBench and mini MLVU, with blind and single-f
 "$mmllm" eval --model "$out" --tasks mvbench,mlvu
 
 step 6 ask "ask about a clip of NanoWorld and about a real one"
-clip=$(find "$world/mvbench/video" -name '*.mp4' | sort | head -n 1)
+clip=$(find "$world/mvbench/video" -name '*.mp4' | sort | sed -n 1p)
 "$mmllm" ask --model "$out" --video "$clip" "Describe the video."
 "$mmllm" ask --model "$out" --video tests/assets/tablet_drawing.mp4 "Describe the video."
 echo "next: $mmllm ask --model $out/model --video $clip \"What color is the moving object?\"" >&2

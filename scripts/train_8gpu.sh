@@ -8,4 +8,4 @@ if [ $# -eq 0 ] || [ "$1" = --help ]; then
     exit 0
 fi
 python -m mmllm train "$@" --dry-run
-exec torchrun --standalone --nproc-per-node "${GPUS:-8}" -m mmllm train "$@"
+exec torchrun --shutdown-timeout 600 --standalone --nproc-per-node "${GPUS:-8}" -m mmllm train "$@"

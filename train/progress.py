@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,12 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask the trainer to save and stop."""
+        if args.world_size > 1:  # all processes stop after the same step
+            import torch
+
+            flag = torch.tensor(float(self.signal or 0), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.signal = int(flag) or None
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
 
@@ -86,6 +93,7 @@ class StopOnSignal(TrainerCallback):
 
     def _note(self, number: int, frame: Any) -> None:
         self.signal = number
+        sys.stderr.write("saving after this step (again: stop at once)\n")
         signal.signal(number, self.before.get(number) or signal.SIG_DFL)
 
 
@@ -95,7 +103,10 @@ def draw_curves(run: Path) -> None:
 
     stages: dict[str, dict[int, float]] = {}
     for line in (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").is_file() else []:
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except ValueError:  # torn by a kill
+            continue
         stages.setdefault(record["stage"], {})[record["step"]] = record["loss"]
     if not stages:
         return

@@ -24,7 +24,7 @@ class Options:
         seed: of weights, order and every draw.
         jobs: loader processes.
         device: "cpu" keeps off an accelerator; None takes what there is.
-        precision: "float32" or "bfloat16"; None = bfloat16 where an accelerator has it.
+        precision: "float32", "bfloat16" or "float16"; None = bfloat16 where an accelerator has it.
         deepspeed: zero1, zero2, zero3 or a JSON file. report_to: tensorboard, wandb or none.
         save_steps, log_steps: steps between checkpoints and between lines of log.jsonl.
         cache: where shared stages are kept.
@@ -59,13 +59,16 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
     """
     from transformers import set_seed
 
-    from mmllm.build import build_model, build_processor
+    from mmllm.build import build_model, build_processor, set_stop_tokens
     from mmllm.train.stage import data_files
 
     chosen = _chosen(recipe, stages)
     run = RunFolder(out)
-    with _processes(options).main_process_first():
-        run.open(recipe, options.seed)
+    processes = _processes(options)
+    with processes.main_process_first():
+        run.open(recipe, options.seed, write=processes.is_main_process)
+        if processes.is_main_process:
+            run.recover_model()
     todo = {name: stage for name, stage in chosen.items() if name not in run.status["stages"]}
     if not todo:
         return run
@@ -80,6 +83,7 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
         processor = build_processor(recipe)
         model = build_model(recipe)
         _check_vocabulary(model, processor, recipe)
+        set_stop_tokens(model, processor.tokenizer)
     order = {name: index for index, name in enumerate(recipe.stages, start=1)}
     for name, stage in todo.items():
         start = time.perf_counter()
@@ -157,23 +161,26 @@ def _run_stage(
         load_weights(model, recipe.path(stage.init))
     freeze(model, stage.trains, recipe.where(f"stages.{name}.trains"))
     shared = SharedStage(name, recipe, processor, options) if stage.share else None
-    state, main = None, _processes(options).is_main_process
+    state, stopped, main = None, None, _processes(options).is_main_process
     if shared is not None and shared.load(model):
         if main:
             run.log_event(name, f"weights of an equal stage taken from {shared.file}")
     else:
         trainer, stopper, checkpoint = make_trainer(name, number, stage, recipe, model, processor, run, options)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if stopper.signal is not None and trainer.state.global_step < trainer.state.max_steps:
-            raise Stopped(stopper.signal, trainer.checkpoint)
+        stopped = stopper.signal
+        if stopped is not None and trainer.state.global_step < trainer.state.max_steps:
+            raise Stopped(stopped, trainer.checkpoint)
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
         if shared is not None and main:
-            shared.save(model)
+            shared.save(model, state)
     model.requires_grad_(True)
     if main:
         run.save_model(model, processor, recipe, state)
         run.finish_stage(name, steps=stage.steps, epochs=stage.epochs)
     _processes(options).wait_for_everyone()
+    if stopped is not None:  # it came in the last step: the stage is finished, the next ones wait
+        raise Stopped(stopped, run.model)
 
 
 def build_objective(section: str | dict, where: str) -> Objective:

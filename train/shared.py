@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,17 +50,18 @@ class SharedStage:
             module.load_state_dict(own)
         return True
 
-    def save(self, model: Any) -> None:
-        """Keep the model's LLM; complete or absent."""
+    def save(self, model: Any, whole: dict[str, Any]) -> None:
+        """Keep the model's LLM out of its `whole` state; complete or absent."""
         from safetensors.torch import save_file
 
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        names = {id(module): name for name, module in model.named_modules()}
         state = {
-            prefix + key: value.detach().cpu().contiguous().clone()
+            prefix + key: whole[f"{names[id(module)]}.{key}"].detach().cpu().contiguous().clone()
             for prefix, module in _modules(model).items()
-            for key, value in module.state_dict().items()
+            for key in module.state_dict()
         }
-        fresh = self.file.with_suffix(".new")
+        fresh = self.file.with_suffix(f".{os.getpid()}")
         save_file(state, fresh)
         fresh.replace(self.file)
 

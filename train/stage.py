@@ -86,6 +86,23 @@ def micro_batch(name: str, stage: Stage, recipe: Recipe, processes: int) -> tupl
     return micro, per_process // micro
 
 
+class Preparer:
+    """Sample numbers to a batch, in a loader worker; what is wrong with the data comes back as part of the batch.
+
+    An exception of a worker would reach the trainer as text with a traceback; this way it arrives as itself.
+    """
+
+    def __init__(self, data: Joined, objective: Any, processor: Any) -> None:
+        self.data, self.objective, self.processor = data, objective, processor
+
+    def __call__(self, numbers: list[int]) -> dict[str, Any]:
+        """The batch of some samples, or `{"error": ...}`."""
+        try:
+            return self.objective.prepare([self.data[number] for number in numbers], self.processor)
+        except UserError as error:
+            return {"error": error}
+
+
 def make_trainer(
     name: str, number: int, stage: Stage, recipe: Recipe, model: Any, processor: Any, run: RunFolder, options: Options
 ) -> tuple[StageTrainer, StopOnSignal, Path | None]:
@@ -97,8 +114,8 @@ def make_trainer(
     trainer = StageTrainer(
         model=model,
         args=_arguments(name, stage, recipe, folder, len(data), options),
-        train_dataset=data,
-        data_collator=lambda samples: objective.prepare(samples, processor),
+        train_dataset=range(len(data)),
+        data_collator=Preparer(data, objective, processor),
         processing_class=processor,
         callbacks=[progress, stopper],
         objective=objective,
@@ -121,7 +138,7 @@ def _arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, samples: i
     micro, accumulation = micro_batch(name, stage, recipe, processes)
     accelerated = options.device != "cpu" and torch.cuda.is_available()
     precision = options.precision or ("bfloat16" if accelerated and torch.cuda.is_bf16_supported() else "float32")
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
@@ -133,6 +150,7 @@ def _arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, samples: i
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.clip,
         bf16=precision == "bfloat16",
+        fp16=precision == "float16",
         use_cpu=options.device == "cpu",
         seed=options.seed,
         data_seed=options.seed,
@@ -142,6 +160,7 @@ def _arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, samples: i
         dataloader_pin_memory=accelerated,
         remove_unused_columns=False,
         logging_steps=options.log_steps,
+        logging_first_step=True,
         logging_nan_inf_filter=False,
         save_steps=options.save_steps,
         save_total_limit=2,
@@ -149,6 +168,9 @@ def _arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, samples: i
         deepspeed=deepspeed_config(options.deepspeed, stage),
         disable_tqdm=True,
     )
+    # One process, one device: several are torchrun's business (the library would else wrap the model in DataParallel).
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def deepspeed_config(name: str | None, stage: Stage) -> dict | str | None:

@@ -51,10 +51,17 @@ class StageTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, dict[str, Tensor]]:
-        """The micro-batches of one step and each term's denominator over all of them and all processes."""
+        """The micro-batches of one step and each term's denominator over all of them and all processes.
+
+        Raises:
+            UserError: a sample cannot be read; a checkpoint is saved before.
+        """
         start = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.data_seconds += time.perf_counter() - start
+        for batch in batches:
+            if "error" in batch:
+                self._keep_before(batch["error"])
         totals: dict[str, int] = {}
         for batch in batches:
             for name, count in self.objective.counts(batch).items():
@@ -63,6 +70,12 @@ class StageTrainer(Trainer):
         if self.args.world_size > 1:
             counts = {name: self.accelerator.reduce(count, "sum") for name, count in counts.items()}
         return batches, counts
+
+    def _keep_before(self, error: UserError) -> None:
+        """Save what was trained, then say what is wrong with the data."""
+        if self.args.world_size == 1 and self.state.global_step:  # saving is collective, and others know nothing
+            self._save_checkpoint(self.model, None)
+        raise error
 
     def compute_loss(
         self,
@@ -92,8 +105,16 @@ class StageTrainer(Trainer):
         return (loss, terms) if return_outputs else loss
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if folder == self.checkpoint:
+            return
+        for name, value in self.model.named_parameters():
+            if value.requires_grad and not bool(value.isfinite().all()):
+                kept = f"{self.checkpoint} is intact" if self.checkpoint else "no checkpoint yet"
+                where = f"{self.stage} step {self.state.global_step}"
+                raise UserError(where, f"{name} is no longer finite; {kept}", hint="a smaller lr")
+        (folder / COMPLETE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (folder / COMPLETE).touch()

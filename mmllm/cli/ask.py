@@ -33,8 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="run folder or model folder")
     parser.add_argument("--video", action=Medium, metavar="FILE[#t=START,END]", help="a video (may repeat)")
     parser.add_argument("--image", action=Medium, metavar="FILE", help="an image (may repeat)")
-    parser.add_argument("--frames", type=int, help="frames of each video (default: the model's own)")
-    parser.add_argument("--fps", type=float, help="frames per second of each video, instead of --frames")
+    sampling = parser.add_mutually_exclusive_group()
+    sampling.add_argument("--frames", type=int, help="frames of each video (default: the model's own)")
+    sampling.add_argument("--fps", type=float, help="frames per second of each video, instead of --frames")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default 64)")
     common(parser, "--json", "--quiet", "--plugin", "--device", "--dtype")
     parser.set_defaults(run=run, media=None)
@@ -59,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         return_dict=True,
         add_generation_prompt=True,
         processor_kwargs={"frames": options.frames, "fps": options.fps},
-    )
+    ).to(model.device)
     _say(batch, _visual_tokens(batch, processor), options.quiet)
     start, pieces = time.perf_counter(), []
     for piece in stream_answer(model, processor, batch, max_new_tokens=options.max_new_tokens):

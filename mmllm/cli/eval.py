@@ -59,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
         roots = _roots(path, names, options.root)
         model, processor = load(path, device=pick_device(options.device), dtype=options.dtype or "auto")
         out = options.out or _run_folder(model_folder(path))
+        if options.out and len(options.model) > 1:
+            out = options.out / Path(path).name
         reports = {}
         for name in names:
             start = time.perf_counter()

@@ -115,7 +115,7 @@ class Encoder(Part):
         Raises:
             ValueError: its own number of frames does not divide the clip's.
         """
-        if self.frames is None or media.kind == "image":
+        if self.frames is None or media.kind == "image" or media.frames < self.frames:
             return media.frames
         if media.frames % self.frames:
             raise ValueError(f"reads {self.frames} frames, which does not divide a clip of {media.frames}")

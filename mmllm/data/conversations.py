@@ -39,11 +39,12 @@ class ConversationFile(Sequence):
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(self.path, "no such data file", expected="a .jsonl file of conversations")
-        self.offsets = [0]
+        self.offsets, start = [], 0
         with self.path.open("rb") as file:
             for line in file:
-                self.offsets.append(self.offsets[-1] + len(line))
-        self.offsets.pop()
+                if line.strip():
+                    self.offsets.append(start)
+                start += len(line)
         if not self.offsets:
             raise UserError(self.path, "the data file is empty")
 
@@ -70,7 +71,7 @@ class ConversationFile(Sequence):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise UserError(f"{where}:messages", "a message needs role and content", got=str(message)[:60])
         for entry in message["content"] if isinstance(message["content"], list) else []:
-            if "path" in entry:
+            if isinstance(entry, dict) and isinstance(entry.get("path"), str):
                 entry["path"] = str(self.path.parent / entry["path"])
 
 

@@ -20,7 +20,7 @@ from mmllm.world.video import FPS, write_jpgs, write_mp4
 PADDING = 16
 """Frames of other scenes around a bounded clip, before and after together."""
 
-TALKS = 3
+TALKS = 2
 """Conversations about each training clip, with other questions each."""
 
 

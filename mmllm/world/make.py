@@ -21,7 +21,7 @@ class Level:
     Args:
         side: height and width of the clips in pixels.
         clips: number of training clips.
-        texts: number of lines of text.jsonl; letters.jsonl has half as many.
+        texts: number of lines of text.jsonl; letters.jsonl has half as many, review.jsonl as many as clips.
         items: test items a task, before rounding to whole groups; 0 = one group.
         extra: bystanders in a scene.
     """
@@ -35,14 +35,14 @@ class Level:
 
 LEVELS = {
     "tiny": Level(48, 64, 200, 0, 1),
-    "nano": Level(48, 6000, 40000, 60, 1),
-    "hard": Level(64, 12000, 40000, 60, 2),
+    "nano": Level(48, 12000, 40000, 60, 1),
+    "hard": Level(64, 18000, 40000, 60, 2),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A piece of work for one process: numbers [start, end) of a kind (clips, letters, text, or a task's stem)."""
+    """A piece of work for one process: numbers [start, end) of a kind (clips, letters, text, review, a task's stem)."""
 
     out: Path
     kind: str
@@ -64,11 +64,13 @@ def run_job(job: Job) -> tuple[str, int, dict[str, list[str]]]:
 
     side, extra = job.level.side, job.level.extra
     lines: dict[str, list[str]] = {}
-    if job.kind in ("text", "letters"):
-        write = text_line if job.kind == "text" else letter_line
-        lines[job.kind] = [dumps(write(job.seed, i, side, extra)) for i in range(job.start, job.end)]
+    numbers = range(job.start, job.end)
+    if job.kind == "letters":
+        lines["letters"] = [dumps(letter_line(job.seed, i, side, extra)) for i in numbers]
+    elif job.kind in ("text", "review"):
+        lines[job.kind] = [dumps(text_line(job.seed, i, side, extra, job.kind)) for i in numbers]
     elif job.kind == "clips":
-        for i in range(job.start, job.end):
+        for i in numbers:
             sample, rng = draw_sample(job.seed, "train", i, side, extra)
             for name, made in write_clip(sample, i, job.out / "train", rng).items():
                 lines.setdefault(name, []).extend(map(dumps, made))
@@ -102,6 +104,7 @@ def plan(out: Path, level: Level, seed: int) -> list[Job]:
         ("clips", level.clips, 100),
         ("letters", level.texts // 2, 1000),
         ("text", level.texts, 1000),
+        ("review", level.clips, 1000),
     ):
         jobs += [Job(out, kind, i, min(i + step, total), seed, level) for i in range(0, total, step)]
     return jobs

@@ -23,6 +23,8 @@ ASKS: tuple[tuple[Ask, int], ...] = (
 )
 COMMON = frozenset({asks.exists, asks.size, asks.moving_count, *(ask for ask, _ in EXTRAS)})
 """Questions that hold for nearly every scene: asked later than the others, or they would crowd them out."""
+GUESSES = 0.04
+"""Share of text lines that ask about nothing."""
 Turn = dict[str, object]
 Fitting = tuple[Question, int]
 
@@ -78,7 +80,12 @@ def pose(question: Question, options: int, rng: Random, letters: float) -> tuple
         return question.text, question.answer, wrong
     shown = choose(question, options, rng)
     wrong = rng.choice([option for option in shown if option != question.answer])
-    return block(question.text, shown), letter(shown, question.answer), letter(shown, wrong)
+    return block(question.text, shown), reply(shown, question.answer), reply(shown, wrong)
+
+
+def reply(options: list[str], answer: str) -> str:
+    """A lettered reply: the option's words, then its letter, "moves left (B)". What is said first helps to find it."""
+    return f"{answer} {letter(options, answer)}"
 
 
 def talk(sample: Sample, rng: Random, count: int, letters: float, copies: float) -> list[tuple[str, str]]:
@@ -96,7 +103,7 @@ def copying(question: Question, options: int, rng: Random) -> tuple[str, str]:
     """An exchange that needs no scene: which letter stands before an option. Teaches how letters are meant."""
     shown = choose(question, options, rng)
     named = rng.choice(shown)
-    return block(f"Which option is {named}?", shown), letter(shown, named)
+    return block(f"Which option is {named}?", shown), reply(shown, named)
 
 
 def instruct_line(name: str, sample: Sample, video: Turn, rng: Random) -> dict[str, object]:
@@ -105,8 +112,8 @@ def instruct_line(name: str, sample: Sample, video: Turn, rng: Random) -> dict[s
     if rng.random() < 0.5:
         pairs.append((SUMMARIZE if rng.random() < 0.2 else DESCRIBE, describe(sample.scene)))
     turns: list[Turn] = []
-    for i, (ask, reply) in enumerate(pairs):
-        turns += [say("user", ask, None if i else video), say("assistant", reply)]
+    for i, (ask, answer) in enumerate(pairs):
+        turns += [say("user", ask, None if i else video), say("assistant", answer)]
     return {"id": name, "messages": turns}
 
 
@@ -128,18 +135,27 @@ def preference_line(name: str, sample: Sample, video: Turn, rng: Random) -> dict
     return {"id": name, "messages": [say("user", ask, video)], "chosen": right, "rejected": wrong}
 
 
-def text_line(seed: int, index: int, side: int, extra: int) -> dict[str, object]:
-    """A conversation about a description in place of a clip: up to three questions, the first after the description."""
-    sample, rng = draw_sample(seed, "text", index, side, extra)
+def text_line(seed: int, index: int, side: int, extra: int, split: str = "text") -> dict[str, object]:
+    """A conversation about a description in place of a clip: up to three questions, the first after the description.
+
+    A few lines have no description and a random option for an answer: about nothing one can only guess.
+    """
+    sample, rng = draw_sample(seed, split, index, side, extra)
+    name = f"{split}-{index:06d}"
+    if rng.random() < GUESSES:
+        question, options = rng.choice([fit for fit in fitting(sample, rng, 6) if fit[1]])
+        shown = choose(question, options, rng)
+        guess = reply(shown, rng.choice(shown))
+        return {"id": name, "messages": [say("user", block(question.text, shown)), say("assistant", guess)]}
     turns: list[Turn] = []
-    for i, (ask, reply) in enumerate(talk(sample, rng, rng.choice((1, 1, 1, 2, 3)), 0.8, 0.2)):
-        turns += [say("user", ask if i else f"{describe(sample.scene)}\n{ask}"), say("assistant", reply)]
-    return {"id": f"text-{index:06d}", "messages": turns}
+    for i, (ask, answer) in enumerate(talk(sample, rng, rng.choice((1, 1, 1, 2, 3)), 0.8, 0.2)):
+        turns += [say("user", ask if i else f"{describe(sample.scene)}\n{ask}"), say("assistant", answer)]
+    return {"id": name, "messages": turns}
 
 
 def letter_line(seed: int, index: int, side: int, extra: int) -> dict[str, object]:
     """One question that only names one of its options: the first thing that a small LLM has to learn."""
     sample, rng = draw_sample(seed, "letters", index, side, extra)
     lettered = [fit for fit in fitting(sample, rng, 6) if fit[1]]
-    ask, reply = copying(*rng.choice(lettered), rng)
-    return {"id": f"letters-{index:06d}", "messages": [say("user", ask), say("assistant", reply)]}
+    ask, answer = copying(*rng.choice(lettered), rng)
+    return {"id": f"letters-{index:06d}", "messages": [say("user", ask), say("assistant", answer)]}

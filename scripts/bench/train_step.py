@@ -30,12 +30,14 @@ def batches(recipe: Any, processor: Any, count: int, size: int) -> list[dict[str
 
 def by_hand(model: Any, prepared: list[dict[str, Any]], lr: float) -> Any:
     """A generator of step seconds of a plain loop: embed, run the LLM, head on scored rows, cross-entropy."""
+    from mmllm.batch import move
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     model.train()
     step = 0
     while True:
-        batch = prepared[step % len(prepared)]
         start = time.perf_counter()
+        batch = move(dict(prepared[step % len(prepared)]), model.device)
         hidden = model.run(model.embed(batch))
         targets = batch["labels"][:, 1:]
         scored = targets != -100
@@ -118,7 +120,7 @@ def main() -> None:
     hand, ours = build_model(recipe).to(options.device), build_model(recipe)
     turns = {
         "hand": by_hand(hand, prepared, 1e-3),
-        "ours": by_trainer(ours, prepared, 1e-3, options.batch, options.device),
+        "ours": by_trainer(ours, prepared, 1e-3, options.device),
     }
     seconds: dict[str, list[float]] = {"hand": [], "ours": []}
     for block in range(options.blocks + 1):

@@ -189,3 +189,17 @@ def test_a_run_with_muon_resumes_to_the_same_losses(data, tmp_path, monkeypatch)
             train(recipe(data, optimizer="muon"), cut, options())
     train(recipe(data, optimizer="muon"), cut, options())
     assert losses(cut) == losses(straight)
+
+
+@pytest.mark.parametrize("jobs", [0, 2])
+def test_a_broken_clip_is_named_and_nothing_is_lost(data, tmp_path, jobs):
+    import shutil
+
+    folder = tmp_path / "data"
+    shutil.copytree(data.parent, folder)
+    (folder / "clips" / "7.mp4").write_bytes(b"no video")
+    with pytest.raises(UserError, match=r"7\.mp4"):
+        train(recipe(folder / "data.jsonl", batch=2, steps=9), tmp_path / "run", options(jobs=jobs))
+    done = len(losses(tmp_path / "run")) if (tmp_path / "run" / "log.jsonl").exists() else 0
+    kept = list((tmp_path / "run").glob("stages/*/checkpoint-*/complete"))
+    assert [path.parent.name for path in kept] == ([f"checkpoint-{done}"] if done else [])

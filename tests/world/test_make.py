@@ -131,7 +131,14 @@ def test_finished_worlds_are_kept_and_not_mixed(tiny: Path) -> None:
     calls: list[str] = []
     manifest = make_world(tiny, "tiny", seed=0, progress=lambda kind, done, total: calls.append(kind))
     assert not calls and (tiny / "train/text.jsonl").stat().st_mtime_ns == stamp
-    assert manifest["counts"] == {"caption": 64, "instruct": 192, "letters": 100, "preference": 64, "text": 200}
+    assert manifest["counts"] == {
+        "caption": 64,
+        "instruct": 128,
+        "letters": 100,
+        "preference": 64,
+        "review": 64,
+        "text": 200,
+    }
     with pytest.raises(UserError, match="holds another world"):
         make_world(tiny, "nano", seed=0)
     with pytest.raises(UserError, match="holds another world"):
@@ -152,13 +159,16 @@ def test_training_lines(tiny: Path) -> None:
             assert (tiny / "train" / content[0]["path"]).is_file()
     assert all(line["chosen"] != line["rejected"] for line in lines["preference"])
     replies = [turn["content"][0]["text"] for line in lines["instruct"] for turn in line["messages"][1::2]]
-    lettered = sum(reply in ("(A)", "(B)", "(C)", "(D)", "(E)") for reply in replies)
+    lettered = sum(reply.endswith(("(A)", "(B)", "(C)", "(D)", "(E)")) for reply in replies)
     assert 0.45 < lettered / len(replies) < 0.8
     for line in lines["letters"]:
         ask, reply = (turn["content"][0]["text"] for turn in line["messages"])
         named = re.search(r"Which option is (.*)\?\n", ask)[1]
-        assert f"\n{reply} {named}\n" in ask
+        assert reply.startswith(f"{named} (")
+        assert f"\n{reply.removeprefix(named).strip()} {named}\n" in ask
     for line in lines["text"]:
+        if len(line["messages"]) == 2 and line["messages"][0]["content"][0]["text"].startswith("Question"):
+            continue  # asks about nothing
         assert line["messages"][0]["content"][0]["text"].startswith("The background ")
         assert [turn["role"] for turn in line["messages"]] == ["user", "assistant"] * (len(line["messages"]) // 2)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Objective
 from mmllm.contract.registry import register
 from mmllm.contract.types import Term
@@ -19,8 +20,15 @@ class LanguageModeling(Objective):
     """
 
     def prepare(self, samples: list, processor: Any) -> dict[str, Any]:
-        """Conversations -> padded batch; `names` says whose rows they are."""
+        """Conversations -> padded batch; `names` says whose rows they are.
+
+        Raises:
+            UserError: a sample has no answer to learn.
+        """
         examples = [processor.encode(sample.messages, name=sample.id) for sample in samples]
+        for example in examples:
+            if all(label == -100 for label in example.labels):
+                raise UserError(f"sample {example.name}", "has no assistant's turn to learn")
         batch = processor.collate(examples, padding_side="right")
         return {**batch, "names": [sample.id for sample in samples]}
 
