@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -123,6 +124,12 @@ def _bilinear(size: int, cells: int, kernel: int | None, device: torch.device) -
 def _apply(values: Tensor, axes: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     """[B, t, h, w, C] by the matrices of the three axes -> [B, t' h' w', C]; small axes first in float32."""
     time, rows, columns = axes
-    out = torch.einsum("ij,bthjc->bthic", columns, values.float())
+    # In float32 under autocast too: positions are seconds and places. The meta device knows no autocast.
+    with nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False):
+        return _matrices(values.float(), time, rows, columns).to(dtype)
+
+
+def _matrices(values: Tensor, time: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    out = torch.einsum("ij,bthjc->bthic", columns, values)
     out = torch.einsum("ij,btjwc->btiwc", rows, out)
-    return torch.einsum("ij,bjhwc->bihwc", time, out).flatten(1, 3).to(dtype)
+    return torch.einsum("ij,bjhwc->bihwc", time, out).flatten(1, 3)

@@ -30,11 +30,6 @@ class EncoderBank(nn.Module):
         for name, section in encoders.items():
             self.encoders[name] = build_encoder(section, f"{where}.{name}")
 
-    @property
-    def geometries(self) -> tuple[Geometry, ...]:
-        """The sizes in which pixels are needed; encoders that agree share one."""
-        return tuple(dict.fromkeys(encoder.geometry for encoder in self.encoders.values()))
-
     def output_specs(self, media: MediaSpec) -> dict[str, TokenSpec]:
         """{encoder: its tokens for such a clip}.
 

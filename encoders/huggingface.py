@@ -102,11 +102,6 @@ class ImageTower(Encoder):
     def _geometry(self, size: int) -> Geometry:
         return Geometry(size, size, fit="crop")
 
-    @property
-    def token_map(self) -> tuple[int, int]:
-        """(h, w) patches of a frame."""
-        return self.side, self.side
-
     def output_spec(self, media: MediaSpec) -> TokenSpec:
         """One token a patch of every frame it reads, and the CLS token where that is asked for."""
         frames = self.frames_of(media)
@@ -127,7 +122,7 @@ class ImageTower(Encoder):
         grid = None if self.cls else Grid(frames, self.side, self.side)
         return frame_tokens(values, media, grid, frames)
 
-    def load_weights(self, device: torch.device | str = "cpu") -> None:
+    def load_weights(self) -> None:
         """Weights of `name` into the tower.
 
         Raises:

@@ -63,11 +63,6 @@ class NanoConv(Encoder):
             init.zeros_(conv.bias)
         init.normal_(self.places, std=0.02)
 
-    @property
-    def token_map(self) -> tuple[int, int]:
-        """(rows, columns) of a frame's tokens."""
-        return self.grid
-
     def output_spec(self, media: MediaSpec) -> TokenSpec:
         """`grid` tokens for every frame it reads."""
         grid = Grid(self.frames_of(media), *self.grid)

@@ -19,6 +19,9 @@ from mmllm.front_end import FrontEnd
 # What the LLM returns beside its hidden states; the library renamed past_key_values to cache after 5.23.
 BESIDE = ("cache", "past_key_values", "hidden_states", "attentions")
 
+# Heads that do more than multiply: ours would lose it without a word.
+SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
 
 class MMLLMPreTrainedModel(PreTrainedModel):
     """What the two classes share with the library: flags and how a part writes its own weights."""
@@ -140,12 +143,16 @@ class MMLLMModel(MMLLMPreTrainedModel):
 class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
     """Front end + LLM + head; generates, saves and loads as any model of transformers does."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-
     def __init__(self, config: MMLLMConfig) -> None:
         super().__init__(config)
-        self.model = MMLLMModel(config)
         text = config.text_config
+        for name in SCALED_LOGITS:
+            if getattr(text, name, None) not in (None, 1.0):
+                raise UserError(text.model_type, f"its head uses {name}, ours does not", hint="another LLM")
+        self.model = MMLLMModel(config)
+        embedding = self.model.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 

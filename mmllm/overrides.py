@@ -43,8 +43,6 @@ def _child(here: Any, name: str, where: str) -> Any:
         named = here if isinstance(here, dict) else {}
     if name not in named:
         raise UserError(where, "no such key", hint=nearest(name, list(named)) if named else None)
-    if isinstance(named[name], str):  # a part given by its name alone
-        named[name] = {"name": named[name]}
     return named[name]
 
 

@@ -17,7 +17,6 @@ from mmllm.sections import LLM, Stage
 
 SHIPPED = Path(__file__).parent / "recipes"
 MODEL_KEYS = ("media", "encoders", "connector", "output", "llm")
-NODE_KEYS = ("type", "name", "in", "only")
 TOP_KEYS = ("summary", "paper", "roots", "model", "stages", "eval")
 
 
@@ -46,8 +45,9 @@ class Recipe:
 
     @property
     def stages(self) -> dict[str, Stage]:
-        """{name: stage} in order."""
-        return {name: self._stage(name, section) for name, section in (self.data.get("stages") or {}).items()}
+        """{name: stage} in order; a stage that an override or a heir set to null is none."""
+        sections = (self.data.get("stages") or {}).items()
+        return {name: self._stage(name, section) for name, section in sections if section is not None}
 
     @property
     def eval_roots(self) -> dict[str, str]:
@@ -98,10 +98,13 @@ def load(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     for key in data:
         if key not in TOP_KEYS:
             raise UserError(recipe.where(key), "unknown key", hint=nearest(key, list(TOP_KEYS)))
-    for line in overrides:
-        override(recipe.data, line, recipe.file)
     if not isinstance(data.get("model"), dict):
         raise UserError(recipe.where("model"), "missing", expected="encoders, connector and llm")
+    for key in ("roots", "eval"):  # there to be overridden
+        data.setdefault(key, {})
+    _normalise(recipe)  # before, so that overrides find every node and default by name; after, to check what they set
+    for line in overrides:
+        override(recipe.data, line, recipe.file)
     _normalise(recipe)
     _ = recipe.llm, recipe.stages
     return recipe
@@ -163,11 +166,18 @@ def _normalise(recipe: Recipe) -> None:
     if isinstance(model["llm"], str):
         model["llm"] = {"name": model["llm"]}
     model.setdefault("media", {"frames": 8})
-    if model["media"].get("fps") is not None and "frames" not in model["media"]:
-        model["media"]["frames"] = None
+    for key, kind in (("media", dict), ("encoders", dict), ("llm", dict), ("connector", list)):
+        if not isinstance(model[key], kind):
+            words = {dict: "a map", list: "a list of parts"}
+            raise UserError(recipe.where(f"model.{key}"), "wrong type", expected=words[kind], got=model[key])
+    for key in ("roots", "stages", "eval"):
+        if not isinstance(recipe.data.get(key) or {}, dict):
+            raise UserError(recipe.where(key), "wrong type", expected="a map", got=recipe.data[key])
     names_so_far: list[str] = []
     for index, node in enumerate(model["connector"]):
         node = {"type": node} if isinstance(node, str) else node
+        if not isinstance(node, dict):
+            raise UserError(recipe.where("model.connector"), "a node is a map or a name", got=node)
         model["connector"][index] = _node(recipe, node, names_so_far)
     model.setdefault("output", names_so_far[-1])
 
@@ -178,6 +188,8 @@ def _node(recipe: Recipe, node: dict[str, Any], above: list[str]) -> dict[str, A
     if "type" not in node:
         raise UserError(where, "a node without a type", got=node)
     name = node.get("name", node["type"])
+    if not isinstance(name, str) or "." in name:
+        raise UserError(f"{where}.{name}", "a name is a word without a dot", hint="name: another")
     if name in above or name in encoders:
         raise UserError(f"{where}.{name}", "two nodes of this name", hint="name: another")
     inputs = node.get("in")

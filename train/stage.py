@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.registry import load_plugin, plugins
 from mmllm.data.conversations import ConversationFile, Joined
 from mmllm.front_end import FrontEnd
 from mmllm.recipe import Recipe
@@ -95,6 +96,15 @@ class Preparer:
     def __init__(self, data: Joined, objective: Any, processor: Any) -> None:
         self.data, self.objective, self.processor = data, objective, processor
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A spawned worker has an empty registry: the plug-ins travel with the work."""
+        return {**vars(self), "plugins": plugins()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for path in state.pop("plugins"):
+            load_plugin(path)
+        vars(self).update(state)
+
     def __call__(self, numbers: list[int]) -> dict[str, Any]:
         """The batch of some samples, or `{"error": ...}`."""
         try:
@@ -114,7 +124,7 @@ def make_trainer(
     trainer = StageTrainer(
         model=model,
         args=_arguments(name, stage, recipe, folder, len(data), options),
-        train_dataset=range(len(data)),
+        train_dataset=range(whole_batches(len(data), stage.batch)),
         data_collator=Preparer(data, objective, processor),
         processing_class=processor,
         callbacks=[progress, stopper],
@@ -171,6 +181,11 @@ def _arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, samples: i
     # One process, one device: several are torchrun's business (the library would else wrap the model in DataParallel).
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def whole_batches(samples: int, batch: int) -> int:
+    """How many samples an epoch has: whole global batches, so that its steps do not depend on the micro-batch."""
+    return max(samples // batch * batch, min(samples, batch))
 
 
 def deepspeed_config(name: str | None, stage: Stage) -> dict | str | None:

@@ -151,13 +151,8 @@ class Encoder(Part):
         """
         raise NotImplementedError
 
-    def load_weights(self, device: torch.device | str = "cpu") -> None:
+    def load_weights(self) -> None:
         """Fetch pretrained weights, if the arguments name any."""
-
-    @property
-    def token_map(self) -> tuple[int, int]:
-        """(h, w) of the tokens of one frame."""
-        raise NotImplementedError
 
 
 class Objective(nn.Module):

@@ -27,6 +27,7 @@ PACKAGES = {
 }
 _parts: dict[str, dict[str, type]] = {kind: {} for kind in PACKAGES}
 _imported: set[str] = set()
+_plugins: list[Path] = []
 
 
 def register(kind: str, name: str) -> Callable[[type], type]:
@@ -87,6 +88,13 @@ def load_plugin(path: str | Path) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
+    if path.resolve() not in _plugins:
+        _plugins.append(path.resolve())
+
+
+def plugins() -> list[Path]:
+    """The files that were loaded, for a worker process to load again."""
+    return list(_plugins)
 
 
 def _source_digest(cls: type) -> str:

@@ -143,13 +143,26 @@ def test_gradients_reach_what_trains_and_nothing_else(data, tmp_path, straight):
         assert moved == ("front_end.parts" in name), name
 
 
-def test_a_loss_that_is_no_number_stops_and_names_the_samples(data, tmp_path):
-    with pytest.raises(UserError, match=r"sample-\d+.*checkpoint-1 is intact"):
-        train(recipe(data, lr=1e30, warmup=0.0, clip=1e30, schedule="constant"), tmp_path, options(save_steps=1))
-    from safetensors.torch import load_file
+def test_a_loss_that_is_no_number_stops_and_names_the_samples(data, tmp_path, monkeypatch):
+    from mmllm.train.objectives.language_modeling import LanguageModeling
 
-    kept = load_file(tmp_path / "stages" / "1-instruct" / "checkpoint-1" / "model.safetensors")
-    assert kept
+    calls = []
+
+    def poisoned(self, model, batch):
+        calls.append(1)
+        terms = original(self, model, batch)
+        if len(calls) == 4:
+            terms["language_modeling"].sum = terms["language_modeling"].sum * float("nan")
+        return terms
+
+    original = LanguageModeling.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModeling, "forward", poisoned)
+        with pytest.raises(UserError, match=r"step 4, samples sample-\d+.*checkpoint-3 is intact"):
+            train(recipe(data), tmp_path, options(save_steps=1))
+    train(recipe(data), tmp_path, options(save_steps=1))
+    assert len(losses(tmp_path)) == 6
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
 
 
 def test_the_batch_is_global(data):
@@ -203,3 +216,63 @@ def test_a_broken_clip_is_named_and_nothing_is_lost(data, tmp_path, jobs):
     done = len(losses(tmp_path / "run")) if (tmp_path / "run" / "log.jsonl").exists() else 0
     kept = list((tmp_path / "run").glob("stages/*/checkpoint-*/complete"))
     assert [path.parent.name for path in kept] == ([f"checkpoint-{done}"] if done else [])
+
+
+def test_the_llm_starts_the_same_behind_any_front_end():
+    from transformers import set_seed
+
+    from mmllm.build import build_model
+
+    states = []
+    for name in ("nano/llava", "nano/video_chatgpt"):
+        set_seed(3)
+        states.append(build_model(tiny_recipe(name)).model.language_model.state_dict())
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+
+
+def test_an_epoch_has_whole_global_batches(data, tmp_path):
+    train(recipe(data, steps=None, epochs=2, batch=5, micro_batch=1), tmp_path, options())
+    assert len(losses(tmp_path)) == 2 * (12 // 5)
+
+
+def test_weights_that_are_gone_are_not_replaced_by_random_ones(data, tmp_path):
+    import shutil
+
+    made = recipe(data, steps=1)
+    made.data["stages"]["second"] = {**made.data["stages"]["instruct"]}
+    train(made, tmp_path, options(), ["instruct"])
+    (tmp_path / "model").rename(tmp_path / "model.old")
+    train(made, tmp_path, options())
+    shutil.rmtree(tmp_path / "model")
+    made.data["stages"]["third"] = {**made.data["stages"]["second"]}
+    (tmp_path / "recipe.yaml").unlink()
+    with pytest.raises(UserError, match="the weights of the finished stages are gone"):
+        train(made, tmp_path, options())
+
+
+def test_a_checkpoint_with_weights_that_are_no_numbers_is_not_kept(data, tmp_path, monkeypatch):
+    from mmllm.train import trainer
+
+    def poison(self, *arguments, **keywords):
+        self.model.lm_head.weight.data[0, 0] = float("nan")
+        return original(self, *arguments, **keywords)
+
+    original = trainer.StageTrainer._save_checkpoint
+    monkeypatch.setattr(trainer.StageTrainer, "_save_checkpoint", poison)
+    with pytest.raises(UserError, match="no longer finite; no checkpoint yet"):
+        train(recipe(data), tmp_path, options(save_steps=2))
+    assert not list(tmp_path.glob("stages/*/checkpoint-*/complete"))
+
+
+def test_generation_stops_at_the_tokenizers_end_where_the_llm_names_none(data, tmp_path):
+    made = recipe(data, steps=1)
+    made.model["llm"]["config"]["eos_token_id"] = None
+    train(made, tmp_path, options())
+    import mmllm
+
+    model, processor = mmllm.load(tmp_path)
+    assert model.generation_config.eos_token_id in (
+        processor.tokenizer.eos_token_id,
+        [processor.tokenizer.eos_token_id],
+    )
