@@ -20,10 +20,10 @@ import torch
 
 def batches(recipe: Any, processor: Any, count: int, size: int) -> list[dict[str, Any]]:
     """Prepared batches of the instruct stage."""
-    from mmllm.data.conversations import ConversationFile
     from mmllm.train.objectives.language_modeling import LanguageModeling
+    from mmllm.train.stage import load_data
 
-    data = ConversationFile(recipe.path(recipe.stages["instruct"].data))
+    data = load_data(recipe.stages["instruct"], recipe)
     objective = LanguageModeling()
     return [objective.prepare([data[i] for i in range(k * size, (k + 1) * size)], processor) for k in range(count)]
 
