@@ -24,8 +24,7 @@ class Protocol:
         max_new_tokens: longest answer, in tokens.
         parser: name of the parser, a key of `mmllm.eval.parsing.parsers`.
         system: system prompt; empty for none.
-        prefix: beginning of the answer, put into the model's mouth; empty for none.
-        decoding: how tokens are chosen.
+        decoding: how tokens are chosen; a fact for the hash, as answerers decode greedily.
     """
 
     name: str
@@ -34,7 +33,6 @@ class Protocol:
     max_new_tokens: int
     parser: str
     system: str = ""
-    prefix: str = ""
     decoding: str = "greedy"
 
     @property
@@ -72,15 +70,13 @@ def messages(item: Item, blind: bool = False, protocol: Protocol = CANONICAL) ->
     Args:
         item: the question; its bound becomes `start` and `end` in seconds, and a folder of frames gets its `fps`.
         blind: leave the video out; the text is the same and says nothing of it.
-        protocol: which prompt, system prompt and prefix.
+        protocol: which prompt and system prompt.
     """
     content: list[dict[str, Any]] = [] if blind else [_video_entry(item)]
     content.append({"type": "text", "text": PROMPTS[protocol.prompt](item)})
     chat: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if protocol.system:
         chat.insert(0, {"role": "system", "content": [{"type": "text", "text": protocol.system}]})
-    if protocol.prefix:
-        chat.append({"role": "assistant", "content": [{"type": "text", "text": protocol.prefix}]})
     return chat
 
 

@@ -56,6 +56,15 @@ def tiny_model(recipe: Recipe, seed: int = 0) -> MMLLMForConditionalGeneration:
     return build_model(recipe).eval()
 
 
+def save_model(folder: Path) -> Path:
+    """A saved tiny model with its processor and recipe."""
+    recipe = tiny_recipe()
+    tiny_model(recipe).save_pretrained(folder)
+    tiny_processor(recipe).save_pretrained(folder)
+    (folder / "recipe.yaml").write_text(recipe.dump())
+    return folder
+
+
 def frames(seed: int, count: int = 8, side: int = 48) -> np.ndarray:
     """Random uint8 [T, H, W, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)

@@ -117,10 +117,13 @@ def make_trainer(
     name: str, number: int, stage: Stage, recipe: Recipe, model: Any, processor: Any, run: RunFolder, options: Options
 ) -> tuple[StageTrainer, StopOnSignal, Path | None]:
     """The trainer of a stage, what stops it, and the checkpoint it continues from."""
+    from accelerate import PartialState
+
     objective = build_objective(stage.objective, recipe.where(f"stages.{name}.objective"))
     data = load_data(stage, recipe)
     folder = run.path / "stages" / f"{number}-{name}"
-    progress, stopper = StageProgress(run, name, stage.batch, options.quiet), StopOnSignal()
+    quiet = options.quiet or not PartialState(cpu=options.device == "cpu").is_main_process
+    progress, stopper = StageProgress(run, name, stage.batch, quiet), StopOnSignal()
     trainer = StageTrainer(
         model=model,
         args=_arguments(name, stage, recipe, folder, len(data), options),

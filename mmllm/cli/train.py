@@ -65,6 +65,10 @@ def run(options: argparse.Namespace) -> int:
     except Stopped as stop:
         print(f"{stop}; the same command continues", file=sys.stderr)
         return 143 if stop.signal == signal.SIGTERM else 130
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return 0
     if options.json:
         print_json({"out": str(out), "model": str(finished.model), **finished.status})
     else:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import frames, image, tiny_model, tiny_processor, tiny_recipe, write_video
+from tiny import frames, image, save_model, write_video
 
 from mmllm.cli import main
 
@@ -14,11 +14,7 @@ from mmllm.cli import main
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A saved tiny model."""
-    folder = tmp_path_factory.mktemp("model")
-    recipe = tiny_recipe()
-    tiny_model(recipe).save_pretrained(folder)
-    tiny_processor(recipe).save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def answer(capsys: pytest.CaptureFixture, *words: object) -> dict:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import frames, image, tiny_model, tiny_processor, tiny_recipe, tokenizer_folder, write_video
+from tiny import frames, image, save_model, tiny_processor, tiny_recipe, tokenizer_folder, write_video
 
 from mmllm.cli import main
 from mmllm.contract.errors import UserError
@@ -16,12 +16,7 @@ from mmllm.contract.errors import UserError
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A saved tiny model."""
-    folder = tmp_path_factory.mktemp("model")
-    recipe = tiny_recipe()
-    tiny_model(recipe).save_pretrained(folder)
-    tiny_processor(recipe).save_pretrained(folder)
-    (folder / "recipe.yaml").write_text(recipe.dump())
-    return folder
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_bad_values(arguments: dict, text: str) -> None:
         ("clip#1.mp4", "clip#1.mp4", None, None),
         ("take#2/a.mp4", "take#2/a.mp4", None, None),
         ("take#2/a.mp4#t=1", "take#2/a.mp4", 1.0, None),
-        ("file:///tmp/a%20b.mp4#t=1", "/tmp/a b.mp4", 1.0, None),
+        ("file:///clips/a%20b.mp4#t=1", "/clips/a b.mp4", 1.0, None),
     ],
 )
 def test_media_fragments(text: str, path: str, start: float | None, end: float | None) -> None:

@@ -134,6 +134,19 @@ def test_several_encoders_each_with_its_own_transform_grid_and_frames(tmp_path):
         build_model(tiny_recipe(str(path), overrides=("model.encoders.nano.frames=3",)))
 
 
+def copy_weights(ours: Any, theirs: Any, encoder: str) -> None:
+    """Tower, two-layer projector, LLM and head of a LLaVA-like model of the library into ours."""
+    front = ours.model.front_end
+    tower = {k.removeprefix("vision_model."): v for k, v in theirs.model.vision_tower.state_dict().items()}
+    own = {k.removeprefix("vision_model."): k for k in front.bank.encoders[encoder].tower.state_dict()}
+    front.bank.encoders[encoder].tower.load_state_dict({own[key]: value for key, value in tower.items()})
+    projector = theirs.model.multi_modal_projector
+    front.parts["mlp"].layers[0].load_state_dict(projector.linear_1.state_dict())
+    front.parts["mlp"].layers[2].load_state_dict(projector.linear_2.state_dict())
+    ours.model.language_model.load_state_dict(theirs.model.language_model.state_dict())
+    ours.lm_head.load_state_dict(theirs.lm_head.state_dict())
+
+
 def test_logits_are_those_of_the_librarys_llava():
     """Same weights, same picture: transformers' LlavaForConditionalGeneration and our recipe `llava`, tiny."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -154,14 +167,7 @@ def test_logits_are_those_of_the_librarys_llava():
     )
     theirs = LlavaForConditionalGeneration(config).eval()
     front = ours.model.front_end
-    tower = {k.removeprefix("vision_model."): v for k, v in theirs.model.vision_tower.state_dict().items()}
-    own = {k.removeprefix("vision_model."): k for k in front.bank.encoders["clip"].tower.state_dict()}
-    front.bank.encoders["clip"].tower.load_state_dict({own[key]: value for key, value in tower.items()})
-    projector = theirs.model.multi_modal_projector
-    front.parts["mlp"].layers[0].load_state_dict(projector.linear_1.state_dict())
-    front.parts["mlp"].layers[2].load_state_dict(projector.linear_2.state_dict())
-    ours.model.language_model.load_state_dict(theirs.model.language_model.state_dict())
-    ours.lm_head.load_state_dict(theirs.lm_head.state_dict())
+    copy_weights(ours, theirs, "clip")
 
     pixels = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[5, 100, 100, 100, 100, 7, 8, 9]])
@@ -203,15 +209,8 @@ def test_logits_are_those_of_the_librarys_llava_onevision_on_video():
         )
     ).eval()
     front = ours.model.front_end
-    tower = {k.removeprefix("vision_model."): v for k, v in theirs.model.vision_tower.state_dict().items()}
-    own = {k.removeprefix("vision_model."): k for k in front.bank.encoders["siglip"].tower.state_dict()}
-    front.bank.encoders["siglip"].tower.load_state_dict({own[key]: value for key, value in tower.items()})
-    projector = theirs.model.multi_modal_projector
-    front.parts["mlp"].layers[0].load_state_dict(projector.linear_1.state_dict())
-    front.parts["mlp"].layers[2].load_state_dict(projector.linear_2.state_dict())
+    copy_weights(ours, theirs, "siglip")
     front.parts["newline"].embedding.data.copy_(theirs.model.image_newline.data)
-    ours.model.language_model.load_state_dict(theirs.model.language_model.state_dict())
-    ours.lm_head.load_state_dict(theirs.lm_head.state_dict())
 
     pixels = torch.randint(0, 256, (3, 3, 42, 42), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     count = 3 * 2 * 2 + 1

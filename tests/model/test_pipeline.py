@@ -6,18 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import image, tiny_model, tiny_processor, tiny_recipe
+from tiny import image, save_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A saved model."""
-    path = tmp_path_factory.mktemp("model")
-    recipe = tiny_recipe()
-    tiny_model(recipe).save_pretrained(path)
-    tiny_processor(recipe).save_pretrained(path)
-    return path
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def test_auto_classes_find_it(folder):

@@ -113,3 +113,10 @@ def test_two_streams_and_kinds_of_media_are_spliced_where_they_belong(tmp_path):
     assert (rows.shape[0], blank) == (2 + 36 + 9, 0)
     assert torch.equal(embeds[spans[0][1] : spans[0][1] + 47], rows)
     assert int(model.embed(batch).visual.sum()) == 47
+
+
+def test_where_the_kind_matters_the_difference_is_declared():
+    """A recipe that pools videos only: a still keeps its 6 x 6 places, a video of one frame has 3 x 3."""
+    front = tiny_processor(tiny_recipe("nano/llava_onevision_video")).front_end
+    assert [stream.tokens for stream in front.streams(MediaSpec("image", 1))] == [36 + 1]
+    assert [stream.tokens for stream in front.streams(MediaSpec("video", 1))] == [9 + 1]
