@@ -33,13 +33,11 @@ class TemporalSpatialMean(Part):
     def forward(self, *inputs: VisualTokens) -> VisualTokens:
         """[B, T S, C] -> [B, T + S, C]."""
         tokens = inputs[0]
-        frames, places = tokens.grid.t, tokens.grid.h * tokens.grid.w
         values = self._means(tokens.by_frame())
         positions = self._means(tokens.by_frame(tokens.positions))
         sizes = tokens.by_frame(tokens.sizes)
         # Every patch is covered twice, once by its frame and once by its place; halves keep the sum of sizes.
         shared = torch.cat([sizes.sum(2), sizes.sum(1)], dim=1) / 2
-        assert values.shape[1] == frames + places
         return VisualTokens(values, tokens.media, None, positions, shared, tokens.times)
 
     @staticmethod

@@ -24,20 +24,21 @@ class ModelAnswerer:
     Args:
         model, processor: as `mmllm.load` gives them.
         sampler: the protocol's, whatever the model's own.
+        frames: of each video where a call names none; None = the model's own number.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, sampler: str | None = None) -> None:
-        self.model, self.processor, self.sampler = model, processor, sampler
+    def __init__(self, model: nn.Module, processor: Any, sampler: str | None = None, frames: int | None = None) -> None:
+        self.model, self.processor, self.sampler, self.frames = model, processor, sampler, frames
 
     @torch.inference_mode()
     def __call__(self, conversations: list[list[dict]], *, frames: int | None, max_new_tokens: int) -> list[str]:
-        """One raw response a conversation; `frames` overrides the model's own number of frames."""
+        """One raw response a conversation; `frames` overrides the number of frames."""
         batch = self.processor.apply_chat_template(
             conversations,
             tokenize=True,
             return_dict=True,
             add_generation_prompt=True,
-            processor_kwargs={"frames": frames, "sampler": self.sampler, "padding_side": "left"},
+            processor_kwargs={"frames": frames or self.frames, "sampler": self.sampler, "padding_side": "left"},
         ).to(self.model.device)
         output = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         answers = output[:, batch["input_ids"].shape[1] :]
@@ -69,13 +70,7 @@ def evaluate_model(
     section = json.dumps(processor.model_section, sort_keys=True)
     subject = {"weights": weights_digest(model), "frames": frames}
     _same_subject(folder, {**subject, "front_end": hashlib.sha256(section.encode()).hexdigest()[:16]})
-    answer: Callable = ModelAnswerer(model, processor, chosen.sampler)
-    if frames is not None:
-        inner = answer
-
-        def answer(conversations: list, *, frames: int | None, max_new_tokens: int, wanted: int = frames) -> list[str]:
-            return inner(conversations, frames=frames or wanted, max_new_tokens=max_new_tokens)
-
+    answer = ModelAnswerer(model, processor, chosen.sampler, frames)
     return run_benchmark(
         find_benchmark(benchmark),
         root,

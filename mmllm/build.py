@@ -8,7 +8,6 @@ import torch
 
 from mmllm.configuration import MMLLMConfig
 from mmllm.contract.errors import UserError
-from mmllm.contract.parts import Part
 from mmllm.front_end import FrontEnd
 from mmllm.model import MMLLMForConditionalGeneration
 from mmllm.processing import MMLLMProcessor
@@ -65,8 +64,7 @@ def build_model(recipe: Recipe, *, weights: bool = True) -> MMLLMForConditionalG
             _load_llm(model, recipe)
     sources = dict(model.model.front_end.bank.encoders.items())
     for part in model.model.front_end.parts.values():
-        if isinstance(part, Part):
-            part.initialise(sources)
+        part.initialise(sources)
     return model
 
 

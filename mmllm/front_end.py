@@ -66,7 +66,7 @@ class FrontEnd(nn.Module):
 
     def _build(self, sections: dict[str, dict[str, Any]]) -> None:
         nominal = {kind: self.nominal(kind) for kind in KINDS}
-        specs = {kind: dict(self.bank.output_specs(nominal[kind])) for kind in KINDS}
+        specs = {kind: self.bank.output_specs(nominal[kind]) for kind in KINDS}
         for node in self.nodes:
             if node.only not in (None, *KINDS):
                 where = f"{self.where}.connector.{node.name}.only"
@@ -137,22 +137,26 @@ class FrontEnd(nn.Module):
 
     def walk(self, media: MediaSpec) -> Iterator[tuple[str, nn.Module, tuple[TokenSpec, ...], TokenSpec]]:
         """(name, module, input specs, output spec) of everything that runs for such media, in order."""
-        specs = dict(self.bank.output_specs(media))
+        specs = self._specs(media)
         for name in self.bank.encoders:
             if name in self.encoders_used:
                 yield name, self.bank.encoders[name], (), specs[name]
         for node in self.nodes:
-            specs[node.name] = self._declare(node, specs, media)
             if node.runs(media):
                 inputs = tuple(specs[name] for name in node.inputs)
                 yield node.name, self.parts[node.name], inputs, specs[node.name]
 
     def streams(self, media: MediaSpec) -> list[TokenSpec]:
         """What reaches the LLM for one clip of this kind, stream by stream."""
-        specs = dict(self.bank.output_specs(media))
+        specs = self._specs(media)
+        return [specs[name] for name in self.output[media.kind]]
+
+    def _specs(self, media: MediaSpec) -> dict[str, TokenSpec]:
+        """{encoder or node: what it gives for such media}."""
+        specs = self.bank.output_specs(media)
         for node in self.nodes:
             specs[node.name] = self._declare(node, specs, media)
-        return [specs[name] for name in self.output[media.kind]]
+        return specs
 
     @property
     def geometries(self) -> tuple[Geometry, ...]:
@@ -173,9 +177,8 @@ class FrontEnd(nn.Module):
         media, pairs = visual["media"], visual["pairs"]
         per_clip: dict[int, list[Tensor]] = {}
         for spec, members in _groups(media):
+            streams = self._run(spec, [media[index] for index in members])
             for row, index in enumerate(members):
-                if row == 0:
-                    streams = self._run(spec, [media[i] for i in members])
                 per_clip[index] = [stream.values[row] for stream in streams]
         rows = [stream for clip, _ in pairs for stream in per_clip[clip]]
         blanks = [tokens.values.flatten(0, 1) for spec in blank for tokens in self._run_blank(spec)]

@@ -126,7 +126,7 @@ def make_trainer(
     progress, stopper = StageProgress(run, name, stage.batch, quiet), StopOnSignal()
     trainer = StageTrainer(
         model=model,
-        args=_arguments(name, stage, recipe, folder, len(data), options),
+        args=_arguments(name, stage, recipe, folder, options),
         train_dataset=range(whole_batches(len(data), stage.batch)),
         data_collator=Preparer(data, objective, processor),
         processing_class=processor,
@@ -142,7 +142,7 @@ def make_trainer(
     return trainer, stopper, checkpoint
 
 
-def _arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, samples: int, options: Options) -> Any:
+def _arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, options: Options) -> Any:
     import torch
     from accelerate import PartialState
     from transformers import TrainingArguments
@@ -168,7 +168,6 @@ def _arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, samples: i
         seed=options.seed,
         data_seed=options.seed,
         dataloader_num_workers=options.jobs,
-        dataloader_drop_last=samples >= stage.batch,
         dataloader_persistent_workers=options.jobs > 0,
         dataloader_pin_memory=accelerated,
         remove_unused_columns=False,

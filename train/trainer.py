@@ -35,7 +35,6 @@ class StageTrainer(Trainer):
         self.objective, self.stage, self.muon_lr = objective, stage, muon_lr
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the count of all micro-batches itself
         self.data_seconds = 0.0
-        self.term_sums: dict[str, float] = {}
         self.checkpoint: Path | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -94,15 +93,17 @@ class StageTrainer(Trainer):
         counts = num_items_in_batch or {}
         loss = sum(term.weight * term.sum / counts.get(name, term.count) for name, term in terms.items())
         if not math.isfinite(loss.item()):
-            kept = f"{self.checkpoint} is intact" if self.checkpoint else "no checkpoint yet"
             raise UserError(
                 f"{self.stage} step {self.state.global_step + 1}, samples {', '.join(map(str, names))}",
-                f"the loss is {loss.item()}; {kept}",
+                f"the loss is {loss.item()}; {self._kept()}",
                 hint=f"stages.{self.stage}.lr={self.args.learning_rate / 10:g}",
             )
         # Gradients are averaged over processes; the denominators already are the sums.
         loss = loss * self.accelerator.num_processes
         return (loss, terms) if return_outputs else loss
+
+    def _kept(self) -> str:
+        return f"{self.checkpoint} is intact" if self.checkpoint else "no checkpoint yet"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -110,9 +111,8 @@ class StageTrainer(Trainer):
             return
         for name, value in self.model.named_parameters():
             if value.requires_grad and not bool(value.isfinite().all()):
-                kept = f"{self.checkpoint} is intact" if self.checkpoint else "no checkpoint yet"
                 where = f"{self.stage} step {self.state.global_step}"
-                raise UserError(where, f"{name} is no longer finite; {kept}", hint="a smaller lr")
+                raise UserError(where, f"{name} is no longer finite; {self._kept()}", hint="a smaller lr")
         (folder / COMPLETE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
