@@ -1,4 +1,8 @@
-# Sourced by the scripts: the virtual environment, and nothing else.
+# Sourced by the scripts: the virtual environment, and how memory is kept.
+
+# glibc hands large blocks back to the system after each training step and asks for them again in the next one. Keeping
+# them makes training on a CPU about a tenth faster; other C libraries ignore these.
+export MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=8589934592
 
 # make_venv DIR EXTRAS: a virtual environment with mmllm installed from this folder; done once for each EXTRAS.
 make_venv() {

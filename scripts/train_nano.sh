@@ -24,5 +24,6 @@ done
 make_venv "$venv" ""
 "$venv/bin/mmllm" world make --out "$world" --level nano > /dev/null
 "$venv/bin/mmllm" train "$recipe" --out "$out" --seed "$seed" "roots.world=$world" \
-    stages.text.steps=1500 stages.caption.steps=2000 stages.instruct.steps=3000 ${overrides[@]+"${overrides[@]}"} > /dev/null
+    stages.letters.steps=500 stages.text.steps=2000 \
+    stages.caption.steps=2000 stages.instruct.steps=2300 ${overrides[@]+"${overrides[@]}"} > /dev/null
 "$venv/bin/mmllm" eval --model "$out" --tasks mvbench,mlvu
