@@ -9,6 +9,9 @@ from setuptools import find_namespace_packages, setup
 
 FOLDERS = ("encoders", "connectors", "train", "eval")
 
+DATA = ["datasets>=3", "webdataset>=0.2.100"]
+TOWERS = ["gguf>=0.10", "open_clip_torch>=3.3", "timm>=1.0.31"]
+
 packages = ["mmllm", *(f"mmllm.{name}" for name in find_namespace_packages("mmllm") if "recipes" not in name)]
 package_dir = {"mmllm": "mmllm"}
 for folder in FOLDERS:
@@ -40,9 +43,11 @@ setup(
         "transformers>=5.23",
     ],
     extras_require={
+        "data": DATA,
         "demo": ["gradio>=5"],
         "deepspeed": ["deepspeed>=0.17"],
-        "dev": ["pytest>=8", "ruff>=0.9", "setuptools>=77"],
+        "dev": ["pytest>=8", "ruff>=0.9", "setuptools>=77", *DATA, *TOWERS],
+        "towers": TOWERS,
     },
     entry_points={"console_scripts": ["mmllm=mmllm.cli:main"]},
 )

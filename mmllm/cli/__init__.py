@@ -13,9 +13,13 @@ from mmllm.contract.errors import UserError
 VERBS = {
     "recipe": "list, show and check recipes",
     "world": "make NanoWorld, show it",
+    "data": "check training data and its media",
     "train": "train a recipe's stages",
     "eval": "evaluate on benchmarks",
     "ask": "ask a model about videos and images",
+    "inspect": "look inside a model while it watches",
+    "lab": "compare recipes over seeds",
+    "doctor": "versions, back ends, and what is missing",
 }
 EPILOG = """\
 examples:

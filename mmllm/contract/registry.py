@@ -24,6 +24,8 @@ PACKAGES = {
     "reducer": "mmllm.connectors",
     "objective": "mmllm.train.objectives",
     "vocabulary": "mmllm.connectors",
+    "backend": "mmllm.data.backends",
+    "format": "mmllm.data.formats",
 }
 _parts: dict[str, dict[str, type]] = {kind: {} for kind in PACKAGES}
 _imported: set[str] = set()

@@ -1,14 +1,17 @@
-"""Training data: one JSON object a line, a conversation with the paths of its media."""
+"""Conversations: the one type that all training data becomes, and how a file of any format becomes many of them."""
 
 from __future__ import annotations
 
-import json
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmllm.contract.errors import UserError
+from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.registry import parts
+from mmllm.data.formats.records import CONTAINERS, JsonRecords, first_record
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Sample:
 
     Attributes:
         id: its name in errors. messages: chat messages with content lists; paths are absolute or relative to the
-            current folder. fields: everything else on the line (`chosen`, `rejected`, ...).
+            current folder. fields: everything else in the record (`chosen`, `rejected`, ...).
     """
 
     id: str
@@ -25,68 +28,114 @@ class Sample:
     fields: dict[str, Any]
 
 
-class ConversationFile(Sequence):
-    """A `.jsonl` file of `{"id", "messages", ...}`; lines are read when they are asked for.
+class Source(Sequence):
+    """The samples of one data file, read when they are asked for; a format is a subclass.
 
     Args:
-        path: the file; media paths in it are relative to its folder.
+        path: the file, a folder, or a name with braces for several shards.
+        root: the folder that media paths are relative to; default: the folder of the file.
+        spill: where videos that the data hold as bytes are written, once each; default: `default_spill()`.
 
     Raises:
-        UserError: the file is missing or empty.
+        UserError: the file is missing, empty or broken.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, root: str | Path | None = None, spill: Path | None = None) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(self.path, "no such data file", expected="a .jsonl file of conversations")
-        self.offsets, start = [], 0
-        with self.path.open("rb") as file:
-            for line in file:
-                if line.strip():
-                    self.offsets.append(start)
-                start += len(line)
-        if not self.offsets:
+        self.root = Path(root) if root is not None else self.path.parent
+        self.spill = spill or default_spill()
+        self.records = self.open_records()
+        if not len(self.records):
             raise UserError(self.path, "the data file is empty")
 
-    def __len__(self) -> int:
-        return len(self.offsets)
+    @classmethod
+    def recognises(cls, path: Path, first: dict[str, Any] | None) -> bool:
+        """Whether a file is of this format; `first` is its first record where it is JSON."""
+        raise NotImplementedError
 
-    def __getitem__(self, index: int) -> Sample:
-        with self.path.open("rb") as file:
-            file.seek(self.offsets[index])
-            text = file.readline()
-        where = f"{self.path}:{index + 1}"
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise UserError(where, f"not JSON ({error})") from error
-        if not isinstance(data, dict) or not isinstance(data.get("messages"), list) or not data["messages"]:
-            raise UserError(f"{where}:messages", "missing", expected="a list of messages")
-        for message in data["messages"]:
-            self._resolve(message, where)
-        fields = {key: value for key, value in data.items() if key not in ("id", "messages")}
-        return Sample(str(data.get("id", where)), data["messages"], fields)
+    def open_records(self) -> Sequence[tuple[dict[str, Any], str]]:
+        """The records as (record, where it stands), by index; cheap to hand to a worker."""
+        return JsonRecords(self.path)
 
-    def _resolve(self, message: dict[str, Any], where: str) -> None:
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise UserError(f"{where}:messages", "a message needs role and content", got=str(message)[:60])
-        for entry in message["content"] if isinstance(message["content"], list) else []:
-            if isinstance(entry, dict) and isinstance(entry.get("path"), str):
-                entry["path"] = str(self.path.parent / entry["path"])
+    def sample(self, record: dict[str, Any], where: str) -> Sample:
+        """What a record means.
 
-
-class Joined(Sequence):
-    """Several files one after the other."""
-
-    def __init__(self, files: list[ConversationFile]) -> None:
-        self.files = files
+        Raises:
+            UserError: `file:line:key`, and what is wrong there.
+        """
+        raise NotImplementedError
 
     def __len__(self) -> int:
-        return sum(map(len, self.files))
+        return len(self.records)
 
     def __getitem__(self, index: int) -> Sample:
-        for file in self.files:
-            if index < len(file):
-                return file[index]
-            index -= len(file)
-        raise IndexError(index)
+        return self.sample(*self.records[index])
+
+
+def open_source(
+    path: str | Path, root: str | Path | None = None, name: str | None = None, spill: Path | None = None
+) -> Source:
+    """A data file as samples, in the format called `name` or the one that recognises the file.
+
+    Raises:
+        UserError: missing, empty, or of no known format; the text lists the formats and the keys that were seen.
+    """
+    files = files_of(path)
+    if name is not None:
+        known = parts("format")
+        if name not in known:
+            raise UserError(f"{path}: format {name!r}", "no such format", hint=nearest(name, list(known)))
+        return known[name](path, root, spill)
+    first = first_record(files[0])
+    for cls in parts("format").values():
+        if cls.recognises(files[0], first):
+            return cls(path, root, spill)
+    formats = ", ".join(parts("format"))
+    if first is None:
+        raise UserError(path, "no format recognises this file", expected=f"one of {formats}")
+    keys = ", ".join(map(str, first)) or "no keys"
+    what = "missing, and the record fits no other format"
+    raise UserError(f"{files[0]}:1:messages", what, expected=f"one of {formats}", got=keys)
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """The files behind a path: itself, the Parquet, Arrow or tar files of a folder, or what its braces stand for.
+
+    Of a folder whose files or subfolders are named by their split only `train*` is meant.
+
+    Raises:
+        UserError: one does not exist, or the folder holds no data.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in CONTAINERS)
+        inside = {file: file.relative_to(path).parts for file in files}
+        files = [file for file in files if any(part.startswith("train") for part in inside[file])] or files
+        if not files:
+            raise UserError(path, "the folder holds no data", expected="Parquet or Arrow files, or tar shards")
+        return files
+    files = [path] if path.is_file() else [Path(text) for text in expand_braces(str(path))]
+    for file in files:
+        if not file.is_file():
+            expected = "a file of conversations (.jsonl, .json, .parquet, .tar), a folder of them, or a mix (.yaml)"
+            raise UserError(file, "no such data file", expected=expected)
+    return files
+
+
+def expand_braces(text: str) -> list[str]:
+    """`a_{x,y}.json` as two names and `s-{00..12}.tar` as thirteen; a name without braces as itself."""
+    match = re.search(r"\{([^{}]*)\}", text)
+    if not match:
+        return [text]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if span:
+        names = [str(number).zfill(len(span[1])) for number in range(int(span[1]), int(span[2]) + 1)]
+    else:
+        names = [name.strip() for name in match[1].split(",")]
+    before, after = text[: match.start()], text[match.end() :]
+    return [whole for name in names for whole in expand_braces(before + name + after)]
+
+
+def default_spill() -> Path:
+    """`media/files` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmllm" / "media" / "files"

@@ -1,0 +1,54 @@
+"""This project's own format: one object a line, `{"id", "messages", ...}` with media as content entries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.registry import register
+from mmllm.data.conversations import Sample, Source
+
+KINDS = ("text", "image", "video")
+LOCATORS = ("path", "url", "image", "video")
+
+
+@register("format", "messages")
+class Messages(Source):
+    """`messages` are chat messages; an entry of a medium has a `path` relative to `root`."""
+
+    @classmethod
+    def recognises(cls, path: Path, first: dict[str, Any] | None) -> bool:
+        """By the key `messages`."""
+        return first is not None and "messages" in first
+
+    def sample(self, record: dict[str, Any], where: str) -> Sample:
+        """See :class:`Source`."""
+        messages = record.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise UserError(f"{where}:messages", "missing", expected="a list of messages")
+        for index, message in enumerate(messages):
+            if not isinstance(message, dict) or "role" not in message or "content" not in message:
+                raise UserError(f"{where}:messages", "a message needs role and content", got=str(message)[:60])
+            content, place = message["content"], f"{where}:messages[{index}]"
+            if not isinstance(content, str | list):
+                raise UserError(place, "wrong type", expected="a text or a list of entries", got=str(content)[:60])
+            for entry in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                self._check(entry, place)
+                if isinstance(entry.get("path"), str):
+                    entry["path"] = str(self.root / entry["path"])
+        fields = {key: value for key, value in record.items() if key not in ("id", "messages")}
+        return Sample(str(record.get("id", where)), messages, fields)
+
+    def _check(self, entry: Any, where: str) -> None:
+        kind = entry.get("type") if isinstance(entry, dict) else None
+        if kind not in KINDS:
+            raise UserError(where, "unknown type of entry", got=str(entry)[:60], hint=nearest(str(kind), list(KINDS)))
+        if kind != "text" and not any(entry.get(key) is not None for key in LOCATORS):
+            raise UserError(where, f"more placeholders than media: a {kind} names no file", expected="path")
+        if kind == "text" and not isinstance(entry.get("text"), str):
+            raise UserError(where, "a text entry has no text", got=str(entry)[:60])
+        for placeholder in ("<image>", "<video>") if kind == "text" else ():
+            if placeholder in entry["text"]:
+                hint = '{"type": "video", "path": ...} as a content entry'
+                raise UserError(where, f"more placeholders than media: a text contains {placeholder}", hint=hint)
