@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmllm.contract.errors import UserError
+from mmllm.data.limits import DEFAULTS, Limits
 
 if TYPE_CHECKING:
     import av
@@ -16,13 +17,15 @@ UNEVEN = 0.02
 """From this deviation on, frame count and duration tell the rate, not the nominal rate: the frames come unevenly."""
 
 
-def open_container(path: str) -> av.container.InputContainer:
+def open_container(path: str, limits: Limits = DEFAULTS) -> av.container.InputContainer:
     """Open a local file, never following it to other protocols, or say why it cannot be opened."""
     import av
 
+    # opening decodes a frame where the header alone does not say enough
+    options = {"protocol_whitelist": "file", "max_pixels": str(int(limits.pixels))}
     try:
         # 'file:' keeps a colon in a name from being taken for a protocol
-        container = av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="ignore")
+        container = av.open(f"file:{path}", options=options, metadata_errors="ignore")
     except PermissionError as error:
         raise UserError(path, "no permission to read this file", hint="change its permissions") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -48,8 +51,12 @@ def picture_stream(container: av.container.InputContainer, path: str) -> av.Vide
     from av.stream import Disposition
 
     for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:
-            return stream
+        if stream.disposition & Disposition.attached_pic:
+            continue
+        if stream.codec_context is None:
+            hint = "convert it, for example to H.264 in mp4"
+            raise UserError(path, "there is no decoder for this kind of video", hint=hint)
+        return stream
     what = "only audio, no video stream" if container.streams.audio else "no video stream"
     raise UserError(path, f"the file has {what}", hint="name a file with pictures")
 
@@ -58,9 +65,11 @@ def header_count(stream: av.VideoStream) -> tuple[int, float]:
     """(frames, frames per second) as the header says; (0, 0.0) where it does not say both."""
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     frames = stream.frames
-    if not frames or not rate or stream.container.format.name == "gif":
+    container = stream.container.format.name
+    if not frames or not rate or container == "gif":
         return 0, 0.0
-    if stream.duration:
+    # the duration of an avi is guessed where its index is cut off; its frames come evenly by nature
+    if stream.duration and container != "avi":
         seconds = stream.duration * float(stream.time_base)
         # a cut file counts the frames before its edit list too, which are never shown
         frames = min(frames, max(1, round(seconds * rate)))
@@ -105,24 +114,27 @@ def count_packets(container: av.container.InputContainer, stream: av.VideoStream
     return max(1, frames), rate
 
 
-def has_leading_frames(path: str) -> bool:
-    """Whether frames are stored behind a key frame but shown before it (open GOP); reads all packets, decodes none."""
+def count_stored(path: str, limits: Limits = DEFAULTS) -> tuple[int, bool]:
+    """(frames that are stored, whether some are stored behind a key frame but shown before it); decodes none.
+
+    The latter is called open GOP; a damaged file counts as one, since nobody can jump around safely in it.
+    """
     import av
 
-    key: int | None = None
-    with open_container(path) as container:
+    count, leading, key = 0, False, None
+    with open_container(path, limits) as container:
         try:
             for packet in container.demux(picture_stream(container, path)):
+                count += packet.size > 0
                 if packet.pts is None:
                     continue
                 if packet.is_keyframe:
                     key = packet.pts
                 elif key is not None and packet.pts < key:
-                    return True
+                    leading = True
         except (av.error.FFmpegError, OSError):
-            # nobody can jump around safely in a damaged file
-            return True
-    return False
+            leading = True
+    return count, leading
 
 
 def _even_rate(frames: int, rate: float, seconds: float) -> float:

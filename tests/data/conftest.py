@@ -7,20 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-BITS = 12
-
-
-def coded(number: int) -> np.ndarray:
-    """A picture ``[48, 64, 3]`` whose 3 x 4 squares are the bits of ``number``: readable after any compression."""
-    bits = (number >> np.arange(BITS) & 1).reshape(3, 4) * 255
-    return np.kron(bits, np.ones((16, 16)))[..., None].repeat(3, -1).astype(np.uint8)
-
-
-def decoded(frames: np.ndarray) -> list[int]:
-    """The numbers in ``[T, 48, 64, 3]`` pictures."""
-    bits = (frames[:, 8::16, 8::16, 0] > 128).reshape(len(frames), BITS)
-    return (bits << np.arange(BITS)).sum(1).tolist()
+from data.makers import coded, decoded
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmllm.data.backends import PyAVBackend
+from mmllm.data.backends.pyav import PyAVBackend
 from mmllm.data.media import MediaRef, Probe
 from mmllm.data.reader import VideoReader, probe, read_media
 from mmllm.data.sampling import Sampling

@@ -1,0 +1,85 @@
+"""Frames that nobody asked for are jumped over and left out, and those asked for stay exactly the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data.makers import coded, decoded, encode
+
+from mmllm.data.backends.pyav import PyAVBackend
+from mmllm.data.media import MediaRef
+from mmllm.data.reader import VideoReader
+
+FRAMES = 400
+KINDS = {
+    "pyramid.mp4": {"g": "250", "x264-params": "bframes=3:b-pyramid=normal:scenecut=0"},
+    "deep.mp4": {"g": "40", "x264-params": "bframes=8:b-adapt=2:b-pyramid=normal:ref=5:scenecut=0"},
+    "open.mp4": {"g": "30", "x264-params": "open-gop=1:bframes=3:b-adapt=0:scenecut=0"},
+    "plain.mkv": {"g": "50", "x264-params": "bframes=0"},
+    "refresh.mp4": {"g": "60", "x264-params": "intra-refresh=1:bframes=2"},
+    "b.avi": {"g": "50", "x264-params": "bframes=2"},
+    "b.ts": {"g": "50", "x264-params": "bframes=2"},
+    "hevc.mp4": {"codec": "libx265", "g": "40", "x265-params": "log-level=none:pools=1:frame-threads=1"},
+    "vp9.webm": {"codec": "libvpx-vp9", "g": "50", "auto-alt-ref": "1", "lag-in-frames": "16"},
+}
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of frames that come out of the decoder from now on, in its only place."""
+    total, real = [0], PyAVBackend._decoded
+
+    def decode(self: PyAVBackend):
+        for frame in real(self):
+            total[0] += 1
+            yield frame
+
+    monkeypatch.setattr(PyAVBackend, "_decoded", decode)
+    return total
+
+
+@pytest.mark.parametrize("threads", ["one", "several"])
+@pytest.mark.parametrize("name", list(KINDS))
+def test_the_same_frames(tmp_path: Path, name: str, threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if threads == "several":
+        monkeypatch.setattr("mmllm.data.backends.pyav.SMALL_PIXELS", 0)
+    path = tmp_path / name
+    encode(str(path), map(coded, range(FRAMES)), **KINDS[name])
+    draw = np.random.default_rng(len(name))
+    for count in (1, 2, 3, 5, 8, 12, 16, 40):
+        low = int(draw.integers(0, FRAMES // 2))
+        wanted = draw.integers(low, FRAMES, count).tolist()
+        with VideoReader(MediaRef("video", str(path))) as reader:
+            assert reader.probe.frames == FRAMES
+            assert decoded(reader.read_indices(wanted).frames) == wanted
+            # a second read of the same open file
+            assert decoded(reader.read_indices(wanted[::-1]).frames) == wanted[::-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({"g": "400", "x264-params": "bframes=3:b-adapt=0:b-pyramid=none:scenecut=0"}, 170), ({"g": "30"}, 130)],
+)
+def test_less_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], most: int) -> None:
+    """Of 400 frames, by leaving out and by jumping."""
+    path, wanted = tmp_path / "clip.mp4", [10, 120, 250, 380]
+    encode(str(path), map(coded, range(FRAMES)), **options)
+    total = counted(monkeypatch)
+    with VideoReader(MediaRef("video", str(path))) as reader:
+        assert decoded(reader.read_indices(wanted).frames) == wanted
+    assert total[0] < most
+
+
+def test_uneven_times(tmp_path: Path) -> None:
+    """Nothing is left out where frames stay on screen for longer than usual, and the end is judged as ever."""
+    draw, path = np.random.default_rng(0), tmp_path / "uneven.mp4"
+    moments = np.cumsum(draw.choice([0.02, 0.04, 0.04, 0.5], 200)).round(3)
+    moments -= moments[0]
+    params = "bframes=3:b-adapt=0:b-pyramid=none:scenecut=0"
+    encode(str(path), map(coded, range(200)), moments=moments.tolist(), **{"x264-params": params})
+    with VideoReader(MediaRef("video", str(path))) as reader:
+        for _ in range(20):
+            times = np.sort(draw.uniform(0, reader.probe.duration, 6))
+            shown = np.searchsorted(moments, times + 1e-4, side="right") - 1
+            assert decoded(reader.read_times(times.tolist()).frames) == shown.tolist()
