@@ -1,4 +1,4 @@
-"""Image encoders of transformers: CLIP, SigLIP and DINOv2, frame by frame.
+"""Image towers of transformers, frame by frame: any vision model, and presets for CLIP, SigLIP and DINOv2.
 
 Sources: CLIP (Radford et al. 2021), SigLIP (Zhai et al. 2023), DINOv2 (Oquab et al. 2023).
 """
@@ -6,37 +6,54 @@ Sources: CLIP (Radford et al. 2021), SigLIP (Zhai et al. 2023), DINOv2 (Oquab et
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from mmllm.contract.errors import UserError
-from mmllm.contract.parts import Encoder, Site
+from mmllm.contract.parts import Site
 from mmllm.contract.registry import register
-from mmllm.contract.types import Geometry, Grid, MediaSpec, Needs, TokenSpec, VisualTokens
-from mmllm.encoders.tokens import frame_tokens
+from mmllm.contract.types import MediaSpec
+from mmllm.encoders.layered import LayeredEncoder, State
+from mmllm.encoders.pretrained import (
+    build_tower,
+    fetch_config,
+    fetch_transform,
+    hidden_states,
+    load_tower,
+    square_side,
+    tower_config,
+)
+from mmllm.encoders.transform import CLIP, HALF, IMAGENET, Colour, Fit, Interpolation, Transform
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
-class ImageTower(Encoder):
-    """An image encoder of transformers over every frame of a clip.
+@register("encoder", "huggingface")
+class HuggingFaceEncoder(LayeredEncoder):
+    """A vision model of transformers over every frame of a clip.
+
+    Transformers (tokens in a row) and convolutional networks (maps) alike: the tokens before the patches, the grid
+    and the width are found out when it is built. A model that masks patches at random, or whose forward wants more
+    than pixels, is refused.
 
     Args:
         name: hub id or folder of the weights; None = random weights (for tests and for loading a whole model).
-        config: the tower's config, inline, so that the geometry is known offline.
-        layer: which hidden state the tokens are (-2 = output of the last but one block), or a list whose states are
-            joined along the width.
+        config: the tower's config, inline, so that the geometry is known offline; filled in for a name.
+        layer: which hidden state the tokens are (-2 = output of the last but one block; a stage of a convolutional
+            network), or a list whose states are joined along the width.
         cls: keep the CLS token of every frame; the tokens then have no grid.
+        norm: layer -1 is the tower's last hidden state, after its last norm.
         frames: how many frames of a clip to read, evenly spaced; None = all.
-        size: side of the input in pixels, where it is not the tower's own: positions are interpolated.
+        size: side of the input in pixels, where it is not the tower's own: positions are interpolated by the library.
+        mean, std, fit, short, interpolation: pixel transform, as in `Geometry`; filled in from the name's own image
+            processor.
     """
 
-    model_type: ClassVar[str]
-    mean: ClassVar[tuple[float, float, float]]
-    std: ClassVar[tuple[float, float, float]]
-    prefix: ClassVar[int] = 1  # tokens before the patches
-    asks_to_interpolate: ClassVar[bool] = True  # another input size has to be asked for
+    model_type: ClassVar[str | None] = None  # of a preset
+    config_defaults: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -46,81 +63,97 @@ class ImageTower(Encoder):
         config: dict | None = None,
         layer: int | tuple[int, ...] = -2,
         cls: bool = False,
+        norm: bool = False,
         frames: int | None = None,
         size: int | None = None,
+        mean: Colour | None = None,
+        std: Colour | None = None,
+        fit: Fit | None = None,
+        short: int | None = None,
+        interpolation: Interpolation | None = None,
     ) -> None:
-        super().__init__(site)
-        from transformers import AutoModel
-
-        self.name, self.cls, self.frames = name, cls, frames
-        self.layers = layer if isinstance(layer, tuple) else (layer,)
-        tower_config = self._config(config or {})
-        depth = tower_config.num_hidden_layers
-        for index in self.layers:
-            if not -depth - 1 <= index <= depth:
-                raise ValueError(f"layer {index} of a tower of {depth} layers")
-        if cls and not self.prefix:
-            raise ValueError("cls: this tower has no CLS token")
-        self.tower: nn.Module = AutoModel.from_config(tower_config)
-        self.patch, self.hidden = tower_config.patch_size, tower_config.hidden_size
-        if size is not None and size % self.patch:
+        parsed = tower_config({**self.config_defaults, **(config or {})}, self.model_type)
+        given = {"mean": mean, "std": std, "fit": fit, "short": short, "interpolation": interpolation}
+        transform = self.own_transform(parsed, size, given).but(**given)
+        super().__init__(site, transform, layer=layer, cls=cls, frames=frames)
+        self.name, self.config, self.norm = name, parsed, norm
+        self.patch = square_side(getattr(parsed, "patch_size", None))
+        if self.patch and size is not None and size % self.patch:  # a tower's own size may leave pixels over
             raise ValueError(f"size {size} is not a multiple of the patch of {self.patch}")
-        size = self._own_size(tower_config) if size is None else size
-        self.geometry = self._geometry(size)
-        self.side = size // self.patch
-        self.options: dict[str, Any] = {"output_hidden_states": True}
-        if size != tower_config.image_size and self.asks_to_interpolate:
-            self.options["interpolate_pos_encoding"] = True
+        self.adopt()
+
+    @classmethod
+    def own_transform(cls, config: Any, size: int | None, given: dict[str, Any]) -> Transform:
+        """The transform of such a tower; here nobody knows it but the recipe.
+
+        Raises:
+            ValueError: mean, std or size is missing.
+        """
+        size = size or square_side(getattr(config, "image_size", None))
+        for key, value in {"mean": given["mean"], "std": given["std"], "size": size}.items():
+            if value is None:
+                raise ValueError(f"{key}: missing, a name's own is filled in when its recipe is resolved")
+        return Transform(given["mean"], given["std"], size)
 
     @classmethod
     def resolve(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """With only a name, fetch the config, so that the recipe can later be built offline."""
-        if arguments.get("config") is None and arguments.get("name"):
-            config = cls._vision_config(arguments["name"])
-            return {**arguments, "config": {k: v for k, v in config.to_diff_dict().items() if _plain(v)}}
-        return arguments
+        """With a name, fetch what is missing of config and transform, so that the recipe can be built offline."""
+        name = arguments.get("name")
+        if not name:
+            return arguments
+        completed = dict(arguments)
+        if arguments.get("config") is None:
+            completed["config"] = fetch_config(name, "vision_config")
+        needed = ("mean", "std", "size", "fit", "interpolation")
+        if cls.model_type is None and any(arguments.get(key) is None for key in needed):
+            fetched = fetch_transform(name, arguments.get("size"))
+            if arguments.get("fit") is not None:
+                del fetched["short"]  # it belongs to the fit
+            completed |= {key: value for key, value in fetched.items() if arguments.get(key) is None}
+        return completed
 
-    @classmethod
-    def _vision_config(cls, name: str) -> Any:
-        from transformers import AutoConfig
+    def create(self) -> nn.Module:
+        """A tower of the config with random weights."""
+        return build_tower(self.config)
 
-        try:
-            config = AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise UserError(name, f"no such tower ({error.__class__.__name__})", hint="a hub id or a folder") from error
-        return getattr(config, "vision_config", config)
+    def read(self, tower: nn.Module, inputs: Tensor, layers: list[int] | None) -> dict[int, State]:
+        """Hidden states as patches and the tokens before them."""
+        count = len(self.shapes) if layers is not None else 0
+        states = hidden_states(partial(self.call, tower, inputs), layers, self.norm, count)
+        if layers is None:
+            self.front = self._front(states[0])
+        return {layer: self._as_state(state) for layer, state in states.items()}
 
-    def _config(self, config: dict) -> Any:
-        from transformers import AutoConfig
+    def _front(self, first: Tensor) -> int:
+        """How many tokens stand before the patches: what the first layer has more than patches."""
+        if first.ndim == 4:
+            return 0
+        if not self.patch:
+            raise ValueError("its layers are rows of tokens and its config has no patch_size")
+        patches = (self.geometry.height // self.patch) ** 2
+        if first.shape[1] < patches:
+            raise ValueError(f"keeps only {first.shape[1]} of {patches} patches, so its tokens have no grid")
+        return first.shape[1] - patches
 
-        config = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
-        return AutoConfig.for_model(self.model_type, **config)
+    def call(self, tower: nn.Module, inputs: Tensor, **options: Any) -> Any:
+        """The tower's forward; another size than the config's own is asked for where the tower wants to be asked."""
+        own = square_side(getattr(self.config, "image_size", None))
+        asks = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
+        if asks and own != self.geometry.height:
+            options["interpolate_pos_encoding"] = True
+        return tower(inputs, **options)
 
-    def _own_size(self, config: Any) -> int:
-        return config.image_size
-
-    def _geometry(self, size: int) -> Geometry:
-        return Geometry(size, size, fit="crop")
-
-    def output_spec(self, media: MediaSpec) -> TokenSpec:
-        """One token a patch of every frame it reads, and the CLS token where that is asked for."""
-        frames = self.frames_of(media)
-        patches = self.side * self.side
-        width = self.hidden * len(self.layers)
-        if self.cls:
-            return TokenSpec(media, frames * (patches + 1), width)
-        return TokenSpec(media, frames * patches, width, Grid(frames, self.side, self.side))
-
-    def forward(self, pixels: Tensor, media: MediaSpec, needs: Needs) -> VisualTokens:
-        """[B, F, 3, h, w] uint8 -> tokens [B, F * patches, C], frame by frame in row-major order."""
-        batch, frames = pixels.shape[:2]
-        states = self.tower(self.normalise(pixels.flatten(0, 1)), **self.options).hidden_states
-        chosen = torch.cat([states[index] for index in self.layers], dim=-1)
-        if self.prefix and not self.cls:
-            chosen = chosen[:, self.prefix :]
-        values = chosen.unflatten(0, (batch, frames)).flatten(1, 2)
-        grid = None if self.cls else Grid(frames, self.side, self.side)
-        return frame_tokens(values, media, grid, frames)
+    def _as_state(self, state: Tensor) -> State:
+        if state.ndim == 4:  # a map [M, C, h, w]
+            return State(state.permute(0, 2, 3, 1)[:, None])
+        patches = state.shape[1] - self.front
+        side = math.isqrt(max(0, patches))  # towers that halve their grid on the way have fewer patches later
+        if not side or side * side != patches:
+            raise ValueError(
+                f"a layer of {state.shape[1]} tokens, {self.front} of them before the patches, is no square"
+            )
+        prefix = state[:, : self.front] if self.front else None
+        return State(state[:, self.front :].unflatten(1, (1, side, side)), prefix)
 
     def load_weights(self) -> None:
         """Weights of `name` into the tower.
@@ -128,78 +161,65 @@ class ImageTower(Encoder):
         Raises:
             UserError: they cannot be had, or are of another size than the recipe's config.
         """
-        if self.name is None:
-            return
-        from transformers import AutoModel
-
-        try:
-            loaded = AutoModel.from_pretrained(self.name, dtype=next(self.tower.parameters()).dtype)
-        except OSError as error:
-            raise UserError(self.name, "cannot fetch the weights", hint=f"hf download {self.name}") from error
-        loaded = getattr(loaded, "vision_model", loaded) if "text_model" in dict(loaded.named_children()) else loaded
-        ours, theirs = self.tower.state_dict(), _without_prefix(loaded.state_dict())
-        ours_plain = _without_prefix(ours)
-        for key, value in ours_plain.items():
-            found = theirs.get(key)
-            if found is None or found.shape != value.shape:
-                got = "nothing" if found is None else list(found.shape)
-                raise UserError(f"{self.name}:{key}", "differs from the recipe", expected=list(value.shape), got=got)
-        self.tower.load_state_dict({own: theirs[plain] for own, plain in zip(ours, ours_plain, strict=True)})
+        if self.name is not None:
+            load_tower(self.tower, self.name)
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[MediaSpec, ...]]]:
-        """Tiny towers over a short clip and an image."""
-        small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-        config = {**small, "image_size": 28, "patch_size": 14}
-        yield {"config": config}, (MediaSpec("video", 2),)
-        yield {"config": config, "layer": (-1, -3)}, (MediaSpec("image", 1),)
-        yield {"config": config, "size": 42}, (MediaSpec("image", 1),)
-        if cls.prefix:
-            yield {"config": config, "cls": True}, (MediaSpec("video", 3),)
+        """Tiny towers over a short clip and an image: a preset's own, or one of each manner."""
+        patches = {**SMALL, "image_size": 28, "patch_size": 14}
+        if cls.model_type is not None:
+            yield {"config": patches}, (MediaSpec("video", 2),)
+            yield {"config": patches, "layer": (-1, -3)}, (MediaSpec("image", 1),)
+            yield {"config": patches, "size": 42}, (MediaSpec("image", 1),)
+            return
+        half = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        registers = {**patches, "model_type": "dinov2_with_registers", "num_register_tokens": 2}
+        yield {"config": registers, **half, "layer": (-1, -3)}, (MediaSpec("video", 2),)
+        rotary = {**patches, "model_type": "dinov3_vit", "num_register_tokens": 4}
+        yield {"config": rotary, **half, "cls": True, "norm": True, "layer": -1}, (MediaSpec("video", 3),)
+        yield {"config": {**patches, "model_type": "ijepa"}, **half, "size": 56}, (MediaSpec("image", 1),)
+        stages = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 2, 1], "image_size": 64}
+        yield {"config": {**stages, "model_type": "convnextv2"}, **half}, (MediaSpec("video", 2),)
+        yield {"config": {**stages, "model_type": "dinov3_convnext"}, **half, "layer": -1}, (MediaSpec("image", 1),)
 
 
 @register("encoder", "clip")
-class ClipEncoder(ImageTower):
+class ClipEncoder(HuggingFaceEncoder):
     """CLIP's image tower: no post-norm on hidden states, short side resized, centre cropped."""
 
     model_type = "clip_vision_model"
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+    @classmethod
+    def own_transform(cls, config: Any, size: int | None, given: dict[str, Any]) -> Transform:
+        """Short side to the size, then the centre."""
+        return Transform(*CLIP, size or config.image_size)
 
 
 @register("encoder", "siglip")
-class SiglipEncoder(ImageTower):
-    """SigLIP's image tower: no CLS token, the frame squashed to a square."""
+class SiglipEncoder(HuggingFaceEncoder):
+    """SigLIP's image tower: no CLS token, the frame squashed to a square.
+
+    The SigLIP 2 checkpoints of a fixed resolution are of this kind too; those of NaFlex are of kind `siglip2`.
+    """
 
     model_type = "siglip_vision_model"
-    mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-    prefix = 0
+    config_defaults = {"vision_use_head": False}
 
-    def _config(self, config: dict) -> Any:
-        return super()._config({"vision_use_head": False, **config})
-
-    def _geometry(self, size: int) -> Geometry:
-        return Geometry(size, size, fit="squash")
+    @classmethod
+    def own_transform(cls, config: Any, size: int | None, given: dict[str, Any]) -> Transform:
+        """Both sides to the size."""
+        return Transform(*HALF, size or config.image_size, "squash")
 
 
 @register("encoder", "dinov2")
-class Dinov2Encoder(ImageTower):
+class Dinov2Encoder(HuggingFaceEncoder):
     """DINOv2's image tower; reads 224 pixels, as its own processor gives, whatever its config says."""
 
     model_type = "dinov2"
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    asks_to_interpolate = False
 
-    def _own_size(self, config: Any) -> int:
-        return min(224, config.image_size)
-
-    def _geometry(self, size: int) -> Geometry:
-        return Geometry(size, size, fit="crop", short=size * 256 // 224)
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, int | float | str | bool | list | type(None)) and not inspect.isclass(value)
-
-
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "vision_model."
-    return {key.removeprefix(prefix): value for key, value in state.items()}
+    @classmethod
+    def own_transform(cls, config: Any, size: int | None, given: dict[str, Any]) -> Transform:
+        """Short side to 8/7 of the size, then the centre."""
+        size = size or min(224, config.image_size)
+        return Transform(*IMAGENET, size, short=size * 256 // 224)

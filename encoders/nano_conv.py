@@ -45,7 +45,7 @@ class NanoConv(Encoder):
         if (side, side) != tuple(grid):
             raise ValueError(f"{len(channels)} halvings of {size} pixels give {side}x{side}, not {grid[0]}x{grid[1]}")
         self.geometry = Geometry(size, size, fit="squash", interpolation="bilinear")
-        self.grid, self.motion, self.frames = grid, motion, frames
+        self.grid, self.motion, self.frames, self.per_frame = grid, motion, frames, not motion
         widths = (6 if motion else 3, *channels)
         self.convs = nn.ModuleList(
             nn.Conv2d(before, after, 3, stride=2, padding=1) for before, after in zip(widths, channels, strict=False)

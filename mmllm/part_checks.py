@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from mmllm.configuration import MMLLMConfig
 from mmllm.contract.arguments import bind
 from mmllm.contract.errors import UserError
-from mmllm.contract.parts import Encoder, Part, Site
+from mmllm.contract.parts import Encoder, Part, Site, TextSource, Tower
 from mmllm.contract.registry import find
-from mmllm.contract.types import MediaSpec, Needs, TokenSpec, VisualTokens
+from mmllm.contract.types import Needs, PromptFeatures, TokenSpec, VisualTokens
 from mmllm.encoders.tokens import frame_tokens
 from mmllm.model import MMLLMPreTrainedModel
 
 LLM_WIDTH = 16
+PROMPT_JOINT = 12
+PROMPT_LENGTH = 4
 
 
 def check_part(kind: str, name: str) -> int:
@@ -45,62 +47,161 @@ def _check_example(cls: type, arguments: dict[str, Any], inputs: tuple, where: s
     bound = bind(cls, arguments, where)
     torch.manual_seed(0)
     part = _build(cls, bound, inputs)
-    runner = _EncoderRun(part, inputs[0]) if isinstance(part, Encoder) else _ConnectorRun(part, inputs)
-    _declared_is_real(part, runner, inputs, where)
+    runner = _runner(part, inputs)
+    runner.check_declared(where)
     _no_garbage(cls, bound, inputs, part, where)
     _gradients_reach(part, runner, where)
     _batch_is_single(part, runner, where)
 
 
 def _build(cls: type, arguments: dict[str, Any], inputs: tuple) -> Part:
-    specs = () if inputs and isinstance(inputs[0], MediaSpec) else inputs
-    return cls(Site(specs, LLM_WIDTH), **arguments)
+    specs = inputs if all(isinstance(given, TokenSpec) for given in inputs) else ()
+    return cls(Site(specs, LLM_WIDTH, LLM_WIDTH, PROMPT_JOINT), **arguments)
 
 
-class _EncoderRun:
-    """Runs an encoder on random clips; the pixels of clip b do not depend on the batch."""
-
-    def __init__(self, part: Encoder, media: MediaSpec) -> None:
-        self.part, self.media = part, media
-
-    def __call__(self, clips: list[int], part: nn.Module | None = None) -> VisualTokens:
-        g = self.part.geometry
-        shape = (self.part.frames_of(self.media), 3, g.height, g.width)
-        pixels = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=_generator(clip)) for clip in clips]
-        return (part or self.part)(torch.stack(pixels), self.media, Needs())
+def _runner(part: Part, inputs: tuple) -> _Run:
+    kind = _TextRun if isinstance(part, TextSource) else _EncoderRun if isinstance(part, Encoder) else _ConnectorRun
+    return kind(part, inputs)
 
 
-class _ConnectorRun:
-    """Runs a connector on random tokens; those of clip b do not depend on the batch."""
+class _Run:
+    """Runs a part on the inputs of its example; what is given as clip b does not depend on the batch."""
 
-    def __init__(self, part: Part, inputs: tuple[TokenSpec, ...]) -> None:
+    def __init__(self, part: Part, inputs: tuple) -> None:
         self.part, self.inputs = part, inputs
+
+    def values(self, clips: list[int], part: nn.Module | None = None) -> Tensor:
+        """[B, ...] that a gradient may enter by and that batches are compared by."""
+        return self(clips, part).values
+
+    def check_declared(self, where: str) -> None:
+        """Declared = real."""
+        with torch.no_grad():
+            real = self([1, 2])
+        declared = self.part.output_spec(*self.inputs)
+        if real.spec != declared:
+            raise UserError(where, "declared is not real", expected=f"{declared}", got=f"{real.spec}")
+        for name in ("positions", "sizes"):
+            if getattr(real, name).shape[:2] != real.values.shape[:2]:
+                raise UserError(where, f"{name} do not belong to the tokens", got=list(getattr(real, name).shape))
+
+
+class _EncoderRun(_Run):
+    """Random clips through an encoder."""
+
+    def __call__(self, clips: list[int], part: nn.Module | None = None, needs: Needs | None = None) -> VisualTokens:
+        g, media = self.part.geometry, self.inputs[0]
+        shape = (self.part.frames_of(media), 3, g.height, g.width)
+        pixels = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=_generator(clip)) for clip in clips]
+        return (part or self.part)(torch.stack(pixels), media, needs or Needs())
+
+    def check_declared(self, where: str) -> None:
+        """Declared = real, for the tokens and for each extra that the encoder says it gives."""
+        super().check_declared(where)
+        for name in ("levels", "cls", "keys"):
+            needs = Needs(**{name: (-1,)})
+            try:
+                declared = self.part.extras_spec(self.inputs[0], needs)
+            except ValueError:
+                continue
+            with torch.no_grad():
+                real = self([1, 2], needs=needs).spec.extras
+            if real != declared:
+                raise UserError(where, "declared extras are not real", expected=declared, got=real)
+
+
+class _TextRun(_Run):
+    """Rows of ids through a text source; padding may differ between a batch and a single row, and must not matter."""
+
+    def __call__(self, clips: list[int], part: nn.Module | None = None) -> PromptFeatures:
+        ids, mask = self.part.collate([self.inputs[clip % len(self.inputs)] for clip in clips])
+        return (part or self.part)(ids, mask, embed_tokens=self._table())
+
+    def _table(self) -> nn.Module:
+        """A table of embeddings in place of the LLM's, always the same one."""
+        rows = max(max(row) for row in self.inputs) + 1
+        return nn.Embedding.from_pretrained(torch.randn(rows, LLM_WIDTH, generator=_generator(3)))
+
+    def values(self, clips: list[int], part: nn.Module | None = None) -> Tensor:
+        """[B, length * C + J], zero where there is no token."""
+        found = self(clips, part)
+        tokens = found.tokens * found.mask[..., None]
+        missing = max(self.part.length, max(map(len, self.inputs))) - tokens.shape[1]
+        tokens = nn.functional.pad(tokens, (0, 0, 0, missing)).flatten(1)
+        return tokens if found.pooled is None else torch.cat([tokens, found.pooled], dim=1)
+
+    def check_declared(self, where: str) -> None:
+        """The declared widths are real, an empty row is absent with one token unmasked, the others are present."""
+        ids, mask = self.part.collate([*self.inputs, []])
+        with torch.no_grad():
+            layers = (-1,) if self.part.layered else ()
+            found = self.part(ids, mask, layers=layers, embed_tokens=self._table())
+        pooled = None if found.pooled is None else found.pooled.shape[-1]
+        widths, declared = (found.tokens.shape[-1], pooled), (self.part.width, self.part.joint)
+        if pooled is not None and declared[1] is None:
+            declared = (declared[0], pooled)
+        if widths != declared:
+            raise UserError(where, "declared is not real", expected=f"widths {declared}", got=f"{widths}")
+        shape = (*ids.shape, 1, self.part.width)
+        levels = shape if found.levels is None and not layers else tuple(found.levels.shape)
+        if found.tokens.shape[:2] != ids.shape or levels != shape:
+            raise UserError(where, "not one row a token", expected=list(shape), got=list(levels))
+        present = [*[True] * len(self.inputs), False]
+        if found.present.tolist() != present or int(mask[-1].sum()) != 1:
+            raise UserError(where, "an empty prompt is absent, with one token unmasked", got=found.present.tolist())
+
+
+class _ConnectorRun(_Run):
+    """Random tokens through a connector, with the extras and the prompt that it needs."""
 
     def _tokens(self, clips: list[int]) -> list[VisualTokens]:
         result = []
         for place, spec in enumerate(self.inputs):
-            rows = [torch.randn(spec.tokens, spec.width, generator=_generator(clip * 97 + place)) for clip in clips]
+            seeds = [clip * 97 + place for clip in clips]
+            rows = [torch.randn(spec.tokens, spec.width, generator=_generator(seed)) for seed in seeds]
             frames = spec.grid.t if spec.grid else 1
-            result.append(frame_tokens(torch.stack(rows), spec.media, spec.grid, frames))
+            tokens = frame_tokens(torch.stack(rows), spec.media, spec.grid, frames)
+            shapes = spec.extras if place else {**spec.extras, **self._layers(spec, frames)}
+            for name, shape in shapes.items():
+                extra = [torch.randn(shape, generator=_generator(seed + len(name))) for seed in seeds]
+                tokens.extras[name] = torch.stack(extra)
+            result.append(tokens)
         return result
 
+    def _layers(self, spec: TokenSpec, frames: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the encoder's layers that the part declares."""
+        rows = {"levels": spec.tokens, "cls": frames, "keys": spec.tokens}
+        wanted = {name: len(getattr(self.part.needs(), name)) for name in rows}
+        return {name: (rows[name], count, spec.width) for name, count in wanted.items() if count}
+
+    def _prompt(self, clips: list[int]) -> PromptFeatures:
+        """Prompts of 2 to PROMPT_LENGTH tokens."""
+        layers = len(self.part.needs().prompt_levels)
+        shapes = {"tokens": (PROMPT_LENGTH, LLM_WIDTH), "pooled": (PROMPT_JOINT,)}
+        shapes |= {"levels": (PROMPT_LENGTH, layers, LLM_WIDTH)} if layers else {}
+        said = {}
+        for name, shape in shapes.items():
+            rows = [torch.randn(shape, generator=_generator(clip * 89 + len(name))) for clip in clips]
+            said[name] = torch.stack(rows)
+        lengths = torch.tensor([2 + clip % (PROMPT_LENGTH - 1) for clip in clips])
+        mask = (torch.arange(PROMPT_LENGTH) < lengths[:, None]).long()
+        return PromptFeatures(mask, mask, present=torch.ones(len(clips), dtype=torch.bool), **said)
+
     def __call__(self, clips: list[int], part: nn.Module | None = None) -> VisualTokens:
-        return (part or self.part)(*self._tokens(clips))
+        needs = self.part.needs()
+        context = {"prompt": self._prompt(clips)} if needs.prompt or needs.prompt_levels else {}
+        return (part or self.part)(*self._tokens(clips), **context)
+
+    def values(self, clips: list[int], part: nn.Module | None = None) -> Tensor:
+        """[B, ...]: tokens, and the extras that a part has written."""
+        out = self(clips, part)
+        given = set(self._tokens(clips)[0].extras)
+        written = [value.float().flatten(1) for name, value in out.extras.items() if name not in given]
+        return torch.cat([out.values.flatten(1), *written], dim=1)
 
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def _declared_is_real(part: Part, run: Any, inputs: tuple, where: str) -> None:
-    with torch.no_grad():
-        real = run([1, 2])
-    declared = part.output_spec(*inputs)
-    if real.spec != declared:
-        raise UserError(where, "declared is not real", expected=f"{declared}", got=f"{real.spec}")
-    for name in ("positions", "sizes"):
-        if getattr(real, name).shape[:2] != real.values.shape[:2]:
-            raise UserError(where, f"{name} do not belong to the tokens", got=list(getattr(real, name).shape))
 
 
 def _no_garbage(cls: type, arguments: dict[str, Any], inputs: tuple, real: Part, where: str) -> None:
@@ -117,13 +218,14 @@ def _no_garbage(cls: type, arguments: dict[str, Any], inputs: tuple, real: Part,
         module.__dict__.pop("_is_hf_initialized", None)
     model.initialize_weights()
     for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        unwritten = tensor.isnan().any() if tensor.is_floating_point() else (tensor == -1).all()
+        if tensor.numel() and bool(unwritten):
             raise UserError(where, f"{name} stays unwritten when a checkpoint lacks it", hint="reset_parameters()")
 
 
 def _gradients_reach(part: Part, run: Any, where: str) -> None:
     trained = copy.deepcopy(part).train()
-    values = run([1, 2], trained).values
+    values = run.values([1, 2], trained)
     weights = torch.randn(values.shape, generator=_generator(5))
     parameters = dict(trained.named_parameters())
     if not parameters:
@@ -131,7 +233,7 @@ def _gradients_reach(part: Part, run: Any, where: str) -> None:
     (values * weights).sum().backward()
     dead = [name for name, value in parameters.items() if not _alive(value.grad)]
     # A tower read before its last layer leaves that layer without gradient; a whole part without any is a mistake.
-    if len(dead) == len(parameters) or (dead and not isinstance(part, Encoder)):
+    if len(dead) == len(parameters) or (dead and not isinstance(part, Tower)):
         raise UserError(where, f"no gradient reaches {', '.join(dead[:3])}")
 
 
@@ -142,9 +244,9 @@ def _alive(gradient: Tensor | None) -> bool:
 def _batch_is_single(part: Part, run: Any, where: str) -> None:
     part.eval()
     with torch.no_grad():
-        together = run([1, 2, 3]).values
+        together = run.values([1, 2, 3])
         for row, clip in enumerate((1, 2, 3)):
-            alone = run([clip]).values[0]
+            alone = run.values([clip])[0]
             worst = float((together[row] - alone).abs().max())
             if not worst <= 1e-5:
                 raise UserError(where, f"a batch differs from single clips by {worst:.1e}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mmllm.contract.arguments import signature
 from mmllm.contract.types import Geometry, MediaSpec, Needs, PromptFeatures, Term, TokenSpec, VisualTokens
 
 
@@ -53,6 +56,9 @@ class Part(nn.Module):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
+        # transformers passes over a module of foreign code that has no tensor of its own. With this one it asks every
+        # part to write its weights, also a part whose tensors all lie in its submodules.
+        self.register_buffer("_asked", torch.empty(0), persistent=False)
 
     def needs(self) -> Needs:
         """What the part reads beside its inputs' values."""
@@ -76,9 +82,16 @@ class Part(nn.Module):
     def initialise(self, sources: dict[str, nn.Module]) -> None:
         """Copy from towers, once, for a fresh model; never when loading a checkpoint."""
 
+    def load_weights(self) -> None:
+        """Fetch pretrained weights, if the arguments name any; once, for a fresh model."""
+
     def multiply_adds(self, *inputs: TokenSpec) -> int | None:
         """Multiply-adds for one clip, where counting a forward on the meta device would be wrong; else None."""
         return None
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Single numbers about the last forward that are worth a line in the log, by name; none by default."""
+        return {}
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[TokenSpec, ...]]]:
@@ -86,28 +99,71 @@ class Part(nn.Module):
         raise NotImplementedError(f"{cls.__name__} gives no examples()")
 
 
-class Encoder(Part):
-    """Pixels to tokens. Built without weights; `load_weights` fetches them for a fresh model.
+class Tower(Part):
+    """A part with a network of its own, of pixels or of text. Built without weights; `load_weights` fetches them.
 
     Attributes:
-        geometry: how the frames it reads are resized.
-        mean, std: per-channel normalisation of pixels in 0..1.
-        frames: how many frames of a clip it reads (they divide the clip's frames), or None = all of them.
+        arguments: the keyword arguments that it was built with.
+        origins: arguments that only say where weights or text rules come from; the digest leaves them out.
     """
 
-    geometry: Geometry
-    mean: ClassVar[tuple[float, float, float]] = (0.0, 0.0, 0.0)
-    std: ClassVar[tuple[float, float, float]] = (1.0, 1.0, 1.0)
-    frames: int | None = None
+    arguments: dict[str, Any]
+    origins: ClassVar[tuple[str, ...]] = ("name", "weights", "tokenizer")
+
+    def __new__(cls, /, *args: Any, **arguments: Any) -> Tower:
+        """Remember the arguments, so that no subclass can forget one in its digest."""
+        tower = super().__new__(cls)
+        tower.__dict__["arguments"] = arguments
+        return tower
 
     @property
     def trainable(self) -> bool:
         """Whether gradients reach its weights; else it runs under no_grad and stays in eval mode."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
-    def train(self, mode: bool = True) -> Encoder:
-        """Training mode for a trainable encoder only: a frozen one has no dropout and no running statistics."""
+    def train(self, mode: bool = True) -> Tower:
+        """Training mode for a trainable tower only: a frozen one has no dropout and no running statistics."""
         return super().train(mode and self.trainable)
+
+    @classmethod
+    def resolve(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments completed so that the tower can be built offline (an inline config beside a name)."""
+        return arguments
+
+    def digest(self) -> str:
+        """sha256, in hex, of what decides its output: registered name, arguments, all weights and buffers.
+
+        Raises:
+            ValueError: it has no memory (meta device).
+        """
+        defaults = {name: default for name, (_, default) in signature(type(self)).items()}
+        arguments = {key: value for key, value in {**defaults, **self.arguments}.items() if key not in self.origins}
+        text = json.dumps([self.kind, self.registered_name, arguments], sort_keys=True, default=repr)
+        digest = hashlib.sha256(text.encode())
+        for name, tensor in sorted({**dict(self.named_parameters()), **dict(self.named_buffers())}.items()):
+            if tensor.is_meta:
+                raise ValueError(f"{name} has no memory: no digest of a shape")
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+class Encoder(Tower):
+    """Pixels to tokens.
+
+    Attributes:
+        geometry: how the frames it reads are resized.
+        mean, std: per-channel normalisation of pixels in 0..1.
+        frames: how many frames of a clip it reads (they divide the clip's frames), or None = all of them.
+        per_frame: whether the tokens of a frame do not depend on the other frames, so that a long clip may be read in
+            pieces.
+    """
+
+    geometry: Geometry
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    frames: int | None = None
+    per_frame: bool = True
 
     def frames_of(self, media: MediaSpec) -> int:
         """How many frames of such a clip it reads.
@@ -128,11 +184,6 @@ class Encoder(Part):
         std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
         return ((pixels.float() / 255 - mean) / std).to(dtype)
 
-    @classmethod
-    def resolve(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Arguments completed so that the encoder can be built offline (an inline config beside a name)."""
-        return arguments
-
     def output_spec(self, media: MediaSpec) -> TokenSpec:
         """The tokens of one clip of this kind.
 
@@ -140,6 +191,20 @@ class Encoder(Part):
             ValueError: the encoder cannot read such a clip.
         """
         raise NotImplementedError
+
+    def extras_spec(self, media: MediaSpec, needs: Needs) -> dict[str, tuple[int, ...]]:
+        """{extra: its shape without the batch} that `forward` gives for these needs beside the tokens.
+
+        levels and keys: (N, K, C), one row a token; cls: (T, K, C), one row a frame; K as many layers as are asked for,
+        in the order of the needs.
+
+        Raises:
+            ValueError: the encoder has no such thing.
+        """
+        for name in ("levels", "cls", "keys"):
+            if getattr(needs, name):
+                raise ValueError(f"gives no {name}")
+        return {}
 
     def forward(self, pixels: Tensor, media: MediaSpec, needs: Needs) -> VisualTokens:
         """Tokens of B clips.
@@ -151,8 +216,54 @@ class Encoder(Part):
         """
         raise NotImplementedError
 
-    def load_weights(self) -> None:
-        """Fetch pretrained weights, if the arguments name any."""
+
+class TextSource(Tower):
+    """Prompts to features.
+
+    Attributes:
+        width: of `tokens`.
+        joint: of `pooled`, the space shared with an image tower; None = it has no such space.
+        length: most tokens of a prompt that are read.
+        layered: whether it has layers, to be asked for as `levels`.
+    """
+
+    width: int
+    joint: int | None = None
+    length: int
+    layered: bool = True
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one prompt with its start and end, at most `length`; the end is kept where the text is cut."""
+        raise NotImplementedError
+
+    def collate(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Rows of ids, padded as the tower wants it -> ids [B, L] and mask [B, L] of 1 (real) and 0.
+
+        An empty row stands for no prompt and has one token unmasked; every other row has at least two.
+        """
+        raise NotImplementedError
+
+    def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Prompts -> ids [B, L] and mask [B, L]; a text without a word is no prompt."""
+        return self.collate([self.encode(text) if text.strip() else [] for text in texts])
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        fields: tuple[str, ...] = ("tokens", "pooled"),
+        layers: tuple[int, ...] = (),
+        embed_tokens: nn.Module | None = None,
+    ) -> PromptFeatures:
+        """Features of B prompts.
+
+        Args:
+            ids, mask: [B, L], as `tokenize` gives them.
+            fields: which of `tokens` and `pooled` are wanted.
+            layers: hidden states wanted as `levels` [B, L, K, C], numbered as an encoder's layers are.
+            embed_tokens: the LLM's table of embeddings, for a source that has none of its own.
+        """
+        raise NotImplementedError
 
 
 class Objective(nn.Module):
@@ -174,4 +285,4 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
-__all__ = ["Encoder", "Objective", "Part", "PromptFeatures", "Site"]
+__all__ = ["Encoder", "Objective", "Part", "PromptFeatures", "Site", "TextSource", "Tower"]

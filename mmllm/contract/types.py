@@ -192,6 +192,7 @@ class PromptFeatures:
         ids, mask: [B, L] token ids of the human turns and which of them are real.
         tokens: [B, L, C] or None. pooled: [B, J] in the joint space or None. levels: [B, L, K, C] or None.
         present: [B] bool; a row without a prompt is absent and has one token unmasked.
+        level: [B] alignment level that the record carries, -1 where it carries none.
     """
 
     ids: Tensor
@@ -200,6 +201,12 @@ class PromptFeatures:
     pooled: Tensor | None = None
     levels: Tensor | None = None
     present: Tensor | None = None
+    level: Tensor | None = None
+
+    def rows(self, index: list[int]) -> PromptFeatures:
+        """The prompts `index` [P], repeats allowed."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return PromptFeatures(**{name: None if value is None else value[index] for name, value in values.items()})
 
 
 @dataclass(frozen=True)

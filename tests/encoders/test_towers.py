@@ -92,15 +92,14 @@ def test_a_frozen_encoder_keeps_no_graph_and_stays_in_eval_mode():
     front = model.model.front_end
     bank = front.bank
     assert not bank.encoders["nano"].training
-    pixels = {
-        geometry: torch.zeros(1, 4, 3, 48, 48, dtype=torch.uint8) for geometry in model.model.front_end.geometries
-    }
-    tokens = bank(pixels, MediaSpec("video", 4), torch.zeros(1, 4), {}, {"nano"})
+    pixels = {front.geometries["nano"]: torch.zeros(4, 3, 48, 48, dtype=torch.uint8)}
+    clip = {"pixels": pixels, "times": torch.zeros(4)}
+    tokens = bank([clip], MediaSpec("video", 4), {}, {"nano"})
     assert not tokens["nano"].values.requires_grad
     freeze(model, ("encoders.nano",), "stages")
     model.train()
     assert bank.encoders["nano"].training
-    tokens = bank(pixels, MediaSpec("video", 4), torch.zeros(1, 4), {}, {"nano"})
+    tokens = bank([clip], MediaSpec("video", 4), {}, {"nano"})
     assert tokens["nano"].values.requires_grad
 
 

@@ -1,0 +1,89 @@
+"""Towers of libraries that know nothing of transformers: how their weights survive it.
+
+transformers initialises anew every Linear, Conv and LayerNorm that it does not know to be initialised, and it builds a
+model without memory before it loads a checkpoint. So a tower that was built with memory is marked as initialised; to
+one that was built without, what the checkpoint lacks (above all tables that are never saved) is copied from a fresh
+tower.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmllm.contract.errors import UserError
+
+
+def library(name: str, package: str) -> Any:
+    """An optional library.
+
+    Args:
+        name: module. package: what is installed for it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise UserError(name, "not installed, and this tower is of it", hint=f"pip install {package}") from error
+
+
+def settle(tower: nn.Module) -> nn.Module:
+    """Mark a fresh tower, so that the library leaves its values alone where it has any."""
+    tower.in_memory = not any(tensor.is_meta for tensor in _tensors(tower).values())
+    if tower.in_memory:
+        for module in tower.modules():
+            module._is_hf_initialized = True
+    return tower
+
+
+def write_missing(tower: nn.Module, create: Callable[[], nn.Module]) -> None:
+    """Write what no checkpoint brought to a tower that was built without memory.
+
+    Args:
+        create: builds such a tower on the current default device.
+    """
+    from transformers import initialization as init
+
+    tensors = _tensors(tower)
+    missing = {name: value for name, value in tensors.items() if not getattr(value, "_is_hf_initialized", False)}
+    if tower.in_memory or not missing or any(value.is_meta for value in missing.values()):
+        return
+    # Tables alone are the common case: their tower needs no memory for weights then.
+    tables = not missing.keys() & tower.state_dict().keys()
+    with torch.device(next(iter(missing.values())).device), _without_parameters() if tables else nullcontext():
+        fresh = _tensors(create())
+    for name, value in missing.items():
+        init.copy_(value, fresh[name])
+
+
+def load_states(tower: nn.Module, states: dict[str, Tensor], where: str) -> None:
+    """Weights into a tower, all of them.
+
+    Raises:
+        UserError: some are missing or left over, or are of another size.
+    """
+    own = tower.state_dict()
+    for key in {**own, **states}:
+        sizes = [list(side[key].shape) if key in side else "nothing" for side in (own, states)]
+        if sizes[0] != sizes[1]:
+            raise UserError(f"{where}:{key}", "differs from the recipe", expected=sizes[0], got=sizes[1])
+    tower.load_state_dict(states)
+
+
+def _tensors(tower: nn.Module) -> dict[str, Tensor]:
+    return {**dict(tower.named_parameters()), **dict(tower.named_buffers())}
+
+
+def _without_parameters() -> Any:
+    from accelerate import init_empty_weights
+
+    return init_empty_weights(include_buffers=False)

@@ -1,0 +1,57 @@
+"""How the pixels of a frame become the input of a tower: size, fit, interpolation, mean and standard deviation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from mmllm.contract.types import Geometry
+
+Colour = tuple[float, float, float]
+Fit = Literal["squash", "crop", "pad"]
+Interpolation = Literal["bicubic", "bilinear", "nearest"]
+
+IMAGENET: tuple[Colour, Colour] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP: tuple[Colour, Colour] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF: tuple[Colour, Colour] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A square input.
+
+    Attributes:
+        mean, std: of pixels in 0..1, per channel.
+        size: side in pixels.
+        fit, interpolation, short, fill: as in `Geometry`.
+    """
+
+    mean: Colour
+    std: Colour
+    size: int
+    fit: Fit = "crop"
+    interpolation: Interpolation = "bicubic"
+    short: int | None = None
+    fill: int = 0
+
+    @property
+    def geometry(self) -> Geometry:
+        """What the frames are resized by."""
+        return Geometry(self.size, self.size, self.fit, self.interpolation, self.short, self.fill)
+
+    def but(self, **given: Any) -> Transform:
+        """With the arguments that a recipe gives (not None) in place of these.
+
+        Raises:
+            ValueError: `short` without a crop, or shorter than the crop.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        fit = given.get("fit", self.fit)
+        if fit != "crop":
+            if given.get("short") is not None:
+                raise ValueError(f"short: nothing is cropped with fit: {fit}")
+            given["short"] = None
+        changed = replace(self, **given)
+        if changed.short is not None and changed.short < changed.size:
+            raise ValueError(f"short {changed.short} is less than the size {changed.size}")
+        return changed
