@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,20 +30,38 @@ class ModelAnswerer:
 
     def __init__(self, model: nn.Module, processor: Any, sampler: str | None = None, frames: int | None = None) -> None:
         self.model, self.processor, self.sampler, self.frames = model, processor, sampler, frames
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reading")
+        self._ahead: list[tuple[Any, Future]] = []
+
+    def prefetch(self, conversations: list[list[dict]], *, frames: int | None) -> None:
+        """Read and tokenise what is asked next, while the model still answers."""
+        coming = ((conversations, frames), self._pool.submit(self._prepare, conversations, frames))
+        self._ahead = [*self._ahead[-1:], coming]
 
     @torch.inference_mode()
     def __call__(self, conversations: list[list[dict]], *, frames: int | None, max_new_tokens: int) -> list[str]:
         """One raw response a conversation; `frames` overrides the number of frames."""
-        batch = self.processor.apply_chat_template(
+        batch = self._taken(conversations, frames).to(self.model.device)
+        output = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        answers = output[:, batch["input_ids"].shape[1] :]
+        return self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+    def _taken(self, conversations: list[list[dict]], frames: int | None) -> Any:
+        """The batch that was prepared ahead, if this one was."""
+        for index, (asked, prepared) in enumerate(self._ahead):
+            if asked == (conversations, frames):
+                self._ahead = self._ahead[index + 1 :]
+                return prepared.result()
+        return self._prepare(conversations, frames)
+
+    def _prepare(self, conversations: list[list[dict]], frames: int | None) -> Any:
+        return self.processor.apply_chat_template(
             conversations,
             tokenize=True,
             return_dict=True,
             add_generation_prompt=True,
             processor_kwargs={"frames": frames or self.frames, "sampler": self.sampler, "padding_side": "left"},
-        ).to(self.model.device)
-        output = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-        answers = output[:, batch["input_ids"].shape[1] :]
-        return self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        )
 
 
 def evaluate_model(

@@ -30,6 +30,8 @@ class Answerer(Interface):
             conversations: chat messages; a video entry has `path` and may have `start`, `end` (seconds) and `fps`.
             frames: frames per clip; None means the model's own setting.
             max_new_tokens: longest response.
+
+        An answerer may have a method `prefetch(conversations, *, frames)`: what will be asked after the next call.
         """
 
 
@@ -84,7 +86,10 @@ def run_benchmark(
     report_progress = progress or (lambda done, total: None)
     report_progress(done := sum(key in predictions for key in keys), len(keys))
     for condition in conditions:
-        for batch in _batches(_pending(chosen.scored, condition, predictions, protocol), batch_size):
+        batches = list(_batches(_pending(chosen.scored, condition, predictions, protocol), batch_size))
+        for batch, following in zip(batches, [*batches[1:], []], strict=False):
+            if following and hasattr(answer, "prefetch"):
+                answer.prefetch(_asked(following, condition, protocol), frames=CONDITIONS[condition].frames)
             done += _answer_batch(batch, condition, answer, predictions, protocol)
             report_progress(done, len(keys))
     report = score(benchmark, protocol, chosen, predictions, conditions)
@@ -124,6 +129,12 @@ def _batches(values: list[Any], size: int) -> Iterator[list[Any]]:
         yield values[start : start + size]
 
 
+def _asked(batch: list[tuple[list[Item], str | None]], condition: str, protocol: Protocol) -> list[Conversation]:
+    """The conversations of a batch that have no answer yet."""
+    blind = CONDITIONS[condition].blind
+    return [messages(items[0], blind, protocol) for items, known in batch if known is None]
+
+
 def _answer_batch(
     batch: list[tuple[list[Item], str | None]],
     condition: str,
@@ -132,10 +143,8 @@ def _answer_batch(
     protocol: Protocol,
 ) -> int:
     """Answer one batch of groups and write its lines; returns the number of lines."""
-    how = CONDITIONS[condition]
-    asked = [items[0] for items, known in batch if known is None]
-    conversations = [messages(item, how.blind, protocol) for item in asked]
-    fresh = answer(conversations, frames=how.frames, max_new_tokens=protocol.max_new_tokens) if asked else []
+    frames, asked = CONDITIONS[condition].frames, _asked(batch, condition, protocol)
+    fresh = answer(asked, frames=frames, max_new_tokens=protocol.max_new_tokens) if asked else []
     if len(fresh) != len(asked):
         raise ValueError(f"the answerer returned {len(fresh)} responses to {len(asked)} conversations")
     responses = iter(fresh)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +20,21 @@ class Medium:
 
     Attributes:
         key: equal for equal media. source: what was given in memory, kept so that its identity stays its own.
+        features: {encoder: tensors kept of it}, in place of its pixels. keys: {encoder: where to keep what it makes}.
     """
 
     key: Any
     spec: MediaSpec
     times: Tensor
     pixels: dict[Geometry, Tensor]
+    features: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
     source: Any = None
+
+    def for_model(self) -> dict[str, Any]:
+        """What the front end takes of it."""
+        names = ("spec", "times", "pixels", "features", "keys")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -34,6 +44,7 @@ class Example:
     Attributes:
         ids: token ids with every medium expanded. labels: the same with -100 where nothing is learnt, or None.
         media: its media in order. spans: (start, medium, stream) of every visual span.
+        prompt: {text source: ids} of what the user says. level: how completely text and media fit, -1 = not known.
         name: what to call it in errors.
     """
 
@@ -41,6 +52,8 @@ class Example:
     labels: list[int] | None
     media: list[Medium] = field(default_factory=list)
     spans: list[tuple[int, int, int]] = field(default_factory=list)
+    prompt: dict[str, list[int]] = field(default_factory=dict)
+    level: int = -1
     name: str = ""
 
 
@@ -70,19 +83,52 @@ def move(value: Any, device: torch.device | str) -> Any:
     return value
 
 
-def collate(examples: list[Example], pad_id: int, padding_side: str) -> VisualBatch:
-    """A batch: padded ids, mask, labels, and the `visual` dict in which equal media appear once.
+class Visual:
+    """Collects the `visual` dict of a batch: equal media, equal prompts and equal pairs of both appear once."""
+
+    def __init__(self) -> None:
+        self.media: dict[Any, Medium] = {}
+        self.prompts: dict[str, Example] = {}
+        self.pairs: dict[tuple[Any, str | None], int] = {}
+        self.spans: list[tuple[int, int, int, int]] = []
+
+    def add(self, example: Example, row: int, offset: int) -> None:
+        """The spans of one row whose tokens start at `offset`."""
+        prompt = json.dumps([example.prompt, example.level]) if example.prompt else None
+        for start, index, stream in example.spans:
+            medium = example.media[index]
+            self.media.setdefault(medium.key, medium)
+            if prompt is not None:
+                self.prompts.setdefault(prompt, example)
+            pair = self.pairs.setdefault((medium.key, prompt), len(self.pairs))
+            self.spans.append((row, start + offset, pair, stream))
+
+    def collected(self, prompts: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        """The dict; `prompts` makes a batch of rows of ids and levels."""
+        clips = {key: index for index, key in enumerate(self.media)}
+        asked = {key: index for index, key in enumerate(self.prompts)}
+        visual = {
+            "media": [medium.for_model() for medium in self.media.values()],
+            "pairs": [(clips[clip], -1 if prompt is None else asked[prompt]) for clip, prompt in self.pairs],
+            "spans": torch.tensor(self.spans, dtype=torch.long).reshape(-1, 4),
+        }
+        said = self.prompts.values()
+        rows, levels = [example.prompt for example in said], [example.level for example in said]
+        return visual | ({"prompts": prompts(rows, levels)} if asked else {})
+
+
+def collate(examples: list[Example], pad_id: int, padding_side: str, prompts: Callable) -> VisualBatch:
+    """A batch: padded ids, mask, labels, and the `visual` dict.
 
     Args:
         pad_id: token id of padding. padding_side: "left" or "right".
+        prompts: makes a batch of prompts out of rows of ids (see `PromptBank.collate`).
     """
     length = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), length), pad_id)
     mask = torch.zeros_like(ids)
     labels = torch.full_like(ids, -100) if examples[0].labels is not None else None
-    media: dict[Any, int] = {}
-    clips: list[dict[str, Any]] = []
-    spans: list[tuple[int, int, int, int]] = []
+    visual = Visual()
     for row, example in enumerate(examples):
         offset = length - len(example.ids) if padding_side == "left" else 0
         place = slice(offset, offset + len(example.ids))
@@ -90,15 +136,9 @@ def collate(examples: list[Example], pad_id: int, padding_side: str) -> VisualBa
         mask[row, place] = 1
         if labels is not None:
             labels[row, place] = torch.tensor(example.labels)
-        for start, index, stream in example.spans:
-            medium = example.media[index]
-            if medium.key not in media:
-                media[medium.key] = len(clips)
-                clips.append({"spec": medium.spec, "times": medium.times, "pixels": medium.pixels})
-            spans.append((row, start + offset, media[medium.key], stream))
+        visual.add(example, row, offset)
     batch = {"input_ids": ids, "attention_mask": mask}
     if labels is not None:
         batch["labels"] = labels
-    table = torch.tensor(spans, dtype=torch.long).reshape(-1, 4)
-    batch["visual"] = {"media": clips, "pairs": [(i, -1) for i in range(len(clips))], "spans": table}
+    batch["visual"] = visual.collected(prompts)
     return VisualBatch(batch)

@@ -9,11 +9,12 @@ import torch
 from mmllm.configuration import MMLLMConfig
 from mmllm.contract.errors import UserError
 from mmllm.front_end import FrontEnd
+from mmllm.located import llm_source
 from mmllm.model import MMLLMForConditionalGeneration
 from mmllm.processing import MMLLMProcessor
 from mmllm.recipe import Recipe, resolve_encoders
 
-SECTION_KEYS = ("media", "encoders", "connector", "output")
+SECTION_KEYS = ("media", "encoders", "text", "connector", "output", "place")
 
 
 def text_config(recipe: Recipe) -> Any:
@@ -38,7 +39,7 @@ def text_config(recipe: Recipe) -> Any:
 def build_config(recipe: Recipe) -> MMLLMConfig:
     """The model's config; inline configs are completed first. Builds nothing."""
     resolve_encoders(recipe)
-    section = {key: recipe.model[key] for key in SECTION_KEYS}
+    section = {key: recipe.model[key] for key in SECTION_KEYS if key in recipe.model}
     return MMLLMConfig(text_config=text_config(recipe), model_section=section)
 
 
@@ -58,11 +59,12 @@ def build_model(recipe: Recipe, *, weights: bool = True) -> MMLLMForConditionalG
     check_shapes(recipe)
     model = MMLLMForConditionalGeneration(build_config(recipe))
     if weights:
-        for encoder in model.model.front_end.bank.encoders.values():
-            encoder.load_weights()
+        front = model.model.front_end
+        for part in (*front.bank.encoders.values(), *front.prompts.sources.values(), *front.parts.values()):
+            part.load_weights()
         if recipe.llm.name is not None:
             _load_llm(model, recipe)
-    sources = dict(model.model.front_end.bank.encoders.items())
+    sources = {**model.model.front_end.bank.encoders, **model.model.front_end.prompts.sources}
     for part in model.model.front_end.parts.values():
         part.initialise(sources)
     return model
@@ -71,9 +73,9 @@ def build_model(recipe: Recipe, *, weights: bool = True) -> MMLLMForConditionalG
 def _load_llm(model: MMLLMForConditionalGeneration, recipe: Recipe) -> None:
     from transformers import AutoModelForCausalLM
 
-    name = recipe.llm.name
+    name, options = llm_source(recipe.llm, recipe.where("model.llm.name"))
     try:
-        llm = AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype)
+        llm = AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype, **options)
     except OSError as error:
         raise UserError(recipe.where("model.llm.name"), f"cannot fetch {name}", hint=f"hf download {name}") from error
     body, head = llm.base_model, llm.get_output_embeddings()
@@ -113,14 +115,17 @@ def build_tokenizer(recipe: Recipe) -> Any:
     from transformers import AutoTokenizer
 
     llm = recipe.llm
-    source = recipe.path(llm.tokenizer) if llm.tokenizer else llm.name
-    if source is None:
+    if llm.tokenizer is None and llm.name is None:
         raise UserError(recipe.where("model.llm"), "neither a tokenizer nor a name")
+    if llm.tokenizer is None:
+        place, options = llm_source(llm, recipe.where("model.llm.name"))
+    else:
+        place, options = recipe.path(llm.tokenizer), {}
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError) as error:
         hint = "mmllm world make --out runs/world --level nano" if (llm.tokenizer or "").startswith("world:") else None
-        raise UserError(recipe.where("model.llm.tokenizer"), f"no tokenizer at {source}", hint=hint) from error
+        raise UserError(recipe.where("model.llm.tokenizer"), f"no tokenizer at {place}", hint=hint) from error
 
 
 def build_processor(recipe: Recipe, tokenizer: Any = None) -> MMLLMProcessor:

@@ -6,8 +6,8 @@ The order of the rows is the order of the pairs, within a pair the order of its 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,31 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.contract.arguments import bind
-from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part, Site
 from mmllm.contract.registry import find
-from mmllm.contract.types import Geometry, MediaSpec, Needs, TokenSpec, VisualTokens
+from mmllm.contract.types import Geometry, MediaSpec, Needs, PromptFeatures, TokenSpec, VisualTokens
 from mmllm.data.sampling import Sampling
+from mmllm.data.tiling import Tiling
 from mmllm.encoders.bank import EncoderBank
+from mmllm.graph import KINDS, LAYERED, Node, merged, own_layers, reached, read_nodes, read_output, read_place
+from mmllm.prompts import PromptBank
 
-KINDS = ("video", "image")
-
-
-@dataclass(frozen=True)
-class Node:
-    """A line of the connector list: which part, what it reads, for which kind of media."""
-
-    name: str
-    inputs: tuple[str, ...]
-    only: str | None
-
-    def runs(self, media: MediaSpec) -> bool:
-        """Whether the part runs for such media; else its first input passes through."""
-        return self.only is None or self.only == media.kind
+NODE_KEYS = ("type", "name", "in", "only", "prompt")
 
 
 class FrontEnd(nn.Module):
-    """Encoders and connectors of a `model` section.
+    """Encoders, text sources and connectors of a `model` section.
 
     Args:
         section: the resolved `model` section of a recipe.
@@ -53,24 +43,29 @@ class FrontEnd(nn.Module):
     def __init__(self, section: dict[str, Any], llm_width: int, where: str = "model") -> None:
         super().__init__()
         self.where, self.llm_width = where, llm_width
-        self.sampling = Sampling(**bind(Sampling, section["media"], f"{where}.media"))
+        media = {key: value for key, value in section["media"].items() if key != "tiles"}
+        self.sampling = Sampling(**bind(Sampling, media, f"{where}.media"))
         self.bank = EncoderBank(section["encoders"], f"{where}.encoders")
+        self.prompts = PromptBank(section.get("text") or {}, f"{where}.text", llm_width)
         nodes = {node["name"]: node for node in section["connector"]}
-        self.output = _output(section["output"], [*nodes, *section["encoders"]], f"{where}.output")
-        used = _reached({name: node["in"] for name, node in nodes.items()}, self.output)
-        self.nodes = [Node(name, tuple(node["in"]), node.get("only")) for name, node in nodes.items() if name in used]
+        self.output = read_output(section["output"], [*nodes, *section["encoders"]], f"{where}.output")
+        self.first = read_place(section.get("place") or {}, self.output, f"{where}.place")
+        used = reached({name: node["in"] for name, node in nodes.items()}, self.output)
+        self.nodes = read_nodes(nodes, used, list(self.prompts.sources), f"{where}.connector")
         self.encoders_used = used & set(section["encoders"])
         self.parts = nn.ModuleDict()
+        self._streams: dict[MediaSpec, list[TokenSpec]] = {}
         self._build(nodes)
-        self.needs = self._needs()
+        self.needs = self._union(lambda node: node.inputs[0] if node.inputs[0] in self.bank.encoders else None)
+        self.text_needs = self._union(lambda node: node.prompt if self._guided(node) else None)
+        for kind in KINDS:  # once more, with the layers that the encoders deliver
+            self._specs(self.nominal(kind))
+        self.tiling = self._tiling(section["media"].get("tiles"))
 
     def _build(self, sections: dict[str, dict[str, Any]]) -> None:
         nominal = {kind: self.nominal(kind) for kind in KINDS}
         specs = {kind: self.bank.output_specs(nominal[kind]) for kind in KINDS}
         for node in self.nodes:
-            if node.only not in (None, *KINDS):
-                where = f"{self.where}.connector.{node.name}.only"
-                raise UserError(where, "wrong kind", expected="video or image", got=node.only)
             kind = node.only or "video"
             inputs = tuple(specs[kind][name] for name in node.inputs)
             self.parts[node.name] = self._part(node, sections[node.name], inputs)
@@ -95,31 +90,51 @@ class FrontEnd(nn.Module):
     def _part(self, node: Node, section: dict[str, Any], inputs: tuple[TokenSpec, ...]) -> Part:
         where = f"{self.where}.connector.{node.name}"
         cls = find("connector", section["type"], f"{where}.type")
-        arguments = {key: value for key, value in section.items() if key not in ("type", "name", "in", "only")}
+        arguments = {key: value for key, value in section.items() if key not in NODE_KEYS}
         bound = bind(cls, arguments, where)
         if hasattr(self.parts, node.name):
             raise UserError(where, f"a node cannot be called {node.name!r}", hint="name: another")
+        source = self.prompts.sources[node.prompt] if node.prompt else None
+        widths = (source.width, source.joint) if source is not None else (None, None)
         try:
-            part = cls(Site(inputs, self.llm_width), **bound)
+            part = cls(Site(inputs, self.llm_width, *widths), **bound)
         except ValueError as error:
             raise UserError(where, str(error)) from error
         self._check_needs(node, part.needs(), where)
         return part
 
     def _check_needs(self, node: Node, needs: Needs, where: str) -> None:
-        if (needs.levels or needs.cls or needs.keys) and node.inputs[0] not in self.bank.encoders:
+        if any(getattr(needs, name) for name in LAYERED) and node.inputs[0] not in self.bank.encoders:
             raise UserError(where, "needs layers of an encoder", expected="in: an encoder", got=node.inputs[0])
+        if (needs.prompt or needs.prompt_levels) and node.prompt is None:
+            known = list(self.prompts.sources)
+            hint = f"prompt: {' or '.join(known)}" if known else "model.text: {name: {type: clip_text, ...}}"
+            raise UserError(where, "needs the prompt, and no text source is named for it", hint=hint)
 
-    def _needs(self) -> dict[str, Needs]:
-        """{encoder: union of what the parts that read it need}."""
-        union: dict[str, Needs] = {}
+    def _guided(self, node: Node) -> bool:
+        needs = self.parts[node.name].needs()
+        return bool(needs.prompt or needs.prompt_levels)
+
+    def _union(self, source_of: Callable[[Node], str | None]) -> dict[str, Needs]:
+        """{source: union of what the parts that read it need}."""
+        found: dict[str, list[Needs]] = {}
         for node in self.nodes:
-            needs, source = self.parts[node.name].needs(), node.inputs[0]
-            if source in self.bank.encoders:
-                old = union.get(source, Needs())
-                merged = {key: tuple(dict.fromkeys(getattr(old, key) + getattr(needs, key))) for key in LAYERED}
-                union[source] = replace(old, **merged)
-        return union
+            source = source_of(node)
+            if source is not None:
+                found.setdefault(source, []).append(self.parts[node.name].needs())
+        return {source: merged(needs) for source, needs in found.items()}
+
+    def _tiling(self, section: dict[str, Any] | None) -> Tiling | None:
+        """How an image is cut into views: size and tokens of a view are those of the first encoder that is used."""
+        if section is None:
+            return None
+        where = f"{self.where}.media.tiles"
+        name, geometry = next(iter(self.geometries.items()))
+        grid = self.bank.encoders[name].output_spec(MediaSpec("image", 1)).grid
+        if grid is None or geometry.height != geometry.width or grid.h != grid.w:
+            raise UserError(where, "tiles need square views on a grid", got=f"{name}: {grid}")
+        sizes = {"size": geometry.height, "patches": grid.h}
+        return Tiling(**bind(Tiling, {**sizes, **section}, where))
 
     def _declare(self, node: Node, specs: dict[str, TokenSpec], media: MediaSpec) -> TokenSpec:
         inputs = [specs[name] for name in node.inputs]
@@ -130,10 +145,22 @@ class FrontEnd(nn.Module):
             for built, given in zip(part.site.inputs, inputs, strict=True):
                 if built.width != given.width:
                     raise ValueError(f"built for width {built.width}, an {media.kind} has {given.width}")
+            inputs = self._read(node, specs, media)
+            for extra in part.needs().extras:
+                if extra not in inputs[0].extras:
+                    raise ValueError(f"needs {extra}, which a part above has to write")
             return part.output_spec(*inputs)
         except ValueError as error:
             reads = ", ".join(f"{name}: {spec}" for name, spec in zip(node.inputs, inputs, strict=True))
             raise UserError(f"{self.where}.connector.{node.name}", f"{error}; it reads {reads}") from error
+
+    def _read(self, node: Node, specs: dict[str, TokenSpec], media: MediaSpec) -> list[TokenSpec]:
+        """What a node reads, with the layers of an encoder that it declared."""
+        inputs, first = [specs[name] for name in node.inputs], node.inputs[0]
+        if first in self.bank.encoders:
+            extras = self.bank.encoders[first].extras_spec(media, self.parts[node.name].needs())
+            inputs[0] = replace(inputs[0], extras=extras)
+        return inputs
 
     def walk(self, media: MediaSpec) -> Iterator[tuple[str, nn.Module, tuple[TokenSpec, ...], TokenSpec]]:
         """(name, module, input specs, output spec) of everything that runs for such media, in order."""
@@ -143,13 +170,15 @@ class FrontEnd(nn.Module):
                 yield name, self.bank.encoders[name], (), specs[name]
         for node in self.nodes:
             if node.runs(media):
-                inputs = tuple(specs[name] for name in node.inputs)
+                inputs = tuple(self._read(node, specs, media))
                 yield node.name, self.parts[node.name], inputs, specs[node.name]
 
     def streams(self, media: MediaSpec) -> list[TokenSpec]:
         """What reaches the LLM for one clip of this kind, stream by stream."""
-        specs = self._specs(media)
-        return [specs[name] for name in self.output[media.kind]]
+        if media not in self._streams:
+            specs = self._specs(media)
+            self._streams[media] = [specs[name] for name in self.output[media.kind]]
+        return self._streams[media]
 
     def _specs(self, media: MediaSpec) -> dict[str, TokenSpec]:
         """{encoder or node: what it gives for such media}."""
@@ -159,40 +188,67 @@ class FrontEnd(nn.Module):
         return specs
 
     @property
-    def geometries(self) -> tuple[Geometry, ...]:
-        """Sizes in which the encoders want their pixels."""
-        used = (self.bank.encoders[name] for name in self.bank.encoders if name in self.encoders_used)
-        return tuple(dict.fromkeys(encoder.geometry for encoder in used))
+    def geometries(self) -> dict[str, Geometry]:
+        """{encoder that is used: the size in which it wants its pixels}."""
+        encoders = self.bank.encoders.items()
+        return {name: encoder.geometry for name, encoder in encoders if name in self.encoders_used}
 
-    def forward(self, visual: dict[str, Any], blank: tuple[MediaSpec, ...] = ()) -> tuple[Tensor, int]:
+    def forward(
+        self, visual: dict[str, Any], blank: tuple[MediaSpec, ...] = (), embed_tokens: nn.Module | None = None
+    ) -> tuple[Tensor, int]:
         """All visual rows of a batch.
 
         Args:
-            visual: the batch's dict of media, pairs and spans.
+            visual: the batch's dict of media, pairs, prompts and spans.
             blank: kinds of media to run on blanks, so that every process touches the same parameters.
+            embed_tokens: the LLM's table of embeddings, for text sources without their own.
 
         Returns:
             rows [R, D] and how many of the last are blank.
         """
-        media, pairs = visual["media"], visual["pairs"]
-        per_clip: dict[int, list[Tensor]] = {}
-        for spec, members in _groups(media):
-            streams = self._run(spec, [media[index] for index in members])
+        pairs, device = visual["pairs"], next(self.parameters()).device
+        asked = visual.get("prompts") or self.prompts.blank(device)
+        prompts = self.prompts(asked, self.text_needs, embed_tokens) if pairs else {}
+        per_pair: dict[int, list[Tensor]] = {}
+        for spec, members in _groups(visual):
+            tokens, guides = self._encode(spec, visual, members, prompts)
+            streams = self._connect(spec, tokens, guides)
             for row, index in enumerate(members):
-                per_clip[index] = [stream.values[row] for stream in streams]
-        rows = [stream for clip, _ in pairs for stream in per_clip[clip]]
-        blanks = [tokens.values.flatten(0, 1) for spec in blank for tokens in self._run_blank(spec)]
+                per_pair[index] = [stream.values[row] for stream in streams]
+        rows = [stream for index in range(len(pairs)) for stream in per_pair[index]]
+        blanks = [tokens.values.flatten(0, 1) for spec in blank for tokens in self._run_blank(spec, embed_tokens)]
         if not rows and not blanks:
             parameter = next(self.parameters())
             return parameter.new_zeros(0, self.llm_width), 0
         return torch.cat(rows + blanks), sum(len(rows) for rows in blanks)
 
-    def _run(self, spec: MediaSpec, clips: list[dict[str, Any]]) -> list[VisualTokens]:
-        pixels = {geometry: torch.stack([clip["pixels"][geometry] for clip in clips]) for geometry in self.geometries}
-        times = torch.stack([clip["times"] for clip in clips])
-        return self._connect(spec, self.bank(pixels, spec, times, self.needs, self.encoders_used))
+    def tokens_of(self, visual: dict[str, Any], name: str, embed_tokens: nn.Module | None = None) -> list[VisualTokens]:
+        """What the encoder or node `name` makes of each pair, in their order, one row each: to look inside."""
+        asked = visual.get("prompts") or self.prompts.blank(next(self.parameters()).device)
+        prompts = self.prompts(asked, self.text_needs, embed_tokens)
+        found: dict[int, VisualTokens] = {}
+        for spec, members in _groups(visual):
+            tokens, guides = self._encode(spec, visual, members, prompts)
+            self._connect(spec, tokens, guides)
+            for row, index in enumerate(members):
+                found[index] = tokens[name].rows(torch.tensor([row]))
+        return [found[index] for index in range(len(visual["pairs"]))]
 
-    def _run_blank(self, spec: MediaSpec) -> list[VisualTokens]:
+    def _encode(
+        self, spec: MediaSpec, visual: dict[str, Any], members: list[int], prompts: dict[str, PromptFeatures]
+    ) -> tuple[dict[str, VisualTokens], dict[str, PromptFeatures]]:
+        """Tokens and prompts of some pairs: each clip is encoded once, however many prompts go with it."""
+        pairs = [visual["pairs"][index] for index in members]
+        clips = list(dict.fromkeys(clip for clip, _ in pairs))
+        tokens = self.bank([visual["media"][clip] for clip in clips], spec, self.needs, self.encoders_used)
+        if len(clips) < len(pairs):
+            index = torch.tensor([clips.index(clip) for clip, _ in pairs], device=next(self.parameters()).device)
+            tokens = {name: value.rows(index) for name, value in tokens.items()}
+        # without prompts in the batch there is one, in which nothing is said
+        chosen = [max(prompt, 0) for _, prompt in pairs]
+        return tokens, {name: features.rows(chosen) for name, features in prompts.items()}
+
+    def _run_blank(self, spec: MediaSpec, embed_tokens: nn.Module | None) -> list[VisualTokens]:
         parameter = next(self.parameters())
         encoded = {}
         for name in sorted(self.encoders_used):
@@ -203,13 +259,23 @@ class FrontEnd(nn.Module):
                 pixels = torch.zeros(shape, dtype=torch.uint8, device=parameter.device)
                 encoded[name] = encoder(pixels, spec, self.needs.get(name, Needs()))
             else:
-                encoded[name] = self.bank.blank(spec, name, parameter)
-        return self._connect(spec, encoded)
+                encoded[name] = self.bank.blank(spec, name, parameter, self.needs.get(name, Needs()))
+        prompts = self.prompts(self.prompts.blank(parameter.device), self.text_needs, embed_tokens)
+        return self._connect(spec, encoded, prompts)
 
-    def _connect(self, spec: MediaSpec, tokens: dict[str, VisualTokens]) -> list[VisualTokens]:
+    def _connect(
+        self, spec: MediaSpec, tokens: dict[str, VisualTokens], prompts: dict[str, PromptFeatures]
+    ) -> list[VisualTokens]:
         for node in self.nodes:
             inputs = [tokens[name] for name in node.inputs]
-            tokens[node.name] = self.parts[node.name](*inputs) if node.runs(spec) else inputs[0]
+            if not node.runs(spec):
+                tokens[node.name] = inputs[0]
+                continue
+            part, first = self.parts[node.name], node.inputs[0]
+            if first in self.bank.encoders:
+                inputs[0] = own_layers(inputs[0], part.needs(), self.needs[first])
+            context = {"prompt": prompts[node.prompt]} if self._guided(node) else {}
+            tokens[node.name] = part(*inputs, **context)
         return [tokens[name] for name in self.output[spec.kind]]
 
     def blanks(self, visual: dict[str, Any]) -> tuple[MediaSpec, ...]:
@@ -218,40 +284,11 @@ class FrontEnd(nn.Module):
         return tuple(self.nominal(kind) for kind in KINDS if kind not in present)
 
 
-LAYERED = ("levels", "cls", "keys")
-
-
-def _output(output: Any, known: list[str], where: str) -> dict[str, list[str]]:
-    """A name, a list of streams or one of either per kind -> {kind: [names]}."""
-    per_kind = output if isinstance(output, dict) else dict.fromkeys(KINDS, output)
-    result = {}
-    for kind in KINDS:
-        if kind not in per_kind:
-            raise UserError(f"{where}.{kind}", "missing")
-        streams = per_kind[kind]
-        result[kind] = [streams] if isinstance(streams, str) else list(streams)
-        for name in result[kind]:
-            if name not in known:
-                raise UserError(where, f"nothing is called {name!r}", hint=nearest(name, known))
-    return result
-
-
-def _reached(inputs: dict[str, list[str]], output: dict[str, list[str]]) -> set[str]:
-    """Names that the output depends on; only those run."""
-    todo = [name for streams in output.values() for name in streams]
-    reached: set[str] = set()
-    while todo:
-        name = todo.pop()
-        if name not in reached:
-            reached.add(name)
-            todo += inputs.get(name, [])
-    return reached
-
-
-def _groups(media: list[dict[str, Any]]) -> list[tuple[MediaSpec, list[int]]]:
+def _groups(visual: dict[str, Any]) -> list[tuple[MediaSpec, list[int]]]:
+    """(kind of media, which pairs are of it), in an order that is the same in every process."""
     groups: dict[MediaSpec, list[int]] = {}
-    for index, clip in enumerate(media):
-        groups.setdefault(clip["spec"], []).append(index)
+    for index, (clip, _) in enumerate(visual["pairs"]):
+        groups.setdefault(visual["media"][clip]["spec"], []).append(index)
     return sorted(groups.items(), key=lambda item: item[0].sort_key)
 
 

@@ -13,7 +13,7 @@ from mmllm.batch import move
 from mmllm.configuration import MMLLMConfig
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part
-from mmllm.contract.types import Sequence
+from mmllm.contract.types import Needs, Sequence
 from mmllm.front_end import FrontEnd
 
 # What the LLM returns beside its hidden states; the library renamed past_key_values to cache after 5.23.
@@ -33,6 +33,15 @@ class MMLLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: what is written at loading is written through `transformers.initialization`, which leaves loaded tensors.
+
+        For custom code the library skips every module without a raw tensor of its own, and so a part whose children
+        need more than the library's own initialisation.
+        """
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -78,7 +87,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
         rows, target = None, None
         if blank or (visual is not None and visual["media"]):
             visual = visual or {"media": [], "pairs": [], "spans": input_ids.new_zeros(0, 4)}
-            rows, blanks = self.front_end(visual, blank)
+            rows, blanks = self.front_end(visual, blank, self.get_input_embeddings())
             real = rows[: len(rows) - blanks]
             source, target = self._splice(visual, input_ids.shape, input_ids.device)
             where.view(-1)[target] = True
@@ -164,6 +173,21 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
     def run(self, sequence: Sequence) -> Tensor:
         """Hidden states [B, L, D] of a whole sequence, without a cache."""
         return self.model.run(sequence, use_cache=False).last_hidden_state
+
+    def pooled_images(self, batch: dict[str, Any]) -> Tensor:
+        """The mean of each pair's visual rows, [pairs, D]."""
+        front, visual = self.model.front_end, move(batch["visual"], self.device)
+        rows, _ = front(visual, embed_tokens=self.model.get_input_embeddings())
+        specs = [visual["media"][clip]["spec"] for clip, _ in visual["pairs"]]
+        counts = [sum(stream.tokens for stream in front.streams(spec)) for spec in specs]
+        return torch.stack([part.mean(0) for part in rows.split(counts)])
+
+    def pooled_texts(self, batch: dict[str, Any], source: str | None = None) -> Tensor:
+        """The pooled feature of each text, [B, J]; ids and mask are those of the text source (default: the first)."""
+        prompts = self.model.front_end.prompts
+        name = source or next(iter(prompts.sources))
+        asked = {name: {"ids": batch["input_ids"], "mask": batch["attention_mask"]}}
+        return prompts(asked, {name: Needs(prompt=("pooled",))}, self.model.get_input_embeddings())[name].pooled
 
     def logits(self, rows: Tensor) -> Tensor:
         """[..., D] -> [..., vocabulary]; call it on scored rows only."""

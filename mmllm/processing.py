@@ -6,16 +6,16 @@ import json
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import AutoProcessor, ProcessorMixin
 
 from mmllm.batch import Example, Medium, VisualBatch, collate
 from mmllm.chat import LOCATORS, PLACEHOLDERS, Rendered, render
 from mmllm.contract.errors import UserError
-from mmllm.contract.types import MediaSpec
+from mmllm.data.loading import Loaded, MediaLoader, resized
 from mmllm.data.media import Clip, MediaRef
 from mmllm.data.sampling import Sampling
 from mmllm.front_end import FrontEnd, shape_copy
+from mmllm.prompts import said_by_user
 
 
 class MMLLMProcessor(ProcessorMixin):
@@ -26,6 +26,9 @@ class MMLLMProcessor(ProcessorMixin):
         model_section: the resolved `model` section; the same as in the model's config.
         llm_width: width of the LLM's embeddings.
         max_length: longest sequence; None = no limit.
+
+    Attributes:
+        loader: reads media; another one reads with another back end, other limits, or from caches.
     """
 
     def __init__(
@@ -38,6 +41,8 @@ class MMLLMProcessor(ProcessorMixin):
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
         self.model_section, self.llm_width, self.max_length = model_section, llm_width, max_length
+        self._section = json.dumps(model_section, sort_keys=True)
+        self.loader = MediaLoader()
         missing = [token for token in PLACEHOLDERS.values() if token not in tokenizer.get_vocab()]
         if missing:
             tokenizer.add_tokens(missing, special_tokens=True)
@@ -50,7 +55,9 @@ class MMLLMProcessor(ProcessorMixin):
     @property
     def front_end(self) -> FrontEnd:
         """The shape arithmetic, without weights."""
-        return shape_copy(json.dumps(self.model_section, sort_keys=True), self.llm_width)
+        front = shape_copy(self._section, self.llm_width)
+        front.prompts.use_tokenizer(self.tokenizer)
+        return front
 
     @property
     def model_input_names(self) -> list[str]:
@@ -142,19 +149,23 @@ class MMLLMProcessor(ProcessorMixin):
         continued: bool = False,
         sampling: Sampling | None = None,
         name: str = "",
+        level: int | None = None,
     ) -> Example:
         """One conversation: media read, tokens expanded, labels on the assistant's turns.
 
         Args:
             answers: whether to make labels. prompt, continued: see `mmllm.chat.render`.
-            sampling: another than the recipe's, for this conversation.
+            sampling: another than the recipe's, for this conversation. level: how completely text and media fit.
 
         Raises:
             UserError: a medium cannot be read, or even the first turn is longer than `max_length`.
         """
+        known: dict[int, Medium] = {}  # by the identity of its entry: read once, however many turns have to go
         while True:
             rendered = render(self.tokenizer, messages, prompt=prompt, continued=continued)
-            example = self._expand(rendered, answers, sampling, name)
+            example = self._expand(rendered, answers, sampling, name, known)
+            example.prompt = self.front_end.prompts.encode(said_by_user(messages))
+            example.level = _checked_level(level, name)
             if self.max_length is None or len(example.ids) <= self.max_length:
                 return example
             shorter = _without_last_turn(messages) if answers else None
@@ -174,13 +185,14 @@ class MMLLMProcessor(ProcessorMixin):
         answers: bool = False,
         sampling: Sampling | None = None,
         name: str = "",
+        known: dict[int, Medium] | None = None,
     ) -> Example:
         encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=answers)
         offsets = encoded["offset_mapping"] if answers else None
         example = Example([], [] if answers else None, name=name)
         for position, token in enumerate(encoded["input_ids"]):
             if token in self.placeholder_ids:
-                self._append_medium(example, rendered, sampling)
+                self._append_medium(example, rendered, sampling, {} if known is None else known)
                 continue
             example.ids.append(token)
             if answers:
@@ -190,13 +202,38 @@ class MMLLMProcessor(ProcessorMixin):
                 example.labels.append(token if learnt else -100)
         if len(example.media) != len(rendered.media):
             raise UserError(name or "text", "a placeholder was lost in tokenisation")
+        if self.front_end.first:
+            self._put_first(example)
         return example
 
-    def _append_medium(self, example: Example, rendered: Rendered, sampling: Sampling | None) -> None:
+    def _put_first(self, example: Example) -> None:
+        """The streams that stand at the start of the sequence, after BOS, whatever the place of their medium."""
+        start = int(bool(example.ids) and example.ids[0] == self.tokenizer.bos_token_id)
+        front, at = self.front_end, start
+        first: list[tuple[int, int, int]] = []
+        for index, medium in enumerate(example.media):
+            for stream, node in enumerate(front.output[medium.spec.kind]):
+                if node in front.first:
+                    first.append((at, index, stream))
+                    at += self._length(medium, stream)
+        example.ids[start:start] = [self.filler_id] * (at - start)
+        if example.labels is not None:
+            example.labels[start:start] = [-100] * (at - start)
+        example.spans = [*first, *((place + at - start, index, stream) for place, index, stream in example.spans)]
+
+    def _append_medium(
+        self, example: Example, rendered: Rendered, sampling: Sampling | None, known: dict[int, Medium]
+    ) -> None:
         if len(example.media) >= len(rendered.media):
             raise UserError(example.name or "text", "more placeholders than media")
-        medium = self.read(rendered.media[len(example.media)], sampling)
-        for stream in range(len(self.front_end.output[medium.spec.kind])):
+        entry = rendered.media[len(example.media)]
+        if id(entry) not in known:
+            # one image alone is worth its details; with others, each is one view (LLaVA-OneVision)
+            known[id(entry)] = self.read(entry, sampling, tiled=len(rendered.media) == 1)
+        medium = known[id(entry)]
+        for stream, node in enumerate(self.front_end.output[medium.spec.kind]):
+            if node in self.front_end.first:
+                continue  # put in when all is known
             example.spans.append((len(example.ids), len(example.media), stream))
             example.ids += [self.filler_id] * self._length(medium, stream)
         if example.labels is not None:
@@ -206,29 +243,27 @@ class MMLLMProcessor(ProcessorMixin):
     def _length(self, medium: Medium, stream: int) -> int:
         return self.front_end.streams(medium.spec)[stream].tokens
 
-    def read(self, entry: dict[str, Any], sampling: Sampling | None = None) -> Medium:
+    def read(self, entry: dict[str, Any], sampling: Sampling | None = None, tiled: bool = True) -> Medium:
         """Decode one content entry and resize it for every encoder.
 
         Args:
             entry: `{"type", "path", "start", "end", "frames", "fps"}`, or an array or PIL image instead of a path.
+            tiled: cut an image into tiles, where the recipe does that.
         """
         kind = entry["type"]
         source = next(entry[key] for key in LOCATORS if entry.get(key) is not None)
         sampling = sampling or self.front_end.sampling
         if entry.get("frames") is not None:
             sampling = Sampling(frames=entry["frames"], sampler=sampling.sampler)
+        wanted = self.front_end.geometries
+        tiling = self.front_end.tiling if tiled and kind == "image" else None
         if isinstance(source, str) or hasattr(source, "__fspath__"):
-            from mmllm.data.reader import read_media
-
             ref = MediaRef(kind, str(source), entry.get("start"), entry.get("end"), entry.get("fps"))
-            clip, key = read_media(ref, sampling), (ref, sampling)
+            loaded, key = self.loader.load(ref, sampling, wanted, tiling), (ref, sampling, tiling)
         else:
-            clip, key = _in_memory(source, kind, sampling), (kind, id(source), sampling)
-        spec = MediaSpec(kind, len(clip.frames))
-        from mmllm.data.pixels import to_geometry
-
-        pixels = {geometry: to_geometry(clip.frames, geometry) for geometry in self.front_end.geometries}
-        return Medium(key, spec, torch.as_tensor(clip.times, dtype=torch.float32), pixels, source)
+            clip = _in_memory(source, kind, sampling)
+            loaded, key = resized(clip, kind, tuple(wanted.values()), tiling), (kind, id(source), sampling, tiling)
+        return _medium(key, loaded, source)
 
     def sampling(self, frames: int | None = None, fps: float | None = None, sampler: str | None = None) -> Sampling:
         """The model's own sampling with a number of frames, a rate or a sampler of its own.
@@ -244,7 +279,20 @@ class MMLLMProcessor(ProcessorMixin):
 
     def collate(self, examples: list[Example], padding_side: str = "right") -> VisualBatch:
         """A batch: padded ids, mask, labels, and the `visual` dict in which equal media appear once."""
-        return collate(examples, self.tokenizer.pad_token_id, padding_side)
+        return collate(examples, self.tokenizer.pad_token_id, padding_side, self.front_end.prompts.collate)
+
+
+def _checked_level(level: int | None, name: str) -> int:
+    """The alignment level of a record, -1 where it carries none."""
+    if level is None:
+        return -1
+    if isinstance(level, bool) or not isinstance(level, int) or level < 0:
+        raise UserError(f"sample {name}: level", "not a level", expected="a whole number >= 0", got=level)
+    return level
+
+
+def _medium(key: Any, loaded: Loaded, source: Any) -> Medium:
+    return Medium(key, loaded.spec, loaded.times, loaded.pixels, loaded.features, loaded.keys, source)
 
 
 def _flat(media: Any) -> list:

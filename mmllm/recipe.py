@@ -12,11 +12,12 @@ import yaml
 
 from mmllm.contract.arguments import bind
 from mmllm.contract.errors import UserError, nearest
+from mmllm.located import llm_source
 from mmllm.overrides import override
 from mmllm.sections import LLM, Stage
 
 SHIPPED = Path(__file__).parent / "recipes"
-MODEL_KEYS = ("media", "encoders", "connector", "output", "llm")
+MODEL_KEYS = ("media", "encoders", "text", "connector", "output", "place", "llm")
 TOP_KEYS = ("summary", "paper", "roots", "model", "stages", "eval")
 
 
@@ -217,21 +218,26 @@ def resolve_encoders(recipe: Recipe) -> None:
     """Complete encoders and LLM with inline configs where they only have a name (asks the hub or a folder)."""
     from mmllm.contract.registry import find
 
-    for name, section in recipe.model["encoders"].items():
-        where = recipe.where(f"model.encoders.{name}")
-        if not isinstance(section, dict) or "type" not in section:
-            raise UserError(where, "an encoder without a type")
-        arguments = {key: value for key, value in section.items() if key != "type"}
-        completed = find("encoder", section["type"], f"{where}.type").resolve(arguments)
-        recipe.model["encoders"][name] = {"type": section["type"], **completed}
+    for kind, key in (("encoder", "encoders"), ("text", "text")):
+        for name, section in (recipe.model.get(key) or {}).items():
+            where = recipe.where(f"model.{key}.{name}")
+            if not isinstance(section, dict) or "type" not in section:
+                raise UserError(where, f"{kind} without a type")
+            fixed = {name: section[name] for name in ("type", "turns") if name in section}
+            arguments = {name: value for name, value in section.items() if name not in fixed}
+            completed = find(kind, section["type"], f"{where}.type").resolve(arguments)
+            if isinstance(completed.get("tokenizer"), str):
+                completed["tokenizer"] = recipe.path(completed["tokenizer"])
+            recipe.model[key][name] = {**fixed, **completed}
     llm = recipe.llm
     if llm.config is None:
         if llm.name is None:
             raise UserError(recipe.where("model.llm"), "neither name nor config")
         from transformers import AutoConfig
 
+        place, options = llm_source(llm, recipe.where("model.llm.name"))
         try:
-            config = AutoConfig.from_pretrained(llm.name)
+            config = AutoConfig.from_pretrained(place, **options)
         except (OSError, ValueError) as error:
             raise UserError(recipe.where("model.llm.name"), f"cannot fetch {llm.name}", hint="give config:") from error
         recipe.model["llm"] = {**asdict(llm), "config": config.to_dict()}

@@ -59,7 +59,7 @@ def visual_input(front: Any, specs: list[MediaSpec]) -> tuple[dict[str, Any], in
             geometry: torch.randint(
                 0, 256, (spec.frames, 3, geometry.height, geometry.width), dtype=torch.uint8, generator=generator
             )
-            for geometry in front.geometries
+            for geometry in dict.fromkeys(front.geometries.values())
         }
         media.append({"spec": spec, "times": torch.arange(spec.frames).float(), "pixels": pixels})
         for stream, tokens in enumerate(front.streams(spec)):

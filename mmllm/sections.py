@@ -8,9 +8,16 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class LLM:
-    """The language model of a recipe: `name` says where weights and tokenizer come from, `config` its geometry."""
+    """The language model of a recipe.
+
+    Attributes:
+        name: where weights and tokenizer come from: a hub id, a folder, or `package:NAME`, an installed package.
+        gguf: the file there, where the weights are in that format.
+        config: its geometry, inline. tokenizer: another place of the tokenizer.
+    """
 
     name: str | None = None
+    gguf: str | None = None
     config: dict | None = None
     tokenizer: str | None = None
 

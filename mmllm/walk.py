@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from mmllm.build import check_shapes, text_config
-from mmllm.contract.parts import Encoder, Part
-from mmllm.contract.types import MediaSpec, Needs, TokenSpec, VisualTokens
+from mmllm.contract.parts import Encoder, Part, TextSource
+from mmllm.contract.types import MediaSpec, Needs, PromptFeatures, TokenSpec, VisualTokens
 from mmllm.encoders.tokens import frame_tokens
 from mmllm.recipe import Recipe
 
@@ -29,11 +29,14 @@ class Row:
     reaches: bool = False
 
 
-def walk(recipe: Recipe, kind: str = "video", frames: int | None = None) -> list[Row]:
+def walk(
+    recipe: Recipe, kind: str = "video", frames: int | None = None, size: tuple[int, int] | None = None
+) -> list[Row]:
     """The rows of a recipe for one clip or image; builds without memory and loads nothing.
 
     Args:
         kind: "video" or "image". frames: of a video; default: the recipe's own sampling.
+        size: (height, width) of an image, for recipes that cut it into tiles; default: one view.
 
     Raises:
         UserError: a part is unknown, its arguments are wrong or parts do not fit.
@@ -41,7 +44,13 @@ def walk(recipe: Recipe, kind: str = "video", frames: int | None = None) -> list
     front = check_shapes(recipe)
     own = front.sampling.frames or front.sampling.max_frames or 8
     media = MediaSpec("image", 1) if kind == "image" else MediaSpec("video", frames or own)
+    if kind == "image" and size is not None and front.tiling is not None:
+        media = front.tiling.spec(*size)
     rows, visual = [], 0
+    for name, source in front.prompts.sources.items():
+        if name in front.text_needs:
+            macs, parameters = _text_macs(source, front.text_needs[name]), _parameters(source)
+            rows.append(Row(name, source.registered_name, "-", source.length, source.width, parameters, macs))
     for name, module, inputs, spec in front.walk(media):
         reaches = name in front.output[kind]
         visual += spec.tokens if reaches else 0
@@ -97,6 +106,32 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def _text_macs(source: TextSource, needs: Needs) -> int:
+    """Multiply-adds for a prompt as long as the source reads."""
+    if not any(True for _ in source.parameters()):
+        return 0
+    with torch.device("meta"):
+        ids = torch.zeros(1, source.length, dtype=torch.long)
+        return count_macs(source, ids, torch.ones_like(ids), needs.prompt, needs.prompt_levels, None)
+
+
+def blank_prompt(part: Part, length: int = 8) -> dict[str, Any]:
+    """The prompt that a part reads, as its keyword; empty where it reads none. On the current default device."""
+    needs, site = part.needs(), part.site
+    if not (needs.prompt or needs.prompt_levels):
+        return {}
+    ids, levels = torch.zeros(1, length, dtype=torch.long), len(needs.prompt_levels)
+    features = PromptFeatures(
+        ids,
+        torch.ones_like(ids),
+        tokens=torch.zeros(1, length, site.prompt_width) if "tokens" in needs.prompt else None,
+        pooled=torch.zeros(1, site.prompt_joint) if "pooled" in needs.prompt else None,
+        levels=torch.zeros(1, length, levels, site.prompt_width) if levels else None,
+        present=torch.ones(1, dtype=torch.bool),
+    )
+    return {"prompt": features}
+
+
 def _macs(module: nn.Module, inputs: tuple[TokenSpec, ...], media: MediaSpec) -> int:
     if isinstance(module, Part) and (known := module.multiply_adds(*inputs)) is not None:
         return known
@@ -104,7 +139,7 @@ def _macs(module: nn.Module, inputs: tuple[TokenSpec, ...], media: MediaSpec) ->
         if isinstance(module, Encoder):
             shape = (1, module.frames_of(media), 3, module.geometry.height, module.geometry.width)
             return count_macs(module, torch.zeros(shape, dtype=torch.uint8), media, Needs())
-        return count_macs(module, *(blank_tokens(spec) for spec in inputs))
+        return count_macs(module, *(blank_tokens(spec) for spec in inputs), **blank_prompt(module))
 
 
 def blank_tokens(spec: TokenSpec) -> VisualTokens:

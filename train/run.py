@@ -11,6 +11,7 @@ from mmllm.contract.arguments import bind
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.parts import Objective
 from mmllm.contract.registry import find
+from mmllm.data.guard import GuardedReader
 from mmllm.recipe import Recipe
 from mmllm.run_folder import RunFolder
 from mmllm.sections import Stage
@@ -27,7 +28,8 @@ class Options:
         precision: "float32", "bfloat16" or "float16"; None = bfloat16 where an accelerator has it.
         deepspeed: zero1, zero2, zero3 or a JSON file. report_to: tensorboard, wandb or none.
         save_steps, log_steps: steps between checkpoints and between lines of log.jsonl.
-        cache: where shared stages are kept.
+        cache: where shared stages are kept, and media. keep: what is kept of media, among "frames" and "features".
+        keep_bytes: how much of each. reader: how media files are read; None = as the processor does by itself.
     """
 
     seed: int = 0
@@ -39,7 +41,16 @@ class Options:
     save_steps: int = 200
     log_steps: int = 10
     cache: Path = Path("~/.cache/mmllm")
+    keep: tuple[str, ...] = ()
+    keep_bytes: int | None = None
+    reader: GuardedReader | None = None
     quiet: bool = False
+
+    def caches(self) -> Any:
+        """The media caches that are asked for, or None."""
+        from mmllm.data.loading import Caches
+
+        return Caches.open(self.cache.expanduser() / "media", self.keep, self.keep_bytes) if self.keep else None
 
 
 class Stopped(Exception):
@@ -74,6 +85,11 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
         return run
     for stage in todo.values():  # a file missing for the last stage is said before the first one runs
         data_files(stage, recipe)
+    if options.deepspeed and len(todo) > 1:
+        first, *others = todo
+        todo = {first: todo[first]}
+        if processes.is_main_process:
+            run.log_event(first, f"DeepSpeed serves one stage a process; the same command goes on with {others[0]}")
     set_seed(options.seed)
     if run.model.is_dir() and run.status["stages"]:
         from mmllm.api import load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ from torch import nn
 
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.registry import load_plugin, plugins
-from mmllm.data.conversations import ConversationFile, Joined
+from mmllm.data import mix
+from mmllm.data.conversations import Sample
+from mmllm.data.mixture import Joined
 from mmllm.front_end import FrontEnd
 from mmllm.recipe import Recipe
 from mmllm.run_folder import RunFolder
 from mmllm.sections import Stage
+from mmllm.train.caching import attach_caches, counted, since
 from mmllm.train.progress import StageProgress, StopOnSignal
 from mmllm.train.run import Options, build_objective
 from mmllm.train.trainer import StageTrainer, last_checkpoint
@@ -27,11 +31,29 @@ def freeze_names(front: FrontEnd, trains: tuple[str, ...], where: str) -> dict[s
     """
     known: dict[str, list[nn.Module]] = {"llm": [], "encoders": [front.bank], "connector": [front.parts]}
     known |= {f"encoders.{name}": [part] for name, part in front.bank.encoders.items()}
+    known |= {"text": [front.prompts]} | {f"text.{name}": [part] for name, part in front.prompts.sources.items()}
     known |= {f"connector.{name}": [part] for name, part in front.parts.items()}
     for name in trains:
         if name not in known:
-            raise UserError(where, f"the model has no {name!r}", hint=nearest(name, list(known)))
+            known[name] = [_below(name, known, where)]
     return known
+
+
+def _below(name: str, known: dict[str, list[nn.Module]], where: str) -> nn.Module:
+    """A module inside a part: `encoders.clip.adapter`.
+
+    Raises:
+        UserError: the part has no such module.
+    """
+    whole = max((part for part in known if name.startswith(f"{part}.") and "." in part), key=len, default=None)
+    if whole is None:
+        raise UserError(where, f"the model has no {name!r}", hint=nearest(name, list(known)))
+    (part,) = known[whole]
+    try:
+        return part.get_submodule(name.removeprefix(f"{whole}."))
+    except AttributeError:
+        inside = [f"{whole}.{child}" for child, _ in part.named_modules() if child]
+        raise UserError(where, f"{whole} has no such module: {name!r}", hint=nearest(name, inside)) from None
 
 
 def freeze(model: nn.Module, trains: tuple[str, ...], where: str) -> None:
@@ -49,26 +71,29 @@ def freeze(model: nn.Module, trains: tuple[str, ...], where: str) -> None:
 
 
 def data_files(stage: Stage, recipe: Recipe) -> list[Path]:
-    """The stage's data files.
+    """All files that the stage's samples come from, mixes among them.
 
     Raises:
         UserError: one is missing.
     """
-    files = (stage.data,) if isinstance(stage.data, str) else stage.data
-    paths = [Path(recipe.path(file)) for file in files]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(path, "no such data file", expected="a .jsonl file of conversations")
-    return paths
+    return [file for path, root in _data(stage, recipe) for file in mix.data_files(path, root)]
 
 
-def load_data(stage: Stage, recipe: Recipe) -> Joined:
+def load_data(stage: Stage, recipe: Recipe) -> Sequence[Sample]:
     """The stage's samples.
 
     Raises:
-        UserError: a file is missing or empty.
+        UserError: a file is missing, empty, broken or of no known format.
     """
-    return Joined([ConversationFile(path) for path in data_files(stage, recipe)])
+    parts = [mix.load_data(path, root) for path, root in _data(stage, recipe)]
+    return parts[0] if len(parts) == 1 else Joined(parts)
+
+
+def _data(stage: Stage, recipe: Recipe) -> list[tuple[str, str | None]]:
+    """(path, folder of its media or None) of what the stage names; below a root of its own a file keeps its folder."""
+    names = (stage.data,) if isinstance(stage.data, str) else stage.data
+    media = (recipe.data.get("roots") or {}).get("media")
+    return [(recipe.path(name), media if recipe.path(name) == name else None) for name in names]
 
 
 def micro_batch(name: str, stage: Stage, recipe: Recipe, processes: int) -> tuple[int, int]:
@@ -93,7 +118,7 @@ class Preparer:
     An exception of a worker would reach the trainer as text with a traceback; this way it arrives as itself.
     """
 
-    def __init__(self, data: Joined, objective: Any, processor: Any) -> None:
+    def __init__(self, data: Sequence[Sample], objective: Any, processor: Any) -> None:
         self.data, self.objective, self.processor = data, objective, processor
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,10 +132,13 @@ class Preparer:
 
     def __call__(self, numbers: list[int]) -> dict[str, Any]:
         """The batch of some samples, or `{"error": ...}`."""
+        caches = self.processor.loader.caches
+        before = counted(caches)
         try:
-            return self.objective.prepare([self.data[number] for number in numbers], self.processor)
+            batch = self.objective.prepare([self.data[number] for number in numbers], self.processor)
         except UserError as error:
             return {"error": error}
+        return {**batch, "looked_up": since(before, caches)} if caches is not None else batch
 
 
 def make_trainer(
@@ -124,6 +152,7 @@ def make_trainer(
     folder = run.path / "stages" / f"{number}-{name}"
     quiet = options.quiet or not PartialState(cpu=options.device == "cpu").is_main_process
     progress, stopper = StageProgress(run, name, stage.batch, quiet), StopOnSignal()
+    attach_caches(model, processor, options.reader, options.caches(), precision(options))
     trainer = StageTrainer(
         model=model,
         args=_arguments(name, stage, recipe, folder, options),
@@ -150,7 +179,6 @@ def _arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, options: O
     processes = PartialState(cpu=options.device == "cpu").num_processes
     micro, accumulation = micro_batch(name, stage, recipe, processes)
     accelerated = options.device != "cpu" and torch.cuda.is_available()
-    precision = options.precision or ("bfloat16" if accelerated and torch.cuda.is_bf16_supported() else "float32")
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
@@ -162,8 +190,8 @@ def _arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, options: O
         warmup_steps=stage.warmup,
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.clip,
-        bf16=precision == "bfloat16",
-        fp16=precision == "float16",
+        bf16=precision(options) == "bfloat16",
+        fp16=precision(options) == "float16",
         use_cpu=options.device == "cpu",
         seed=options.seed,
         data_seed=options.seed,
@@ -183,6 +211,14 @@ def _arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, options: O
     # One process, one device: several are torchrun's business (the library would else wrap the model in DataParallel).
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def precision(options: Options) -> str:
+    """The number format of the forward: the one asked for, else bfloat16 where an accelerator has it."""
+    import torch
+
+    accelerated = options.device != "cpu" and torch.cuda.is_available()
+    return options.precision or ("bfloat16" if accelerated and torch.cuda.is_bf16_supported() else "float32")
 
 
 def whole_batches(samples: int, batch: int) -> int:

@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Objective
+from mmllm.train.caching import LookUps
 
 COMPLETE = "complete"
 
@@ -35,6 +36,7 @@ class StageTrainer(Trainer):
         self.objective, self.stage, self.muon_lr = objective, stage, muon_lr
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the count of all micro-batches itself
         self.data_seconds = 0.0
+        self.looked_up = LookUps()
         self.checkpoint: Path | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -61,6 +63,7 @@ class StageTrainer(Trainer):
         for batch in batches:
             if "error" in batch:
                 self._keep_before(batch["error"])
+            self.looked_up.add(batch.pop("looked_up", {}))
         totals: dict[str, int] = {}
         for batch in batches:
             for name, count in self.objective.counts(batch).items():

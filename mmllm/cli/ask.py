@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from mmllm.cli.common import calm_libraries, common, pick_device, print_json
+from mmllm.cli.common import calm_libraries, common, media_reader, pick_device, print_json, reader_flags
 
 EPILOG = """\
 examples:
@@ -37,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--frames", type=int, help="frames of each video (default: the model's own)")
     sampling.add_argument("--fps", type=float, help="frames per second of each video, instead of --frames")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default 64)")
+    reader_flags(parser)
     common(parser, "--json", "--quiet", "--plugin", "--device", "--dtype")
     parser.set_defaults(run=run, media=None)
 
@@ -45,11 +46,13 @@ def run(options: argparse.Namespace) -> int:
     """Ask."""
     calm_libraries()
     from mmllm.api import load, stream_answer
+    from mmllm.data.loading import MediaLoader
     from mmllm.data.media import MediaRef
 
     media = [MediaRef.parse(kind, text) for kind, text in options.media or []]
     device = pick_device(options.device)
     model, processor = load(options.model, device=device, dtype=options.dtype or "auto")
+    processor.loader = MediaLoader(media_reader(options.backend, options.time_limit))
     content = [
         {"type": ref.kind, "path": ref.path, "start": ref.start, "end": ref.end, "fps": ref.fps} for ref in media
     ]

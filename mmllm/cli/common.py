@@ -29,6 +29,58 @@ def common(parser: argparse.ArgumentParser, *names: str) -> None:
         parser.add_argument(name, **flags[name])
 
 
+def reader_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verbs that read media."""
+    parser.add_argument("--backend", default="pyav", help="what decodes videos: pyav (default), decord, a plug-in's")
+    limit = {"type": float, "default": 60.0, "metavar": "SECONDS"}
+    parser.add_argument("--time-limit", **limit, help="longest time that one file may take (default 60)")
+
+
+def media_reader(backend: str, seconds: float) -> Any:
+    """The reader that these flags mean.
+
+    Raises:
+        UserError: no such back end, or no time at all.
+    """
+    from mmllm.contract.registry import find, plugins
+    from mmllm.data.guard import GuardedReader
+    from mmllm.data.limits import Limits
+
+    find("backend", backend, f"--backend {backend}")
+    return GuardedReader(backend, Limits(timeout=seconds), plugins())
+
+
+SIZES = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def cache_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verbs that read many media more than once."""
+    what = "keep frames, features (of frozen encoders) or frames,features on disk"
+    parser.add_argument("--cache", default="", metavar="WHAT", help=what)
+    parser.add_argument("--cache-size", default="50GB", help="how much of each is kept (default 50GB)")
+
+
+def kept_kinds(options: argparse.Namespace) -> tuple[tuple[str, ...], int]:
+    """What `--cache` and `--cache-size` say: kinds of caches, and bytes.
+
+    Raises:
+        UserError: another kind, or no size.
+    """
+    kinds = tuple(kind for kind in options.cache.split(",") if kind)
+    for kind in kinds:
+        if kind not in ("frames", "features"):
+            raise UserError(f"--cache {kind}", "unknown", expected="frames, features or frames,features")
+    text = options.cache_size.strip().upper()
+    number, unit = text[:-2], text[-2:]
+    try:
+        size = int(float(number) * SIZES[unit])
+    except (KeyError, ValueError):
+        size = 0
+    if size <= 0:
+        raise UserError(f"--cache-size {options.cache_size}", "not a size", expected="a number and MB, GB or TB")
+    return kinds, size
+
+
 def cache_dir(options: argparse.Namespace) -> Path:
     """The cache folder: the flag, else XDG_CACHE_HOME/mmllm, else ~/.cache/mmllm."""
     if options.cache_dir is not None:

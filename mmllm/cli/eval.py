@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mmllm.cli.common import calm_libraries, common, pairs, pick_device, print_json
+from mmllm.cli.common import calm_libraries, common, media_reader, pairs, pick_device, print_json, reader_flags
 from mmllm.contract.errors import UserError
 
 EPILOG = """\
@@ -36,6 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, help="frames of each video (default: the model's own)")
     parser.add_argument("--batch", type=int, default=60, help="items a forward (default 60)")
     parser.add_argument("--out", type=Path, help="where eval/ and report.* go (default: the run folder)")
+    reader_flags(parser)
     common(parser, "--json", "--quiet", "--plugin", "--device", "--dtype", "--dry-run")
     parser.set_defaults(run=run)
 
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
         return _check(names, _roots(options.model[0], names, options.root), options.json)
     calm_libraries()
     from mmllm.api import load, model_folder
+    from mmllm.data.loading import MediaLoader
     from mmllm.eval.report import run_report
     from mmllm.run_folder import add_seconds, read_seconds
 
@@ -58,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
     for path in options.model:
         roots = _roots(path, names, options.root)
         model, processor = load(path, device=pick_device(options.device), dtype=options.dtype or "auto")
+        processor.loader = MediaLoader(media_reader(options.backend, options.time_limit))
         out = options.out or _run_folder(model_folder(path))
         if options.out and len(options.model) > 1:
             out = options.out / Path(path).name

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from mmllm.cli.common import calm_libraries, common, print_json
+from mmllm.contract.errors import UserError
 
 EPILOG = """\
 examples:
@@ -35,6 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         verb.set_defaults(run=run)
         if name == "show":
             verb.add_argument("--image", action="store_true", help="the walk of an image instead of a video")
+            verb.add_argument("--size", metavar="WxH", help="pixels of that image, where the recipe cuts it into tiles")
 
 
 def run_list(options: argparse.Namespace) -> int:
@@ -58,7 +60,7 @@ def run_show(options: argparse.Namespace) -> int:
     from mmllm.walk import as_dicts, render, walk
 
     recipe = load(options.recipe, options.overrides)
-    rows = walk(recipe, "image" if options.image else "video")
+    rows = walk(recipe, "image" if options.image else "video", size=_size(options))
     if options.json:
         print_json({"recipe": recipe.name, "parts": as_dicts(rows)})
         return 0
@@ -67,6 +69,16 @@ def run_show(options: argparse.Namespace) -> int:
         length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs:g} epochs"
         print(f"stage {name}: {length} of {stage.batch}, trains {', '.join(stage.trains)}, lr {stage.lr:g}")
     return 0
+
+
+def _size(options: argparse.Namespace) -> tuple[int, int] | None:
+    """`--size 1000x667` as (height, width)."""
+    if options.size is None:
+        return None
+    width, _, height = options.size.partition("x")
+    if not (options.image and width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise UserError(f"--size {options.size}", "not a size of an image", expected="--image --size 1000x667")
+    return int(height), int(width)
 
 
 def run_check(options: argparse.Namespace) -> int:

@@ -7,13 +7,23 @@ import signal
 import sys
 from pathlib import Path
 
-from mmllm.cli.common import cache_dir, calm_libraries, common, print_json
+from mmllm.cli.common import (
+    cache_dir,
+    cache_flags,
+    calm_libraries,
+    common,
+    kept_kinds,
+    media_reader,
+    print_json,
+    reader_flags,
+)
 
 EPILOG = """\
 examples:
   mmllm train nano/llava --out runs/mine
   mmllm train nano/llava --out runs/fast stages.instruct.steps=200 roots.world=runs/world
   mmllm train my.yaml --plugin my_part.py --out runs/mine --dry-run
+  mmllm train my.yaml --out runs/mine --cache features   (frozen encoders run once a clip, whatever the epochs)
   torchrun --nproc-per-node 8 -m mmllm train llava --out runs/llava
 
 The same command continues a run that was stopped.
@@ -31,6 +41,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deepspeed", help="zero1, zero2, zero3 or a JSON file")
     parser.add_argument("--report-to", default="none", help="tensorboard, wandb or none (default)")
     parser.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints (default 200)")
+    cache_flags(parser)
+    reader_flags(parser)
     names = ("--json", "--quiet", "--plugin", "--jobs", "--seed", "--device", "--dtype", "--cache-dir", "--dry-run")
     common(parser, *names)
     parser.set_defaults(run=run)
@@ -45,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
     recipe = load(options.recipe, options.overrides)
     stages = options.stages.split(",") if options.stages else None
     out = options.out or Path("runs") / Path(options.recipe).stem
+    keep, keep_bytes = kept_kinds(options)
     settings = Options(
         seed=options.seed,
         jobs=1 if options.jobs is None else options.jobs,
@@ -54,6 +67,9 @@ def run(options: argparse.Namespace) -> int:
         report_to=options.report_to,
         save_steps=options.save_steps,
         cache=cache_dir(options),
+        keep=keep,
+        keep_bytes=keep_bytes,
+        reader=media_reader(options.backend, options.time_limit),
         quiet=options.quiet,
     )
     if options.dry_run:

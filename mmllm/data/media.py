@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import unquote
 
 import numpy as np
@@ -112,12 +112,12 @@ class Clip:
     """Decoded frames.
 
     Args:
-        frames: uint8 ``[T, H, W, 3]``, RGB.
+        frames: uint8 ``[T, H, W, 3]``, RGB; where a converter was given, the list of its T values.
         times: float64 ``[T]``, the moment each frame was asked for, in seconds since the start of the *file*.
         repeated: how many frames at the end stand in for frames that the file lacks.
     """
 
-    frames: np.ndarray
+    frames: np.ndarray | list[Any]
     times: np.ndarray
     repeated: int = 0
 

@@ -25,7 +25,7 @@ def test_no_submodule_is_hidden_by_a_method(kind, name):
     cls = registry.find(kind, name)
     for arguments, inputs in cls.examples():
         specs = () if kind == "encoder" else inputs
-        for module in cls(Site(specs, 16), **arguments).modules():
+        for module in cls(Site(specs, 16, 16, 12), **arguments).modules():
             for child in module._modules:
                 assert not hasattr(nn.Module, child), f"{name}: {child} hides a method"
 

@@ -152,3 +152,24 @@ def test_limit_baselines_and_bad_answerers(mvbench_root: Path, tmp_path: Path) -
         run(mvbench_root, tmp_path / "b", Fake(), baselines=("blnd",))
     with pytest.raises(ValueError, match="1 responses to 32"):
         run(mvbench_root, tmp_path / "c", lambda chats, **_: ["A"])
+
+
+def test_the_next_batch_is_announced_before_each_call(mvbench_root: Path, tmp_path: Path) -> None:
+    class Ahead(Fake):
+        """Notes what was announced before each call."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.announced: list[list[dict[str, Any]]] = []
+            self.known: list[bool] = []
+
+        def prefetch(self, conversations: list[Any], *, frames: int | None) -> None:
+            self.announced.append((conversations, frames))
+
+        def __call__(self, conversations: list[Any], *, frames: int | None, max_new_tokens: int) -> list[str]:
+            self.known.append((conversations, frames) in self.announced)
+            return super().__call__(conversations, frames=frames, max_new_tokens=max_new_tokens)
+
+    answer = Ahead()
+    run(mvbench_root, tmp_path / "out", answer, batch_size=20, baselines=("single_frame",))
+    assert answer.known == [False, True, True, True] * 2

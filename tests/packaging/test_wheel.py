@@ -52,3 +52,26 @@ def test_it_lists_and_builds_recipes_from_any_folder(wheel, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=elsewhere, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 7
+
+
+@pytest.mark.slow
+def test_it_works_in_a_fresh_environment(wheel, tmp_path):
+    """Installed with its dependencies into a virtual environment of its own; needs the package index."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    run = tmp_path / "venv" / "bin"
+    subprocess.run([run / "python", "-m", "pip", "install", "--quiet", f"{wheel}[towers]"], check=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def mmllm(*words: str) -> str:
+        done = subprocess.run([run / "mmllm", *words], cwd=elsewhere, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    listed = mmllm("recipe", "list")
+    for name in ("llava", "nano/llava", "llava_onevision", "smol"):
+        assert name in listed
+    assert "total" in mmllm("recipe", "show", "llava")
+    mmllm("world", "make", "--out", "world", "--level", "tiny")
+    assert "ok:" in mmllm("recipe", "check", "nano/llava")
+    assert list(elsewhere.iterdir()) == [elsewhere / "world"]

@@ -25,7 +25,9 @@ class LanguageModeling(Objective):
         Raises:
             UserError: a sample has no answer to learn.
         """
-        examples = [processor.encode(sample.messages, name=sample.id) for sample in samples]
+        examples = [
+            processor.encode(sample.messages, name=sample.id, level=sample.fields.get("level")) for sample in samples
+        ]
         for example in examples:
             if all(label == -100 for label in example.labels):
                 raise UserError(f"sample {example.name}", "has no assistant's turn to learn")

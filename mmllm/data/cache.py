@@ -1,0 +1,200 @@
+"""Tensors kept on disk by the hash of all that they depend on: complete or absent, bounded in size.
+
+Several processes may read and write at the same time, and any of them may be killed at any moment: an entry is written
+under another name and renamed, and what cannot be read back counts as absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNFINISHED = ".part"
+ABANDONED = 600.0
+"""Seconds after which a file that was never finished belongs to a writer that died."""
+LOW_WATER = 0.9
+"""Evicting goes on down to this share of the limit, so that it does not happen at every write."""
+TOUCH = 60.0
+"""Seconds within which an entry is not marked as used again."""
+
+
+def key_of(facts: Any) -> str:
+    """The hash of plain facts (maps, lists, numbers, texts), as hexadecimal text."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class Rate:
+    """How often an entry was there: `hits` of `hits + misses` look-ups."""
+
+    hits: int = 0
+    misses: int = 0
+
+    def __str__(self) -> str:
+        looked = self.hits + self.misses
+        return f"{self.hits} of {looked} ({self.hits / looked:.0%})" if looked else "not used"
+
+
+@dataclass
+class DiskCache:
+    """Maps of tensors by key, one safetensors file an entry.
+
+    Args:
+        folder: where; made when something is written.
+        limit: bytes that all entries may take; the least recently used ones go first. None = no limit.
+    """
+
+    folder: Path
+    limit: int | None = None
+    rate: Rate = field(default_factory=Rate)
+    written: int = field(default=0, repr=False)
+
+    def path(self, key: str) -> Path:
+        """The file of an entry."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def __contains__(self, key: str) -> bool:
+        return self.path(key).is_file()
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors of an entry, mapped into memory rather than read; None where there is none."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path(key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if time.time() - path.stat().st_mtime > TOUCH:
+                os.utime(path)
+        except FileNotFoundError:
+            self.rate.misses += 1
+            return None
+        except (SafetensorError, OSError):
+            # a disk that was full or lost power: worth computing again, not worth stopping for
+            path.unlink(missing_ok=True)
+            self.rate.misses += 1
+            return None
+        self.rate.hits += 1
+        return tensors
+
+    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors; whoever reads sees all of them or none."""
+        from safetensors.torch import save_file
+
+        path = self.path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.parent / f"{uuid4().hex}{UNFINISHED}"
+        try:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, fresh)
+            size = fresh.stat().st_size
+            fresh.replace(path)
+        except BaseException:
+            fresh.unlink(missing_ok=True)
+            raise
+        self.written += size
+        # The folder is looked through each time a twentieth of the limit was written here: others write too.
+        if self.limit is not None and self.written >= self.limit // 20:
+            self.written = 0
+            self.evict()
+
+    def size(self) -> int:
+        """Bytes that all entries take."""
+        return sum(size for _, size, _ in self._entries())
+
+    def evict(self) -> None:
+        """Take out the least recently used entries until the rest is well below the limit, and what was abandoned."""
+        now = time.time()
+        for path in self.folder.glob(f"*/*{UNFINISHED}"):
+            if _age(path, now) > ABANDONED:
+                path.unlink(missing_ok=True)
+        entries = sorted(self._entries())
+        total = sum(size for _, size, _ in entries)
+        if self.limit is None or total <= self.limit:
+            return
+        for _, size, path in entries:
+            if total <= LOW_WATER * self.limit:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+    def _entries(self) -> list[tuple[float, int, Path]]:
+        """(last used, bytes, file) of every entry."""
+        entries = []
+        for path in self.folder.glob("*/*.safetensors"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another process evicts too
+                continue
+            entries.append((status.st_mtime, status.st_size, path))
+        return entries
+
+
+def _age(path: Path, now: float) -> float:
+    try:
+        return now - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+class Digests:
+    """Content digests of media files, each file read once: remembered by path, size and time of change.
+
+    Args:
+        file: an SQLite file that several processes share.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._connection: tuple[int, sqlite3.Connection] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_connection": None}
+
+    def __call__(self, path: str) -> str:
+        """The digest of a file, or of all files in a folder of frames.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        place = Path(path)
+        if not place.is_dir():
+            return self._file(place)
+        parts = [[entry.name, self._file(entry)] for entry in sorted(place.iterdir()) if entry.is_file()]
+        return key_of(parts)
+
+    def _file(self, path: Path) -> str:
+        status, name = path.stat(), str(path.resolve())
+        stamp = (status.st_size, status.st_mtime_ns)
+        database = self._open()
+        row = database.execute("SELECT size, changed, digest FROM digests WHERE path = ?", (name,)).fetchone()
+        if row is not None and row[:2] == stamp:
+            return row[2]
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with database:
+            database.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?)", (name, *stamp, digest))
+        return digest
+
+    def _open(self) -> sqlite3.Connection:
+        """A connection of this process: one must not travel through a fork."""
+        if self._connection is None or self._connection[0] != os.getpid():
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(self.file, timeout=60, check_same_thread=False)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            with connection:
+                connection.execute(
+                    "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INT, changed INT, digest TEXT)"
+                )
+            self._connection = (os.getpid(), connection)
+        return self._connection[1]

@@ -1,0 +1,118 @@
+"""The graph of a connector list: its nodes, what each reads, what reaches the LLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.types import MediaSpec, Needs, VisualTokens
+
+KINDS = ("video", "image")
+LAYERED = ("levels", "cls", "keys")
+"""What a part may want of an encoder's layers, beside the tokens."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A line of the connector list: which part, what it reads, for which kind of media, and whose prompt guides it."""
+
+    name: str
+    inputs: tuple[str, ...]
+    only: str | None = None
+    prompt: str | None = None
+
+    def runs(self, media: MediaSpec) -> bool:
+        """Whether the part runs for such media; else its first input passes through."""
+        return self.only is None or self.only == media.kind
+
+
+def read_nodes(sections: dict[str, dict[str, Any]], used: set[str], text: list[str], where: str) -> list[Node]:
+    """The nodes that the output depends on, in order.
+
+    Args:
+        sections: {name: its part of the recipe}. text: names of the text sources; a single one is every node's prompt.
+
+    Raises:
+        UserError: a node for another kind of media, or with a prompt that is none.
+    """
+    nodes = []
+    for name, section in sections.items():
+        if name not in used:
+            continue
+        only, prompt = section.get("only"), section.get("prompt", text[0] if len(text) == 1 else None)
+        if only not in (None, *KINDS):
+            raise UserError(f"{where}.{name}.only", "wrong kind", expected="video or image", got=only)
+        if prompt is not None and prompt not in text:
+            hint = nearest(str(prompt), text) if text else "model.text"
+            raise UserError(f"{where}.{name}.prompt", f"no text source is called {prompt!r}", hint=hint)
+        nodes.append(Node(name, tuple(section["in"]), only, prompt))
+    return nodes
+
+
+def read_output(output: Any, known: list[str], where: str) -> dict[str, list[str]]:
+    """A name, a list of streams or one of either per kind -> {kind: [names]}.
+
+    Raises:
+        UserError: a kind without output, or an unknown name.
+    """
+    per_kind = output if isinstance(output, dict) else dict.fromkeys(KINDS, output)
+    result = {}
+    for kind in KINDS:
+        if kind not in per_kind:
+            raise UserError(f"{where}.{kind}", "missing")
+        streams = per_kind[kind]
+        result[kind] = [streams] if isinstance(streams, str) else list(streams)
+        for name in result[kind]:
+            if name not in known:
+                raise UserError(where, f"nothing is called {name!r}", hint=nearest(name, known))
+    return result
+
+
+def read_place(place: dict[str, str], output: dict[str, list[str]], where: str) -> set[str]:
+    """Names of the streams that stand at the start of a sequence, after BOS, and not where their medium is.
+
+    Raises:
+        UserError: no such stream, or another place.
+    """
+    streams = sorted({name for names in output.values() for name in names})
+    for name, at in place.items():
+        if name not in streams:
+            raise UserError(f"{where}.{name}", "no such stream", hint=nearest(name, streams))
+        if at != "start":
+            raise UserError(f"{where}.{name}", "unknown place", expected="start", got=at)
+    return set(place)
+
+
+def reached(inputs: dict[str, list[str]], output: dict[str, list[str]]) -> set[str]:
+    """Names that the output depends on; only those run."""
+    todo = [name for streams in output.values() for name in streams]
+    found: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += inputs.get(name, [])
+    return found
+
+
+def merged(needs: list[Needs]) -> Needs:
+    """The union of what several parts need, each thing once."""
+    union = Needs()
+    for need in needs:
+        fields = (*LAYERED, "prompt", "prompt_levels")
+        joined = {key: tuple(dict.fromkeys(getattr(union, key) + getattr(need, key))) for key in fields}
+        union = replace(union, **joined)
+    return union
+
+
+def own_layers(tokens: VisualTokens, needs: Needs, union: Needs) -> VisualTokens:
+    """An encoder's tokens with the layers that one part declared, in its order, out of those that all parts did."""
+    extras = {}
+    for name in LAYERED:
+        wanted, given = getattr(needs, name), getattr(union, name)
+        if wanted:
+            order = [given.index(layer) for layer in wanted]
+            extra = tokens.extras[name]
+            extras[name] = extra if wanted == given else extra[:, :, order]
+    return replace(tokens, extras=extras)

@@ -1,0 +1,74 @@
+"""What a stage keeps between epochs: decoded frames, and what its frozen encoders made of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from mmllm.contract.types import Needs
+from mmllm.data.cache import Rate, key_of
+from mmllm.data.guard import GuardedReader
+from mmllm.data.loading import Caches, MediaLoader, layout
+
+
+def attach_caches(
+    model: Any, processor: Any, reader: GuardedReader | None, caches: Caches | None, precision: str
+) -> None:
+    """Let a model's reading and its frozen encoders use the caches; None: neither does.
+
+    Only encoders without a trainable weight take part, under a digest of their weights: called anew for each stage.
+
+    Args:
+        reader: how files are read; None = as the processor does so far.
+        precision: of the forward; tokens of another precision are other tokens.
+    """
+    bank, front = model.model.front_end.bank, model.model.front_end
+    bank.keep = None
+    processor.loader = MediaLoader(reader or processor.loader.reader, caches)
+    if caches is None or caches.features is None:
+        return
+    disk = caches.features
+    caches.encoders = {
+        name: key_of([bank.encoders[name].digest(), asdict(front.needs.get(name, Needs())), precision])
+        for name in front.encoders_used
+        if not bank.encoders[name].trainable
+    }
+
+    def keep(key: str, clip: dict[str, Any], tokens: dict[str, Tensor]) -> None:
+        tensors = tokens | layout(clip["spec"], clip["times"])
+        disk.put(key, {name: value.detach().cpu() for name, value in tensors.items()})
+
+    bank.keep = keep
+
+
+class LookUps:
+    """How often a stage found what it looked for, over all loader workers; each batch brings its own share."""
+
+    def __init__(self) -> None:
+        self.rates: dict[str, Rate] = {}
+
+    def add(self, counts: dict[str, tuple[int, int]]) -> None:
+        """Add what one batch looked up: {cache: (hits, misses)}."""
+        for name, (hits, misses) in counts.items():
+            rate = self.rates.setdefault(name, Rate())
+            rate.hits += hits
+            rate.misses += misses
+
+    def facts(self) -> dict[str, str]:
+        """For the progress line and the log."""
+        return {f"{name} cached": str(rate) for name, rate in self.rates.items()}
+
+
+def counted(caches: Caches | None) -> dict[str, tuple[int, int]]:
+    """{cache: (hits, misses)} of this process so far."""
+    found = {"frames": caches.frames, "features": caches.features} if caches is not None else {}
+    return {name: (disk.rate.hits, disk.rate.misses) for name, disk in found.items() if disk is not None}
+
+
+def since(before: dict[str, tuple[int, int]], caches: Caches | None) -> dict[str, tuple[int, int]]:
+    """What was looked up since `before` was counted."""
+    return {
+        name: (hits - before[name][0], misses - before[name][1]) for name, (hits, misses) in counted(caches).items()
+    }
