@@ -1,0 +1,61 @@
+"""`mmllm lab`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from mmllm.cli.common import cache_dir, calm_libraries, common, print_json
+
+EPILOG = """\
+examples:
+  mmllm lab studies/pooling.yaml
+  mmllm lab my_study.yaml --out runs/my_study --dry-run
+  mmllm lab my_study.yaml roots.world=runs/world stages.instruct.steps=200
+
+A study compares recipes: {baseline: llava, equal: tokens, seeds: [0, 1, 2], arms: {llava: nano/llava, mine: my.yaml}}.
+The same command continues; finished runs are not repeated.
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.epilog = EPILOG
+    parser.description = "Train and evaluate several recipes with several seeds, and compare them."
+    parser.add_argument("study", type=Path, help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all arms")
+    parser.add_argument("--out", type=Path, help="folder of the study (default runs/STUDY)")
+    common(parser, "--json", "--quiet", "--device", "--cache-dir", "--dry-run")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run a study, or say what it would run."""
+    calm_libraries()
+    from mmllm.lab.runs import Lab
+    from mmllm.lab.study import StudyFile
+    from mmllm.lab.table import as_dict, draw, render, results
+
+    file = StudyFile(options.study, tuple(options.overrides))
+    facts = file.facts()
+    out = options.out or Path("runs") / options.study.stem
+    lab = Lab(file, out, cache=cache_dir(options), device=options.device, quiet=options.quiet)
+    if options.dry_run:
+        done = sum(lab.result(run) is not None for run in lab.runs)
+        for arm, fact in facts.items():
+            print(
+                f"{arm}: {fact.tokens} tokens, {fact.parameters / 1e6:.2f} M parameters, {fact.macs / 1e6:.1f} M MACs"
+            )
+        print(f"{len(lab.runs)} runs, {done} finished, into {out}")
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    lab.run_all()
+    rows = results(lab, facts)
+    table = render(rows, file.baseline)
+    summary = f"{file.study.summary}\n\n" if file.study.summary else ""
+    (out / "study.md").write_text(f"# {options.study.stem}\n\n{summary}{table}\n", encoding="utf-8")
+    (out / "study.json").write_text(json.dumps(as_dict(rows, options.study.stem, file.baseline), indent=1))
+    draw(rows, out / "study.png")
+    print_json(as_dict(rows, options.study.stem, file.baseline)) if options.json else print(table)
+    return 0

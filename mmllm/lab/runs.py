@@ -1,0 +1,149 @@
+"""Running a study: every arm with every seed, one process after the other or one a GPU; what is finished stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+from mmllm.contract.errors import UserError
+from mmllm.lab.study import StudyFile
+from mmllm.progress import Progress
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed, in a folder of its own."""
+
+    arm: str
+    seed: int
+    out: Path
+
+    @property
+    def label(self) -> str:
+        """For progress and errors."""
+        return f"{self.arm} seed {self.seed}"
+
+
+class Lab:
+    """Runs what is not finished of a study.
+
+    Args:
+        file: the study. out: its folder. roots: folders of benchmarks, where the recipes name none.
+        cache: where shared stages are kept. device: passed on to the verbs. quiet: no progress.
+    """
+
+    def __init__(
+        self, file: StudyFile, out: Path, *, cache: Path, device: str | None = None, quiet: bool = False
+    ) -> None:
+        self.file, self.out, self.cache, self.device, self.quiet = file, out, cache, device, quiet
+        # seeds outside: after a kill in the middle every arm has about as many seeds as the others
+        self.runs = [Run(arm, seed, out / "runs" / f"{arm}-{seed}") for seed in file.study.seeds for arm in file.arms]
+
+    def run_all(self) -> None:
+        """Train and evaluate; a run that fails stops the study and leaves what is finished.
+
+        Raises:
+            UserError: a run failed; names it and its log.
+        """
+        todo = [run for run in self.runs if self.result(run) is None]
+        progress = Progress("run", len(self.runs), start=len(self.runs) - len(todo), quiet=self.quiet, every=0.0)
+        devices: Queue[str | None] = Queue()
+        places = _devices(self.device)
+        for place in places:
+            devices.put(place)
+        with ThreadPoolExecutor(len(places)) as pool:
+            waiting = [pool.submit(self._run, run, devices) for run in todo]
+            try:
+                for count, future in enumerate(waiting, start=len(self.runs) - len(todo) + 1):
+                    run = future.result()
+                    progress.update(count, {"finished": run.label})
+            except BaseException:
+                for future in waiting:
+                    future.cancel()
+                raise
+        progress.close()
+
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """{benchmark: average, ...} of a finished run, else None."""
+        path = run.out / "report.json"
+        if not path.is_file():
+            return None
+        benchmarks = json.loads(path.read_text())["benchmarks"]
+        return benchmarks if all(task in benchmarks for task in self.file.study.tasks) else None
+
+    def _run(self, run: Run, devices: Queue[str | None]) -> Run:
+        place = devices.get()
+        environment = dict(os.environ)
+        if place is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = place
+        try:
+            run.out.mkdir(parents=True, exist_ok=True)
+            for command in (self._train(run), self._evaluate(run)):
+                self._call(run, command, environment)
+        finally:
+            devices.put(place)
+        return run
+
+    def _train(self, run: Run) -> list[str]:
+        arm = self.file.arms[run.arm]
+        command = ["train", self.file.recipe_of(arm), "--out", str(run.out), "--seed", str(run.seed)]
+        return [*command, "--cache-dir", str(self.cache), *self._common(), *self.file.overrides, *arm.set]
+
+    def _evaluate(self, run: Run) -> list[str]:
+        study = self.file.study
+        command = ["eval", "--model", str(run.out), "--tasks", ",".join(study.tasks), "--baselines", "none"]
+        return [*command, *self._common(), *(["--limit", str(study.limit)] if study.limit else [])]
+
+    def _common(self) -> list[str]:
+        words = [word for plugin in self.file.plugins for word in ("--plugin", plugin)]
+        return [*words, *(["--device", self.device] if self.device else [])]
+
+    def _call(self, run: Run, command: list[str], environment: dict[str, str]) -> None:
+        log = run.out / "lab.log"
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%F %T')} mmllm {' '.join(command)}\n")
+            file.flush()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "mmllm", *command], stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+            try:
+                code = process.wait()
+            except BaseException:
+                process.terminate()
+                process.wait()
+                raise
+        if code not in (0, 3):
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            raise UserError(run.label, f"mmllm {command[0]} ended with {code}: {lines[-1][:200]}", hint=f"see {log}")
+
+
+def _devices(device: str | None) -> list[str | None]:
+    """One place a GPU, or a single one."""
+    if device is not None:
+        return [None]
+    import torch
+
+    count = torch.cuda.device_count()
+    return [str(index) for index in range(count)] if count > 1 else [None]
+
+
+def samples_per_second(run: Path) -> float | None:
+    """Training speed of a run's last stage, from its log and recipe; None where its log is too short."""
+    import yaml
+
+    stages = yaml.safe_load((run / "recipe.yaml").read_text())["stages"]
+    name = [key for key, value in stages.items() if value is not None][-1]
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["stage"] == name]
+    if len(rows) < 3:
+        return None
+    first, last = rows[1], rows[-1]
+    return (last["step"] - first["step"]) * stages[name].get("batch", 32) / (last["time"] - first["time"])

@@ -1,0 +1,142 @@
+"""Studies: fair or refused, continued, and counted right."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmllm.cli import main
+from mmllm.contract.errors import UserError
+from mmllm.lab.runs import Lab, Run
+from mmllm.lab.study import StudyFile
+from mmllm.lab.table import estimate, render, results
+
+ARMS = {"llava": "nano/llava", "means": {"recipe": "nano/video_chatgpt", "set": ["stages.instruct.lr=1e-4"]}}
+SCORES = {("llava", 0): 50.0, ("llava", 1): 54.0, ("means", 0): 47.0, ("means", 1): 49.0}
+
+
+def study(folder: Path, **changes: Any) -> Path:
+    path = folder / "mine.yaml"
+    data = {"arms": ARMS, "seeds": [0, 1], "summary": "Are means enough?", **changes}
+    path.write_text(yaml.safe_dump({key: value for key, value in data.items() if value is not None}))
+    return path
+
+
+def problem(path: Path) -> str:
+    with pytest.raises(UserError) as error:
+        StudyFile(path).facts()
+    return str(error.value)
+
+
+def test_mistakes_are_named(tmp_path):
+    assert "no such study" in problem(tmp_path / "absent.yaml")
+    assert "arms: missing" in problem(study(tmp_path, arms={}))
+    assert "seed" in problem(study(tmp_path, seed=[1])) and "Try: seeds" in problem(study(tmp_path, seed=[1]))
+    assert "one twice" in problem(study(tmp_path, seeds=[1, 1]))
+    assert "no arm is called 'lava'. Try: llava" in problem(study(tmp_path, baseline="lava"))
+    assert "no such recipe" in problem(study(tmp_path, arms={"a": "nano/lava"}))
+    assert "arms.a.x: unknown key" in problem(study(tmp_path, arms={"a": {"recipe": "nano/llava", "x": 1}}))
+
+
+def test_unequal_arms_are_refused_unless_free(tmp_path):
+    said = problem(study(tmp_path, equal="tokens"))
+    assert "the arms differ in tokens" in said and "llava 72, means 17" in said
+    free = {**ARMS, "means": {**ARMS["means"], "free": True}}
+    facts = StudyFile(study(tmp_path, arms=free, equal="tokens")).facts()
+    assert (facts["llava"].tokens, facts["means"].tokens) == (72, 17)
+
+
+def test_overrides_reach_every_arm(tmp_path):
+    file = StudyFile(study(tmp_path, set=["stages.instruct.steps=7"]), ("stages.text.steps=3",))
+    assert [recipe.stages["instruct"].steps for recipe in file.recipes.values()] == [7, 7]
+    assert [recipe.stages["text"].steps for recipe in file.recipes.values()] == [3, 3]
+    assert [recipe.stages["instruct"].lr for recipe in file.recipes.values()] == [1e-3, 1e-4]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[list[str]]:
+    """Verbs that runs call, which only write what the table reads."""
+    made: list[list[str]] = []
+
+    def call(self: Lab, run: Run, command: list[str], environment: dict[str, str]) -> None:
+        made.append(command)
+        if command[0] == "train":
+            (run.out / "recipe.yaml").write_text(yaml.safe_dump({"stages": {"instruct": {"batch": 10}}}))
+            rows = [{"stage": "instruct", "step": 10 * i, "time": 5.0 * i} for i in range(4)]
+            (run.out / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        else:
+            score = {"mvbench": {"average": SCORES[run.arm, run.seed]}}
+            (run.out / "report.json").write_text(json.dumps({"benchmarks": score}))
+
+    monkeypatch.setattr(Lab, "_call", call)
+    return made
+
+
+def test_the_table_counts_seed_by_seed(tmp_path, calls, capsys):
+    path = study(tmp_path)
+    words = ["lab", str(path), "--out", str(tmp_path / "out"), "--quiet", "--device", "cpu"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert [command[0] for command in calls] == ["train", "eval"] * 4
+    assert calls[2][:6] == ["train", "nano/video_chatgpt", "--out", str(tmp_path / "out/runs/means-0"), "--seed", "0"]
+    assert "stages.instruct.lr=1e-4" in calls[2] and "stages.instruct.lr=1e-4" not in calls[0]
+    arms = {row["arm"]: row for row in json.loads((tmp_path / "out/study.json").read_text())["arms"]}
+    assert arms["llava"]["score"]["mean"] == 52.0 and arms["llava"]["difference"] is None
+    assert arms["means"]["difference"]["mean"] == -4.0
+    assert arms["means"]["difference"]["half"] == pytest.approx(12.706)
+    assert arms["means"]["speed"] == pytest.approx(20.0)
+    assert "| means | mvbench | 17 |" in printed and "-4.0 [" in printed
+    assert "2 seeds can show" in printed
+    assert {"study.md", "study.png", "runs"} <= {entry.name for entry in (tmp_path / "out").iterdir()}
+    calls.clear()
+    assert main(words) == 0
+    assert calls == []  # all is finished
+
+
+def test_a_failed_run_is_named_and_the_finished_ones_stay(tmp_path, calls, monkeypatch, capsys):
+    real = Lab._call
+
+    def fails(self: Lab, run: Run, command: list[str], environment: dict[str, str]) -> None:
+        if run.arm == "means" and run.seed == 0:
+            raise UserError(run.label, "mmllm train ended with 2: error: no such file", hint="see lab.log")
+        real(self, run, command, environment)
+
+    monkeypatch.setattr(Lab, "_call", fails)
+    words = ["lab", str(study(tmp_path)), "--out", str(tmp_path / "out"), "--quiet", "--device", "cpu"]
+    assert main(words) == 2
+    assert "means seed 0: mmllm train ended with 2" in capsys.readouterr().err
+    assert (tmp_path / "out/runs/llava-0/report.json").is_file()
+
+
+def test_a_dry_run_starts_nothing(tmp_path, calls, capsys):
+    assert main(["lab", str(study(tmp_path)), "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    assert "4 runs, 0 finished" in capsys.readouterr().out
+    assert calls == [] and not (tmp_path / "out").exists()
+
+
+def test_intervals():
+    assert estimate([3.0]).half is None
+    three = estimate([1.0, 2.0, 3.0])
+    assert three.mean == 2.0 and three.half == pytest.approx(4.303 / math.sqrt(3))
+
+
+@pytest.mark.slow
+def test_a_study_runs_from_nothing(tmp_path):
+    """Two arms, one seed, real processes on the tiny world."""
+    world = tmp_path / "world"
+    assert main(["world", "make", "--out", str(world), "--level", "tiny", "--quiet", "--jobs", "1"]) == 0
+    names = ("letters", "text", "caption", "instruct")
+    steps = [f"stages.{name}.{setting}" for name in names for setting in ("steps=2", "batch=4")]
+    path = study(tmp_path, seeds=[0], set=[f"roots.world={world}", *steps], limit=4)
+    words = ["lab", str(path), "--out", str(tmp_path / "out"), "--quiet", "--device", "cpu"]
+    assert main([*words, "--cache-dir", str(tmp_path / "cache")]) == 0
+    file = StudyFile(path)
+    rows = results(Lab(file, tmp_path / "out", cache=tmp_path / "cache"), file.facts())
+    assert [row.arm for row in rows] == ["llava", "means"] and all(0 <= row.score.mean <= 100 for row in rows)
+    assert "taken from" in (tmp_path / "out/runs/means-0/events.txt").read_text()  # the text stage was trained once
+    assert "means" in render(rows, "llava")
