@@ -46,20 +46,19 @@ def walk(
     media = MediaSpec("image", 1) if kind == "image" else MediaSpec("video", frames or own)
     if kind == "image" and size is not None and front.tiling is not None:
         media = front.tiling.spec(*size)
-    rows, visual = [], 0
+    rows: list[Row] = []
     for name, source in front.prompts.sources.items():
         if name in front.text_needs:
             macs, parameters = _text_macs(source, front.text_needs[name]), _parameters(source)
             rows.append(Row(name, source.registered_name, "-", source.length, source.width, parameters, macs))
     for name, module, inputs, spec in front.walk(media):
         reaches = name in front.output[kind]
-        visual += spec.tokens if reaches else 0
         grid = str(spec.grid) if spec.grid else "-"
         macs = _macs(module, inputs, media)
         rows.append(
             Row(name, module.registered_name, grid, spec.tokens, spec.width, _parameters(module), macs, reaches)
         )
-    rows.append(_llm_row(recipe, visual))
+    rows.append(_llm_row(recipe, sum(stream.tokens for stream in front.streams(media))))
     return rows
 
 

@@ -170,6 +170,7 @@ def _run_stage(
 ) -> None:
     from mmllm.train.shared import SharedStage
     from mmllm.train.stage import freeze, make_trainer
+    from mmllm.train.trainer import split_objective
 
     if stage.init is not None:
         from mmllm.api import load_weights
@@ -187,7 +188,9 @@ def _run_stage(
         stopped = stopper.signal
         if stopped is not None and trainer.state.global_step < trainer.state.max_steps:
             raise Stopped(stopped, trainer.checkpoint)
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        state, _ = split_objective(trainer.accelerator.get_state_dict(trainer.model_wrapped))
+        if hasattr(model, "objective"):
+            del model.objective
         if shared is not None and main:
             shared.save(model, state)
     model.requires_grad_(True)

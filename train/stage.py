@@ -153,6 +153,8 @@ def make_trainer(
     quiet = options.quiet or not PartialState(cpu=options.device == "cpu").is_main_process
     progress, stopper = StageProgress(run, name, stage.batch, quiet), StopOnSignal()
     attach_caches(model, processor, options.reader, options.caches(), precision(options))
+    if any(True for _ in objective.parameters()):
+        model.objective = objective  # its weights train with the model's, and leave it with the stage
     trainer = StageTrainer(
         model=model,
         args=_arguments(name, stage, recipe, folder, options),

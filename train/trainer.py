@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -18,6 +19,8 @@ from mmllm.contract.parts import Objective
 from mmllm.train.caching import LookUps
 
 COMPLETE = "complete"
+OBJECTIVE = "objective.safetensors"
+"""File of a checkpoint that holds the weights of an objective that has some."""
 
 
 class StageTrainer(Trainer):
@@ -127,8 +130,25 @@ class StageTrainer(Trainer):
         """Weights and processor only: the arguments are in the run folder, as text."""
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
+            if hasattr(model, "objective"):
+                state_dict, own = split_objective(state_dict or model.state_dict())
+                Path(output_dir).mkdir(parents=True, exist_ok=True)
+                save_file(own, Path(output_dir) / OBJECTIVE)
             model.save_pretrained(output_dir, state_dict=state_dict)
             self.processing_class.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        own = Path(resume_from_checkpoint) / OBJECTIVE
+        if own.is_file():
+            self.objective.load_state_dict(load_file(own))
+
+
+def split_objective(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A state as (the model's own, what the objective hung beside it); the model is saved without the latter."""
+    prefix = "objective."
+    own = {key.removeprefix(prefix): value.contiguous() for key, value in state.items() if key.startswith(prefix)}
+    return {key: value for key, value in state.items() if not key.startswith(prefix)}, own
 
 
 def last_checkpoint(folder: Path) -> Path | None:

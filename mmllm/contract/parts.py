@@ -56,9 +56,6 @@ class Part(nn.Module):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
-        # transformers passes over a module of foreign code that has no tensor of its own. With this one it asks every
-        # part to write its weights, also a part whose tensors all lie in its submodules.
-        self.register_buffer("_asked", torch.empty(0), persistent=False)
 
     def needs(self) -> Needs:
         """What the part reads beside its inputs' values."""

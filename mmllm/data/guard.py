@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -17,7 +18,7 @@ import sys
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -80,7 +81,8 @@ class GuardedReader:
         Raises:
             UserError: see :class:`mmllm.data.reader.VideoReader`; and a file that takes too long or crashes its reader.
         """
-        request = {"sampling": astuple(sampling), "held": convert is None}
+        chosen = [sampling.frames, sampling.fps, sampling.max_frames, sampling.sampler]
+        request = {"sampling": chosen, "held": convert is None}
         answer, pictures = self._ask(ref, request, convert)
         order, times = answer["order"], np.asarray(answer["times"], np.float64)
         if convert is not None:
@@ -97,7 +99,8 @@ class GuardedReader:
         """Send a request, take the answer; an error in it is raised."""
         if self._process_id != os.getpid():
             self._forget()
-        message = pack({"ref": astuple(ref), "name": ref.describe(), **request})
+        fields = [ref.kind, ref.path, ref.start, ref.end, ref.fps]
+        message = pack({"ref": fields, "name": ref.describe(), **request})
         with self._lock:
             child = self._running()
             pictures = _Pictures(convert)
@@ -211,6 +214,8 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
+            # decoders' threads scatter memory over as many heaps as there are; two keep it flat (glibc's own switch)
+            env={"MALLOC_ARENA_MAX": "2", **os.environ},
             # Ctrl-C is for us to answer; and the process and what it forks can be killed together
             start_new_session=True,
         )
@@ -279,18 +284,19 @@ class _Pictures:
     def __init__(self, convert: Convert | None) -> None:
         self.convert, self.values, self.count = convert, [], 0
         self.shape: tuple[int, ...] = (0, 0, 0, 3)
+        self.size = 0
         self.frames: np.ndarray | None = None
         self.current: np.ndarray
 
     def expect(self, shape: Sequence[int]) -> None:
         """Make room for the pictures that will come."""
-        self.shape = tuple(shape)
+        self.shape, self.size = tuple(shape), math.prod(shape[1:])
         if self.convert is None:
             self.frames = np.empty(self.shape, np.uint8)
 
     def place(self, size: int) -> memoryview:
         """Memory for the next picture; more than asked for come where a back end had to be given up half-way."""
-        if size != np.prod(self.shape[1:], dtype=np.int64) or self.count >= 2 * self.shape[0]:
+        if size != self.size or self.count >= 2 * self.shape[0]:
             raise _Gone
         within = self.frames is not None and self.count < len(self.frames)
         self.current = self.frames[self.count] if within else np.empty(self.shape[1:], np.uint8)

@@ -153,14 +153,12 @@ class Sender:
             self.flush()
 
     def picture(self, picture: np.ndarray) -> int:
-        """Add a picture uint8 ``[H, W, 3]``; returns its number within the answer."""
-        import numpy as np
-
+        """Add a picture uint8 ``[H, W, 3]``, contiguous; returns its number within the answer."""
         if picture.shape != self.shape:
             self.shape = picture.shape
             self.put(pack({"shape": [self.count, *picture.shape]}))
         self.put(HEAD.pack(PICTURE, picture.nbytes))
-        self.put(memoryview(np.ascontiguousarray(picture)).cast("B"))
+        self.put(memoryview(picture).cast("B"))
         self.pictures += 1
         return self.pictures - 1
 

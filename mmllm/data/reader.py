@@ -227,7 +227,12 @@ def _of_shape(shape: tuple[int, ...], keep: Convert) -> Convert:
 
 def _own(convert: Convert) -> Convert:
     """``convert`` on pictures that are contiguous and may be written to."""
-    return lambda picture: convert(np.require(picture, requirements=["C", "W"]))
+
+    def own(picture: np.ndarray) -> Any:
+        flags = picture.flags
+        return convert(picture if flags.c_contiguous and flags.writeable else picture.copy())
+
+    return own
 
 
 class _Stack:

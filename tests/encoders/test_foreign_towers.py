@@ -148,6 +148,43 @@ def test_a_folder_of_timm_is_completed_and_loaded(tmp_path):
         assert torch.equal(value, model.state_dict()[key]), key
 
 
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+VIDEO = {**TINY, "image_size": 32, "num_frames": 4}
+PUBLISHED = {
+    "vivit": ("VivitForVideoClassification", {**VIDEO, "tubelet_size": [2, 16, 16]}),
+    "videomae": ("VideoMAEForPreTraining", {**VIDEO, "patch_size": 16, "tubelet_size": 2}),
+    "vit": ("ViTForImageClassification", {**TINY, "image_size": 32, "patch_size": 16}),
+}
+
+
+@pytest.mark.parametrize("kind", list(PUBLISHED))
+def test_a_tower_with_a_head_is_loaded_without_it_and_survives_a_checkpoint(kind, tmp_path):
+    import transformers
+
+    name, config = PUBLISHED[kind]
+    torch.manual_seed(7)
+    theirs = getattr(transformers, name)(transformers.AutoConfig.for_model(kind, **config)).eval()
+    theirs.save_pretrained(tmp_path)
+    own = {"type": "huggingface", "mean": [0.5] * 3, "std": [0.5] * 3, "size": 32, "fit": "crop"}
+    section = {**(own | {"interpolation": "bicubic"} if kind == "vit" else {"type": kind}), "name": str(tmp_path)}
+    recipe = recipe_with({**section, "layer": -1}, tmp_path)
+    model = build_model(recipe).eval()
+    encoder = tower_of(model)
+    pixels = torch.randint(0, 256, (1, 4, 3, 32, 32), dtype=torch.uint8)
+    inputs = encoder.normalise(pixels)
+    with torch.no_grad():
+        tokens = encoder(pixels, MediaSpec("video", 4), Needs()).values
+        body = getattr(theirs, kind)
+        state = body(inputs[0] if kind == "vit" else inputs, output_hidden_states=True).hidden_states[-1]
+    before = state.shape[1] - tokens.shape[1] // len(state)
+    torch.testing.assert_close(tokens[0], state[:, before:].flatten(0, 1), atol=1e-6, rtol=0)
+    model.save_pretrained(tmp_path / "saved")
+    tiny_processor(recipe).save_pretrained(tmp_path / "saved")
+    again, _ = mmllm.load(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(tower_of(again).eval()(pixels, MediaSpec("video", 4), Needs()).values, tokens)
+
+
 CLIP = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 28, "layers": 3, "width": 32, "head_width": 8, "patch_size": 14},

@@ -24,8 +24,10 @@ log = logging.getLogger(__name__)
 
 SEEK_FRAMES = 600
 """A wider gap than this between two wanted frames is jumped over where the file has no index of its key frames."""
-SEEK_MARGIN = 16
-"""A jump aims this many frames early: indexes are ordered by decoding time, which B-frames shift."""
+MARGIN, WIDE_MARGIN = 4, 16
+"""A jump aims this many frames early, then this many: indexes are in decoding time, which B-frames shift."""
+GAIN = 12
+"""A jump pays where it spares this many frames; it costs the decoder's threads a fresh start."""
 SMALL_PIXELS = 16_000_000
 """Up to this many pixels in all frames together one thread is faster than starting several."""
 JUMPS = ("mp4", "matroska")
@@ -185,9 +187,9 @@ class PyAVBackend(Backend):
                 break
             before, now = now, self._time(frame, now, shown)
             due = bisect_left(wanted, now - self.slack, len(found)) - len(found)
-            if due and shown is None and margin == 0:
+            if due and shown is None and margin == MARGIN:
                 # the key frame comes on screen just after the moment
-                margin, now = SEEK_MARGIN, before
+                margin, now = WIDE_MARGIN, before
                 ahead = self._sought(wanted[len(found)], margin)
                 continue
             if due:
@@ -217,10 +219,12 @@ class PyAVBackend(Backend):
         # the index of key frames can be read since version 17
         index = getattr(self._stream, "index_entries", None)
         if not index or not any(name in self.format for name in JUMPS):
-            return SEEK_MARGIN if moment - now > SEEK_FRAMES / self.probe.fps else None
-        place = index.search_timestamp(self._aim(moment, 0))
-        pays = place >= 0 and (index[place].timestamp - self._origin) * self._tick > now + 1 / self.probe.fps
-        return 0 if pays else None
+            return WIDE_MARGIN if moment - now > SEEK_FRAMES / self.probe.fps else None
+        if moment - now <= (GAIN + MARGIN) / self.probe.fps:
+            return None
+        place = index.search_timestamp(self._aim(moment, MARGIN))
+        pays = place >= 0 and (index[place].timestamp - self._origin) * self._tick > now + GAIN / self.probe.fps
+        return MARGIN if pays else None
 
     def _aim(self, moment: float, margin: int) -> int:
         """Where to look for the key frame from which a moment (seconds) is reached; in the stream's time."""

@@ -1,0 +1,113 @@
+"""`mmllm data align-levels`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mmllm.cli.common import calm_libraries, common, pick_device
+from mmllm.contract.errors import UserError
+
+EPILOG = """\
+examples:
+  mmllm data align-levels captions.jsonl --pair openai/clip-vit-large-patch14-336 --out captions.levels.jsonl
+  mmllm data align-levels more.jsonl --pair openai/clip-vit-large-patch14-336 \\
+      --edges captions.levels.edges.json --out more.levels.jsonl
+
+Records without a medium stay as they are. Beside the data, OUT.edges.json keeps the scores between the levels.
+"""
+
+
+def configure(verbs: Any) -> None:
+    """The action and its flags."""
+    what = "how completely texts cover their images: a level from 0 (weak) on, for AlignGPT's pre-training"
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = verbs.add_parser("align-levels", help=what, description=what, epilog=EPILOG, formatter_class=formatter)
+    parser.add_argument("data", type=Path, metavar="FILE", help="a data file of JSON records")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl", help="the records with their levels")
+    scores = parser.add_mutually_exclusive_group(required=True)
+    scores.add_argument("--pair", metavar="NAME", help="image-text model that scores: a hub id or a folder")
+    scores.add_argument("--scores", type=Path, metavar="FILE", help="scores made elsewhere, a number a line")
+    parser.add_argument("--levels", type=int, default=8, help="how many levels, of equal size (default 8)")
+    parser.add_argument("--edges", type=Path, metavar="FILE", help="levels of other data instead: their edges.json")
+    parser.add_argument("--frames", type=int, default=8, help="frames of a video that are scored (default 8)")
+    parser.add_argument("--root", type=Path, help="folder that media paths are relative to (default: the file's own)")
+    common(parser, "--quiet", "--device")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Score, rank and write."""
+    from mmllm.data.align_levels import level_edges, levels_by_edges, levels_by_rank, pair_of, with_levels
+    from mmllm.data.conversations import open_source
+
+    if options.out.exists() and options.out.samefile(options.data):
+        raise UserError(options.out, "the data would be overwritten", hint="--out another.jsonl")
+    known = _read_edges(options.edges) if options.edges else None
+    source = open_source(options.data, options.root)
+    pairs = [pair_of(source[index]) for index in range(len(source))]
+    places = [index for index, pair in enumerate(pairs) if pair is not None]
+    scores = _given(options.scores, len(places)) if options.scores else _scored([pairs[i] for i in places], options)
+    found = levels_by_rank(scores, options.levels) if known is None else levels_by_edges(scores, known)
+    edges = level_edges(scores, options.levels).tolist() if known is None else known
+    levels: list[int | None] = [None] * len(pairs)
+    for index, level in zip(places, found.tolist(), strict=True):
+        levels[index] = level
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with options.out.open("w", encoding="utf-8") as file:
+        for record in with_levels((source.records[index][0] for index in range(len(source))), levels):
+            file.write(_line(record, options.data))
+    if known is None:
+        about = {"levels": options.levels, "edges": edges, "pair": options.pair}
+        options.out.with_suffix(".edges.json").write_text(json.dumps(about, indent=1))
+    sizes = Counter(found.tolist())
+    shown = ", ".join(f"{level}: {sizes[level]}" for level in range(len(edges) + 1))
+    print(f"{len(places)} records in {len(edges) + 1} levels ({shown}) -> {options.out}")
+    return 0
+
+
+def _read_edges(path: Path) -> list[float]:
+    try:
+        return [float(edge) for edge in json.loads(path.read_text(encoding="utf-8"))["edges"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(path, "no edges of levels", hint="the .edges.json that align-levels wrote") from error
+
+
+def _given(path: Path, count: int) -> list[float]:
+    try:
+        scores = [float(line) for line in path.read_text(encoding="utf-8").split()]
+    except (OSError, ValueError) as error:
+        raise UserError(path, "no scores", expected="a number a line") from error
+    if len(scores) != count:
+        raise UserError(path, f"{len(scores)} scores for {count} records with a medium")
+    return scores
+
+
+def _scored(pairs: list[Any], options: argparse.Namespace) -> list[float]:
+    """A score for every pair of medium and text."""
+    from mmllm.data.align_levels import Pair
+    from mmllm.data.guard import GuardedReader
+    from mmllm.data.sampling import Sampling
+    from mmllm.progress import Progress
+
+    calm_libraries()
+    judge, reader = Pair(options.pair, pick_device(options.device)), GuardedReader()
+    sampling, bar, scores = Sampling(frames=options.frames), Progress("scored", len(pairs), quiet=options.quiet), []
+    try:
+        for number, (ref, text) in enumerate(pairs, start=1):
+            scores.append(judge.score(reader.read(ref, sampling).frames, text))
+            bar.update(number)
+    finally:
+        reader.close()
+        bar.close()
+    return scores
+
+
+def _line(record: dict[str, Any], path: Path) -> str:
+    try:
+        return json.dumps(record, ensure_ascii=False) + "\n"
+    except TypeError as error:
+        raise UserError(path, "its records hold more than JSON", expected="a .json or .jsonl file") from error

@@ -1,0 +1,473 @@
+"""What always holds of prompt-guided pooling, of longer prompts and of the BT-Adapter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
+
+from mmllm.connectors.patch_heads import cosine
+from mmllm.connectors.ppllava import PromptPool, PromptRelevance
+from mmllm.connectors.windows import distance_from_mean, resolve_windows, window_weights, windowed_softmax_pool
+from mmllm.contract.errors import UserError
+from mmllm.contract.parts import Site
+from mmllm.contract.types import Grid, MediaSpec, Needs, PromptFeatures, VisualTokens
+from mmllm.encoders.bt_adapter import ClipBTAdapterEncoder
+from mmllm.encoders.extended_positions import extend_positions, extend_tower
+from mmllm.encoders.huggingface import ClipEncoder
+from mmllm.encoders.tokens import at_times, frame_tokens
+from mmllm.front_end import FrontEnd
+
+CLIP = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+VISION = {**CLIP, "image_size": 28, "patch_size": 14}
+TEXT = {**CLIP, "vocab_size": 50, "max_position_embeddings": 30, "eos_token_id": 49, "bos_token_id": 48}
+
+
+def tokens(grid: Grid, kind: str = "video", width: int = 5, relevance: bool = True, seed: int = 0) -> VisualTokens:
+    """Two random clips with random scores."""
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randn(2, grid.tokens, width, generator=g)
+    made = at_times(
+        frame_tokens(values, MediaSpec(kind, grid.t), grid, grid.t), torch.arange(float(grid.t)).expand(2, -1)
+    )
+    if relevance:
+        made.extras["relevance"] = (3 * torch.randn(2, grid.tokens, generator=g)).softmax(1)
+    return made
+
+
+def pool(given: VisualTokens, **arguments: object) -> PromptPool:
+    """The part over such tokens."""
+    return PromptPool(Site((given.spec,)), **arguments)
+
+
+def channels_second(given: VisualTokens) -> Tensor:
+    """[B, C, T, h, w]."""
+    return given.as_grid().movedim(-1, 1)
+
+
+# Windows
+
+
+def test_equal_scores_give_the_librarys_means():
+    given = tokens(Grid(4, 6, 9), relevance=False)
+    theirs = nn.functional.avg_pool3d(channels_second(given), (2, 3, 3))
+    torch.testing.assert_close(channels_second(pool(given, kernel=(2, 3, 3))(given)), theirs)
+    for size in ((3, 4, 5), (1, 1, 1), (4, 6, 9), (6, 2, 2)):
+        theirs = nn.functional.adaptive_avg_pool3d(channels_second(given), size)
+        torch.testing.assert_close(channels_second(pool(given, grid=size)(given)), theirs)
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 1, 1), Grid(2, 3, 5), Grid(7, 24, 24), Grid(33, 9, 2)], ids=str)
+def test_any_clip_gives_the_grid_that_was_asked_for(grid):
+    given = tokens(grid)
+    out = pool(given, grid=(4, 3, 3))(given)
+    assert out.grid == Grid(4, 3, 3)
+    assert out.values.shape == (2, 36, 5)
+    assert out.values.isfinite().all()
+
+
+def test_what_is_left_over_is_pooled_too():
+    windows = resolve_windows((7, 1, 4), kernel=(2, 2, 3), stride=(2, 2, 2))
+    assert windows.starts == ((0, 2, 4, 6), (0,), (0, 2))
+    assert windows.ends == ((2, 4, 6, 7), (1,), (3, 4))
+    authors = resolve_windows((7, 2, 4), kernel=(2, 2, 2), stride=(2, 2, 2), reference=True)
+    assert authors.grid == (3, 1, 2)
+    given = tokens(Grid(7, 1, 4))
+    out = pool(given, kernel=(2, 2, 2))(given)
+    assert out.grid == Grid(4, 1, 2)
+    last = given.as_grid()[:, 6:, :, 2:]
+    assert (out.as_grid()[:, -1, 0, -1] <= last.amax((1, 2, 3)) + 1e-6).all()
+
+
+def test_windows_that_do_not_fit_name_the_axis_and_the_numbers():
+    with pytest.raises(ValueError, match="rows: stride 3 is above kernel 2"):
+        resolve_windows((4, 4, 4), kernel=(2, 2, 2), stride=(2, 3, 2))
+    with pytest.raises(ValueError, match=r"time: no such windows, \{'size': 1, .*'kernel': 2"):
+        resolve_windows((1, 4, 4), kernel=(2, 2, 2), stride=(2, 2, 2), reference=True)
+    with pytest.raises(ValueError, match="columns: no such windows"):
+        resolve_windows((4, 4, 2), grid=(2, 2, 3), reference=True)
+    with pytest.raises(ValueError, match="give grid, or kernel and stride"):
+        resolve_windows((4, 4, 4), kernel=(2, 2, 2))
+    with pytest.raises(ValueError, match="at least 1"):
+        resolve_windows((4, 4, 4), grid=(0, 2, 2))
+
+
+# Weights
+
+
+@pytest.mark.parametrize("asked", [{"kernel": (2, 2, 3)}, {"grid": (3, 2, 4)}], ids=str)
+def test_temperature_goes_from_the_mean_to_the_most_relevant_token(asked):
+    given = tokens(Grid(5, 4, 6))
+    windows = pool(given, **asked).windows(given.media, given.grid)
+    scores = given.as_grid(given.extras["relevance"])
+    flat = windowed_softmax_pool(given.as_grid(), scores, windows, 1e6)
+    torch.testing.assert_close(flat, windowed_softmax_pool(given.as_grid(), None, windows, 1.0), atol=1e-5, rtol=0)
+    sharp = windowed_softmax_pool(given.as_grid(), scores, windows, 1e-7)
+    for t, h, w in ((0, 0, 0), (1, 1, 1), (2, 1, 1)):
+        cut = tuple(slice(windows.starts[a][i], windows.ends[a][i]) for a, i in enumerate((t, h, w)))
+        best = scores[1][cut].flatten().argmax()
+        torch.testing.assert_close(sharp[1, t, h, w], given.as_grid()[1][cut].flatten(0, 2)[best])
+
+
+def test_every_channel_stays_within_its_window():
+    given = tokens(Grid(4, 4, 6))
+    out = pool(given, kernel=(2, 2, 3), temperature=0.001)(given)
+    high = nn.functional.max_pool3d(channels_second(given), (2, 2, 3))
+    low = -nn.functional.max_pool3d(-channels_second(given), (2, 2, 3))
+    assert (channels_second(out) <= high + 1e-5).all()
+    assert (channels_second(out) >= low - 1e-5).all()
+
+
+def test_the_order_inside_a_window_does_not_matter():
+    given = tokens(Grid(2, 2, 2))
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    moved = replace(given, values=given.values[:, order], extras={"relevance": given.extras["relevance"][:, order]})
+    part = pool(given, kernel=(2, 2, 2))
+    torch.testing.assert_close(part(moved).values, part(given).values)
+
+
+@pytest.mark.parametrize("asked", [{"kernel": (2, 2, 3)}, {"grid": (3, 3, 4)}], ids=str)
+def test_pooling_and_a_linear_layer_change_places(asked):
+    given, layer = tokens(Grid(5, 4, 6)), nn.Linear(5, 7)
+    part = pool(given, **asked)
+    torch.testing.assert_close(part(given.same(layer(given.values))).values, layer(part(given).values))
+
+
+@pytest.mark.parametrize(
+    "asked", [{"kernel": (2, 2, 3)}, {"grid": (3, 3, 4)}, {"kernel": (2, 2, 2), "stride": (1, 2, 1)}]
+)
+def test_positions_and_sizes_move_with_the_tokens(asked):
+    given = tokens(Grid(5, 4, 6))
+    part = pool(given, **asked)
+    out = part(given)
+    torch.testing.assert_close(out.sizes.sum(1), given.sizes.sum(1))
+    scores = given.as_grid(given.extras["relevance"])
+    windows = part.windows(given.media, given.grid)
+    places = windowed_softmax_pool(given.as_grid(given.positions), scores, windows, 0.01).flatten(1, 3)
+    torch.testing.assert_close(out.positions, places)
+    assert "relevance" not in out.extras
+
+
+def test_views_of_an_image_stay_apart():
+    given = tokens(Grid(3, 4, 6), kind="image")
+    assert pool(given, kernel=(2, 2, 3))(given).grid == Grid(3, 2, 2)
+    assert pool(given, grid=(8, 2, 2))(given).grid == Grid(3, 2, 2)
+    assert pool(given, kernel=(2, 2, 3), still_kernel=(1, 4, 2))(given).grid == Grid(3, 1, 3)
+    assert pool(given, kernel=(2, 2, 3), still_grid=(1, 1, 2))(given).grid == Grid(1, 1, 2)
+
+
+def test_bfloat16_stays_and_weights_are_float32():
+    given = tokens(Grid(4, 4, 6))
+    exact = pool(given, kernel=(2, 2, 3), temperature=0.001)(given).values
+    half = replace(given, values=given.values.bfloat16())
+    out = pool(half, kernel=(2, 2, 3), temperature=0.001)(half).values
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), exact, atol=0.02, rtol=0.02)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = pool(given, kernel=(2, 2, 3), temperature=0.001)(given).values
+    assert torch.equal(again, exact)
+
+
+def test_the_distance_from_the_mean_is_told():
+    given = tokens(Grid(4, 4, 6))
+    part = pool(given, kernel=(2, 2, 3))
+    assert part.statistics() == {}
+    told = []
+    for temperature in (1e6, 0.01, 0.001, 1e-8):
+        part.temperature = temperature
+        part(given)
+        told.append(float(part.statistics()["distance"]))
+    assert told == sorted(told)
+    assert told[0] < 1e-6
+    assert told[-1] == pytest.approx(1 - 1 / 12, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("frames", "spread", "expected", "within"),
+    [(1, 2.0, 0.142, 0.03), (8, 2.0, 0.021, 0.004), (32, 2.0, 0.0043, 0.0006), (32, 1.0, 0.0020, 0.0002)],
+)
+def test_at_the_papers_size_pooling_is_almost_flat(frames, spread, expected, within):
+    """Mean distance from the mean with normal logits on 24 x 24 patches."""
+    windows = resolve_windows((frames, 24, 24), kernel=(min(2, frames), 3, 3), stride=(min(2, frames), 3, 3))
+    found = []
+    for seed in range(8):
+        logits = spread * torch.randn(1, frames * 576, generator=torch.Generator().manual_seed(seed))
+        scores = logits.softmax(1).view(1, frames, 24, 24)
+        found.append(float(distance_from_mean(window_weights(scores, windows, 0.01, scores.device), windows)))
+    assert sum(found) / len(found) == pytest.approx(expected, abs=within)
+
+
+def test_an_automatic_temperature_is_the_papers_at_its_size():
+    given = tokens(Grid(2, 3, 3))
+    part = pool(given, kernel=(1, 3, 3), temperature="auto")
+    assert part._temperature(Grid(32, 24, 24)) == pytest.approx(0.01)
+    assert part._temperature(Grid(1, 24, 24)) == pytest.approx(0.32)
+    with pytest.raises(ValueError, match="above 0"):
+        pool(given, kernel=(1, 3, 3), temperature=0.0)
+
+
+# Relevance
+
+
+def said(present: tuple[bool, ...] = (True, True), joint: int = 4, seed: int = 3) -> PromptFeatures:
+    """Random prompts in the joint space."""
+    ids = torch.ones(len(present), 2, dtype=torch.long)
+    pooled = torch.randn(len(present), joint, generator=torch.Generator().manual_seed(seed))
+    return PromptFeatures(ids, ids, pooled=pooled, present=torch.tensor(present))
+
+
+def relevance(given: VisualTokens, joint: int = 4, **arguments: object) -> PromptRelevance:
+    """The part over such tokens, with random weights."""
+    torch.manual_seed(0)
+    return PromptRelevance(Site((given.spec,), 0, None, joint), **arguments).eval()
+
+
+@torch.no_grad()
+def test_scores_of_a_clip_sum_to_one_and_the_tokens_pass():
+    given = tokens(Grid(3, 2, 4), relevance=False)
+    out = relevance(given)(given, prompt=said())
+    torch.testing.assert_close(out.extras["relevance"].sum(1), torch.ones(2))
+    assert out.extras["relevance"].std(1).min() > 0
+    assert torch.equal(out.values, given.values)
+    assert given.extras == {}
+    visual, prompt = torch.randn(2, 5, 4), torch.randn(2, 4)
+    torch.testing.assert_close(cosine(visual * torch.rand(2, 5, 1).add(0.1), 3 * prompt), cosine(visual, prompt))
+
+
+@torch.no_grad()
+def test_a_clip_without_a_prompt_has_equal_scores_and_others_are_as_alone():
+    given = tokens(Grid(3, 2, 4), relevance=False)
+    part = relevance(given)
+    both, one = part(given, prompt=said()).extras["relevance"], part(given, prompt=said((True, False)))
+    assert torch.equal(one.extras["relevance"][0], both[0])
+    torch.testing.assert_close(one.extras["relevance"][1], torch.full((24,), 1 / 24))
+    torch.testing.assert_close(part(given).extras["relevance"], torch.full((2, 24), 1 / 24))
+    flat = pool(one, kernel=(2, 2, 2))(one).values[1]
+    torch.testing.assert_close(flat, pool(given, kernel=(2, 2, 2))(given).values[1])
+    alone = part(given.rows(torch.tensor([1])), prompt=said().rows([1])).extras["relevance"][0]
+    torch.testing.assert_close(alone, both[1])
+
+
+def test_zero_features_and_zero_prompts_give_no_nan():
+    given = tokens(Grid(2, 2, 2), relevance=False)
+    given = given.same(torch.zeros_like(given.values).requires_grad_())
+    for head, joint in (("clip", 4), ("siglip", 5)):
+        part = relevance(given, joint, head=head, heads=5)
+        prompt = said((True, False), joint)
+        prompt.pooled[1] = 0
+        out = part(given, prompt=prompt)
+        assert out.extras["relevance"].isfinite().all()
+        (0 * pool(out, kernel=(1, 2, 2))(out).values.sum() + 0 * out.extras["relevance"].sum()).backward()
+        assert all(value.grad is None or value.grad.isfinite().all() for value in part.parameters())
+    assert given.values.grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_scores_may_be_left_to_the_windows():
+    given = tokens(Grid(32, 6, 6), relevance=False)
+    scored = relevance(given, normalise="window")(given, prompt=said())
+    part = relevance(given)
+    torch.testing.assert_close(scored.extras["relevance"].softmax(1), part(given, prompt=said()).extras["relevance"])
+    lively, flat = pool(scored, kernel=(2, 3, 3), temperature=1.0), pool(scored, kernel=(2, 3, 3))
+    lively(scored)
+    flat(part(given, prompt=said()))
+    assert lively.last_distance > 0.3 > flat.last_distance
+
+
+def test_heads_that_do_not_fit_are_refused():
+    given = tokens(Grid(2, 2, 2), relevance=False)
+    with pytest.raises(ValueError, match="no space"):
+        relevance(given, None)
+    with pytest.raises(ValueError, match="keeps the width of 5, the text source's space has 4"):
+        relevance(given, head="siglip")
+    with pytest.raises(ValueError, match="only a SigLIP head"):
+        relevance(given, probe_attention=True)
+
+
+@torch.no_grad()
+def test_head_and_scale_are_those_of_the_model_that_is_named(tmp_path):
+    torch.manual_seed(1)
+    pair = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=12)).eval()
+    nn.init.normal_(pair.vision_model.post_layernorm.weight)
+    pair.logit_scale.fill_(3.0)
+    pair.save_pretrained(tmp_path)
+    given = tokens(Grid(1, 2, 2), width=16, relevance=False)
+    part = relevance(given, 12, weights=str(tmp_path))
+    part.load_weights()
+    pixels = torch.randn(2, 3, 28, 28)
+    states = pair.vision_model(pixels, output_hidden_states=True).hidden_states[-1]
+    theirs = pair.get_image_features(pixel_values=pixels).pooler_output
+    torch.testing.assert_close(part.head(states[:, 0]), theirs)
+    assert float(part.logit_scale) == pytest.approx(3.0)
+    with pytest.raises(UserError, match="has no such head"):
+        relevance(given, 13, weights=str(tmp_path)).load_weights()
+    with pytest.raises(UserError, match="cannot fetch"):
+        relevance(given, 12, weights=str(tmp_path / "none")).load_weights()
+
+
+# Longer prompts
+
+
+def test_stretched_positions():
+    table = torch.randn(77, 6)
+    longer = extend_positions(table)
+    assert longer.shape == (4 * 77 - 60, 6)
+    assert torch.equal(longer[:20], table[:20])
+    torch.testing.assert_close(longer[20::4], table[20:])
+    start, step = torch.randn(6), torch.randn(6)
+    line = extend_positions(start + torch.arange(64.0)[:, None] * step)
+    places = torch.cat([torch.arange(20.0), 20 + torch.arange(4.0 * 44) / 4])
+    torch.testing.assert_close(line, start + places[:, None] * step, atol=1e-4, rtol=1e-5)
+    with pytest.raises(ValueError, match="nothing to stretch"):
+        extend_positions(table[:21])
+
+
+def test_a_stretched_tower_reads_short_prompts_as_before_and_long_ones_too():
+    torch.manual_seed(0)
+    tower = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT, projection_dim=8)).eval()
+    ids = torch.randint(0, 48, (2, 20))
+    ids[:, -1] = 49
+    before = tower(input_ids=ids).text_embeds
+    extend_tower(tower)
+    torch.testing.assert_close(tower(input_ids=ids).text_embeds, before)
+    longer = torch.cat([ids[:, :-1].repeat(1, 3), ids[:, -1:]], dim=1)  # 58 tokens, of 30 that it had
+    other = longer.clone()
+    other[:, 45] = (other[:, 45] + 1) % 48
+    said = tower(input_ids=longer).text_embeds
+    assert (said - tower(input_ids=other).text_embeds).abs().max() > 1e-4
+    said.sum().backward()
+    rows = tower.text_model.embeddings.position_embedding.weight.grad
+    assert rows.shape[0] == 60
+    assert not rows[:20].any()
+    assert rows[20:58].any(1).all()
+
+
+# BT-Adapter
+
+
+def encoder(**arguments: object) -> ClipBTAdapterEncoder:
+    """A tiny tower with an adapter whose time layers do something."""
+    torch.manual_seed(0)
+    made = ClipBTAdapterEncoder(Site(), config=VISION, **{"depth": 3, "drop": 0.5, **arguments})
+    made.load_weights()
+    for layer in made.adapter.time:
+        nn.init.normal_(layer.out.weight, std=0.3)
+    nn.init.normal_(made.adapter.times.weight, std=0.3)
+    return made.eval()
+
+
+def plain(adapted: ClipBTAdapterEncoder) -> ClipEncoder:
+    """The same tower alone."""
+    made = ClipEncoder(Site(), config=VISION).eval()
+    made.tower.load_state_dict(adapted.tower.state_dict())
+    return made
+
+
+def pixels(frames: int, batch: int = 2) -> Tensor:
+    """Random frames."""
+    return torch.randint(
+        0, 256, (batch, frames, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
+    )
+
+
+@torch.no_grad()
+def test_frames_look_at_each_other_and_views_of_an_image_do_not():
+    made, clips = encoder(), pixels(4)
+    whole = made(clips, MediaSpec("video", 4), Needs()).by_frame()
+    other = clips.clone()
+    other[:, 3] = 255 - other[:, 3]
+    assert (made(other, MediaSpec("video", 4), Needs()).by_frame() - whole)[:, 0].abs().max() > 1e-4
+    views = made(clips, MediaSpec("image", 4), Needs()).by_frame()
+    for view in range(4):
+        alone = made(clips[:, view : view + 1], MediaSpec("image", 1), Needs()).values
+        torch.testing.assert_close(views[:, view], alone)
+    assert not made.per_frame
+
+
+@torch.no_grad()
+def test_layers_below_the_adapter_and_cls_tokens_are_the_towers_own():
+    made, clips, media = encoder(), pixels(3), MediaSpec("video", 3)
+    needs = Needs(levels=(1, -2), cls=(-2, 0), keys=(-1,))
+    ours, theirs = made(clips, media, needs), plain(made)(clips, media, needs)
+    assert ours.spec.extras == made.extras_spec(media, needs) == theirs.spec.extras
+    torch.testing.assert_close(ours.extras["levels"][:, :, 0], theirs.extras["levels"][:, :, 0])
+    torch.testing.assert_close(ours.extras["cls"], theirs.extras["cls"])
+    torch.testing.assert_close(ours.extras["keys"], theirs.extras["keys"])
+    assert torch.equal(ours.extras["levels"][:, :, 1], ours.values)
+    moved = (ours.values - theirs.values).norm() / theirs.values.norm()
+    assert 0.01 < moved < 2
+
+
+def test_a_layer_that_reaches_nothing_is_not_built():
+    assert len(encoder().adapter.space) == 2
+    assert len(encoder(layer=-1).adapter.space) == 3
+    made = encoder(reference=True)
+    assert len(made.adapter.space) == 3
+    made(pixels(2), MediaSpec("video", 2), Needs()).values.sum().backward()
+    assert all(value.grad is None for value in made.adapter.space[-1].parameters())
+    assert all(value.grad.any() for value in made.adapter.space[0].narrow.parameters())
+    fresh = ClipBTAdapterEncoder(Site(), config=VISION, depth=2)
+    assert not fresh.adapter.times.weight.any()
+    assert ClipBTAdapterEncoder(Site(), config=VISION, depth=2, reference=True).adapter.times.weight.std() > 0.5
+
+
+def test_stochastic_depth_is_for_training_alone():
+    made, clips, media = encoder(), pixels(2), MediaSpec("video", 2)
+    with torch.no_grad():
+        assert torch.equal(made(clips, media, Needs()).values, made(clips, media, Needs()).values)
+        made.train()
+        torch.manual_seed(1)
+        assert not torch.equal(made(clips, media, Needs()).values, made(clips, media, Needs()).values)
+
+
+def test_space_layers_start_as_the_towers_last_blocks():
+    made = encoder()
+    for layer, block in zip(made.adapter.space, made.tower.encoder.layers[1:], strict=False):
+        assert torch.equal(layer.attention.query.weight, block.self_attn.q_proj.weight)
+        assert torch.equal(layer.narrow.weight, block.mlp.fc2.weight)
+
+
+def test_clips_and_layers_that_it_cannot_read_are_refused():
+    with pytest.raises(ValueError, match="8 frames of a clip at most, this one has 9"):
+        encoder(max_frames=8).output_spec(MediaSpec("video", 9))
+    assert encoder(max_frames=1).output_spec(MediaSpec("image", 9)).tokens == 36
+    with pytest.raises(ValueError, match="before the adapter"):
+        encoder(layer=1)
+
+
+# All of it
+
+
+@torch.no_grad()
+def test_a_question_moves_what_the_model_sees():
+    torch.manual_seed(0)
+    section = {
+        "media": {"frames": 4},
+        "encoders": {"clip": {"type": "clip_bt_adapter", "config": VISION, "depth": 2}},
+        "text": {"said": {"type": "clip_text", "config": {**TEXT, "projection_dim": 12}}},
+        "connector": [
+            {"type": "prompt_relevance", "name": "relevance", "in": ["clip"]},
+            {"type": "linear", "name": "hidden", "in": ["relevance"], "width": 20, "activation": "gelu"},
+            {"type": "prompt_pool", "name": "pooled", "in": ["hidden"], "kernel": [2, 2, 1], "temperature": 0.001},
+            {"type": "linear", "name": "project", "in": ["pooled"]},
+        ],
+        "output": "project",
+    }
+    front = FrontEnd(section, 8).eval()
+    geometry = next(iter(front.geometries.values()))
+    clip = {"spec": MediaSpec("video", 4), "times": torch.arange(4.0), "pixels": {geometry: pixels(4, 1)[0]}}
+    prompts = front.prompts.collate([{"said": [48, 3, 4, 49]}, {"said": [48, 7, 49]}, {}])
+    visual = {"media": [clip], "pairs": [(0, 0), (0, 1), (0, 2)], "prompts": prompts}
+    rows, _ = front(visual)
+    first, second, none = rows.unflatten(0, (3, -1))
+    assert first.shape == (4, 8)
+    assert (first - second).abs().max() > 1e-4
+    assert (first - none).abs().max() > 1e-4
+    alone, _ = front({**visual, "pairs": [(0, 1)]})
+    torch.testing.assert_close(alone, second)
+    blind, _ = front({"media": [clip], "pairs": [(0, -1)]})
+    torch.testing.assert_close(blind, none)
+    assert float(front.parts["pooled"].statistics()["distance"]) == pytest.approx(0, abs=1e-6)

@@ -1,0 +1,205 @@
+"""Images and texts in one space: the losses of CLIP and of SigLIP over the whole batch of all processes.
+
+Sources: CLIP (Radford et al. 2021, figure 3), SigLIP (Zhai et al. 2023, algorithm 1).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed, nn
+
+from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.parts import Objective
+from mmllm.contract.registry import register
+from mmllm.contract.types import Term
+
+
+class ClipLoss(nn.Module):
+    """Each image picks its text among all texts, and each text its image.
+
+    Args:
+        temperature: start of the learned temperature, which never falls below 0.01.
+    """
+
+    def __init__(self, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+
+    def forward(self, images: Tensor, texts: Tensor, all_images: Tensor, all_texts: Tensor, first: int) -> Tensor:
+        """Summed over the rows of this process, [B, J] of all [A, J]; its first row is row `first` of all."""
+        scale = self.scale.clamp(max=math.log(100)).exp()
+        targets = first + torch.arange(len(images), device=images.device)
+        of_images = nn.functional.cross_entropy(scale * images @ all_texts.T, targets, reduction="sum")
+        of_texts = nn.functional.cross_entropy(scale * texts @ all_images.T, targets, reduction="sum")
+        return (of_images + of_texts) / 2
+
+
+class SiglipLoss(nn.Module):
+    """Every pair of an image and a text is one yes-or-no question.
+
+    Args:
+        temperature: start of the learned temperature. bias: start of the learned bias.
+    """
+
+    def __init__(self, temperature: float = 0.1, bias: float = -10.0) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+        self.bias = nn.Parameter(torch.tensor(bias))
+
+    def forward(self, images: Tensor, texts: Tensor, all_images: Tensor, all_texts: Tensor, first: int) -> Tensor:
+        """Summed over the texts of this process and all images."""
+        logits = self.scale.exp() * texts @ all_images.T + self.bias
+        own = torch.zeros_like(logits, dtype=torch.bool)
+        own[:, first : first + len(texts)].fill_diagonal_(True)
+        return -nn.functional.logsigmoid(torch.where(own, logits, -logits)).sum()
+
+
+LOSSES: dict[str, type[nn.Module]] = {"clip": ClipLoss, "siglip": SiglipLoss}
+
+
+@register("objective", "contrastive")
+class Contrastive(Objective):
+    """Clips and their descriptions are drawn together, clips and the descriptions of others apart.
+
+    A sample is a conversation with one clip or image, which the assistant describes. The loss is that of the whole
+    batch: the features of all processes are gathered, and each process scores its own rows against all; gradients
+    flow back to every process. Micro-batches would be compared within themselves only, which is another loss, so they
+    are refused.
+
+    The model gives `pooled_images(batch)` [B, J] and `pooled_texts(batch, source)` [B, J], row by row the same pairs.
+
+    Args:
+        loss: "clip" or "siglip".
+        temperature: start of the learned temperature; None = 0.07 for clip, 0.1 for siglip.
+        text: the text source that reads the descriptions; None = the only one.
+    """
+
+    def __init__(
+        self,
+        *,
+        loss: Literal["clip", "siglip"] = "clip",
+        temperature: float | None = None,
+        text: str | None = None,
+    ) -> None:
+        super().__init__()
+        if temperature is not None and temperature <= 0:
+            raise UserError("objective contrastive: temperature", "is above 0", got=temperature)
+        self.loss = LOSSES[loss]() if temperature is None else LOSSES[loss](temperature)
+        self.text = text
+        self.waiting = False  # whether a batch was counted and not yet scored
+
+    def prepare(self, samples: list, processor: Any) -> dict[str, Any]:
+        """Conversations -> clips as `visual`, one pair a sample, and their descriptions as ids and mask [B, L].
+
+        Raises:
+            UserError: a sample that is not one clip and its description, or no text source.
+        """
+        described = [describes(sample) for sample in samples]
+        source = self._source(processor.front_end.prompts.sources)
+        ids, mask = source.tokenize([caption for _, caption in described])
+        media: dict[Any, int] = {}
+        clips, pairs = [], []
+        for entry, _ in described:
+            medium = processor.read(entry)
+            if medium.key not in media:
+                media[medium.key] = len(clips)
+                clips.append(medium.for_model())
+            pairs.append((media[medium.key], -1))
+        visual = {"media": clips, "pairs": pairs, "spans": torch.zeros(0, 4, dtype=torch.long)}
+        names = [sample.id for sample in samples]
+        return {"input_ids": ids, "attention_mask": mask, "visual": visual, "names": names}
+
+    def _source(self, sources: Any) -> Any:
+        known = list(sources)
+        name = known[0] if self.text is None and len(known) == 1 else self.text
+        if name not in known:
+            hint = nearest(str(name), known) if known else "model.text: {name: {type: clip_text, ...}}"
+            raise UserError("objective contrastive: text", f"no text source is called {name!r}", hint=hint)
+        return sources[name]
+
+    def counts(self, batch: dict[str, Any]) -> dict[str, int]:
+        """How many pairs.
+
+        Raises:
+            UserError: a second batch before the first one was scored: gradients are accumulated.
+        """
+        if self.waiting:
+            what = "micro-batches are compared within themselves only, so their loss is not the batch's"
+            raise UserError("objective contrastive", what, hint="no micro_batch, a smaller batch or more processes")
+        self.waiting = True
+        return {"contrastive": len(batch["input_ids"])}
+
+    def forward(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Term]:
+        """The summed loss of this process's rows.
+
+        Raises:
+            UserError: the two towers do not meet in one space, or processes have unequal batches.
+        """
+        self.waiting = False
+        images, texts = model.pooled_images(batch), model.pooled_texts(batch, self.text)
+        if images.shape != texts.shape:
+            what = "images and texts have no common space"
+            raise UserError("objective contrastive", what, expected=list(texts.shape), got=list(images.shape))
+        with torch.autocast(images.device.type, enabled=False):
+            images = nn.functional.normalize(images.float(), dim=-1)
+            texts = nn.functional.normalize(texts.float(), dim=-1)
+            rows, first = gather(torch.cat([images, texts], dim=-1))
+            total = self.loss(images, texts, *rows.chunk(2, dim=-1), first)
+        return {"contrastive": Term(total, len(images))}
+
+
+def describes(sample: Any) -> tuple[dict[str, Any], str]:
+    """(clip or image, what the assistant says of it) of a conversation.
+
+    Raises:
+        UserError: not one medium and an answer.
+    """
+    media, answers = [], []
+    for message in sample.messages:
+        content = message["content"]
+        entries = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        media += [entry for entry in entries if entry["type"] != "text"]
+        if message["role"] == "assistant":
+            answers.append(" ".join(entry["text"] for entry in entries if entry["type"] == "text").strip())
+    if len(media) != 1 or not answers or not answers[0]:
+        got = f"{len(media)} media, {len(answers)} answers"
+        raise UserError(f"sample {sample.id}", "is not a clip and its description", expected="one of each", got=got)
+    return media[0], answers[0]
+
+
+def gather(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows [B, J] of all processes [A, J], with gradients to each of them, and which is the first of this one.
+
+    Raises:
+        UserError: processes have unequal numbers of rows.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return rows, 0
+    own = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(counts, own)
+    found = [int(count) for count in counts]
+    if len(set(found)) > 1:
+        raise UserError("objective contrastive", "processes have unequal batches", got=found)
+    return _Gather.apply(rows), distributed.get_rank() * len(rows)
+
+
+class _Gather(torch.autograd.Function):
+    """All rows forward; back come the gradients that all processes have for this one's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        """[B, J] -> [A, J], in the order of the processes."""
+        found = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(found, rows.contiguous())
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """[A, J] -> [B, J], summed over the processes."""
+        whole = gradient.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(whole)
+        return whole.chunk(distributed.get_world_size())[distributed.get_rank()]
