@@ -205,7 +205,8 @@ class SiglipText(TransformersText):
 
     def collate(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Padded to the tower's positions, with the tokenizer's padding where there is a tokenizer."""
-        known = self.tokenizer_name is not None or "_tokenizer" in self.__dict__
+        # a prompt in which nothing is said needs no tokenizer
+        known = any(rows) and (self.tokenizer_name is not None or "_tokenizer" in self.__dict__)
         padding = self.tokenizer.pad_token_id if known else self.config.pad_token_id
         return pad(rows, padding, self.positions)
 

@@ -22,7 +22,18 @@ from mmllm.contract.types import Geometry, MediaSpec, Needs, PromptFeatures, Tok
 from mmllm.data.sampling import Sampling
 from mmllm.data.tiling import Tiling
 from mmllm.encoders.bank import EncoderBank
-from mmllm.graph import KINDS, LAYERED, Node, merged, own_layers, reached, read_nodes, read_output, read_place
+from mmllm.graph import (
+    KINDS,
+    LAYERED,
+    Node,
+    merged,
+    own_layers,
+    own_prompt,
+    reached,
+    read_nodes,
+    read_output,
+    read_place,
+)
 from mmllm.prompts import PromptBank
 
 NODE_KEYS = ("type", "name", "in", "only", "prompt")
@@ -244,8 +255,9 @@ class FrontEnd(nn.Module):
         if len(clips) < len(pairs):
             index = torch.tensor([clips.index(clip) for clip, _ in pairs], device=next(self.parameters()).device)
             tokens = {name: value.rows(index) for name, value in tokens.items()}
-        # without prompts in the batch there is one, in which nothing is said
-        chosen = [max(prompt, 0) for _, prompt in pairs]
+        if "prompts" not in visual:  # there is one then, in which nothing is said
+            pairs = [(clip, 0) for clip, _ in pairs]
+        chosen = [prompt for _, prompt in pairs]
         return tokens, {name: features.rows(chosen) for name, features in prompts.items()}
 
     def _run_blank(self, spec: MediaSpec, embed_tokens: nn.Module | None) -> list[VisualTokens]:
@@ -274,7 +286,9 @@ class FrontEnd(nn.Module):
             part, first = self.parts[node.name], node.inputs[0]
             if first in self.bank.encoders:
                 inputs[0] = own_layers(inputs[0], part.needs(), self.needs[first])
-            context = {"prompt": prompts[node.prompt]} if self._guided(node) else {}
+            context = {}
+            if self._guided(node):
+                context["prompt"] = own_prompt(prompts[node.prompt], part.needs(), self.text_needs[node.prompt])
             tokens[node.name] = part(*inputs, **context)
         return [tokens[name] for name in self.output[spec.kind]]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mmllm.contract.errors import UserError, nearest
-from mmllm.contract.types import MediaSpec, Needs, VisualTokens
+from mmllm.contract.types import MediaSpec, Needs, PromptFeatures, VisualTokens
 
 KINDS = ("video", "image")
 LAYERED = ("levels", "cls", "keys")
@@ -116,3 +116,11 @@ def own_layers(tokens: VisualTokens, needs: Needs, union: Needs) -> VisualTokens
             extra = tokens.extras[name]
             extras[name] = extra if wanted == given else extra[:, :, order]
     return replace(tokens, extras=extras)
+
+
+def own_prompt(prompt: PromptFeatures, needs: Needs, union: Needs) -> PromptFeatures:
+    """A prompt with the layers that one part declared, in its order."""
+    wanted, given = needs.prompt_levels, union.prompt_levels
+    if not wanted or wanted == given:
+        return prompt
+    return replace(prompt, levels=prompt.levels[:, :, [given.index(layer) for layer in wanted]])

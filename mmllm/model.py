@@ -82,7 +82,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
         """
         if visual is not None:
             visual = move(visual, input_ids.device)
-        blank = self.front_end.blanks(visual or {"media": []}) if self._trains_in_company() else ()
+        blank = self.front_end.blanks(visual or {"media": []}) if self.trains_in_company() else ()
         where = torch.zeros_like(input_ids, dtype=torch.bool)
         rows, target = None, None
         if blank or (visual is not None and visual["media"]):
@@ -99,7 +99,8 @@ class MMLLMModel(MMLLMPreTrainedModel):
             embeds = flat.view_as(embeds)
         return Sequence(embeds, attention_mask, position_ids, where)
 
-    def _trains_in_company(self) -> bool:
+    def trains_in_company(self) -> bool:
+        """Whether several processes train together, so that each has to touch every parameter."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         return self.training and torch.is_grad_enabled() and distributed and torch.distributed.get_world_size() > 1
 
@@ -177,10 +178,13 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
     def pooled_images(self, batch: dict[str, Any]) -> Tensor:
         """The mean of each pair's visual rows, [pairs, D]."""
         front, visual = self.model.front_end, move(batch["visual"], self.device)
-        rows, _ = front(visual, embed_tokens=self.model.get_input_embeddings())
+        blank = front.blanks(visual) if self.model.trains_in_company() else ()
+        rows, blanks = front(visual, blank, self.model.get_input_embeddings())
+        rows, rest = rows.split([len(rows) - blanks, blanks])
         specs = [visual["media"][clip]["spec"] for clip, _ in visual["pairs"]]
         counts = [sum(stream.tokens for stream in front.streams(spec)) for spec in specs]
-        return torch.stack([part.mean(0) for part in rows.split(counts)])
+        pooled = torch.stack([part.mean(0) for part in rows.split(counts)])
+        return pooled + 0.0 * rest.sum().to(pooled.dtype) if blanks else pooled
 
     def pooled_texts(self, batch: dict[str, Any], source: str | None = None) -> Tensor:
         """The pooled feature of each text, [B, J]; ids and mask are those of the text source (default: the first)."""

@@ -118,6 +118,9 @@ class MMLLMProcessor(ProcessorMixin):
         Raises:
             UserError: more media than placeholders or the reverse.
         """
+        if self.front_end.text_needs:
+            what = "this model is guided by what the user says, which a plain text does not mark"
+            raise UserError("text", what, hint="apply_chat_template(..., tokenize=True)")
         texts = [text] if isinstance(text, str) else list(text or [])
         queues = {"image": _flat(images), "video": _flat(videos)}
         rendered = [Rendered(item, self._take(item, queues)) for item in texts]
@@ -160,7 +163,7 @@ class MMLLMProcessor(ProcessorMixin):
         Raises:
             UserError: a medium cannot be read, or even the first turn is longer than `max_length`.
         """
-        known: dict[int, Medium] = {}  # by the identity of its entry: read once, however many turns have to go
+        known: dict[Any, Medium] = {}  # by its entry's identity: read once, however many turns have to go
         while True:
             rendered = render(self.tokenizer, messages, prompt=prompt, continued=continued)
             example = self._expand(rendered, answers, sampling, name, known)
@@ -185,7 +188,7 @@ class MMLLMProcessor(ProcessorMixin):
         answers: bool = False,
         sampling: Sampling | None = None,
         name: str = "",
-        known: dict[int, Medium] | None = None,
+        known: dict[Any, Medium] | None = None,
     ) -> Example:
         encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=answers)
         offsets = encoded["offset_mapping"] if answers else None
@@ -222,15 +225,16 @@ class MMLLMProcessor(ProcessorMixin):
         example.spans = [*first, *((place + at - start, index, stream) for place, index, stream in example.spans)]
 
     def _append_medium(
-        self, example: Example, rendered: Rendered, sampling: Sampling | None, known: dict[int, Medium]
+        self, example: Example, rendered: Rendered, sampling: Sampling | None, known: dict[Any, Medium]
     ) -> None:
         if len(example.media) >= len(rendered.media):
             raise UserError(example.name or "text", "more placeholders than media")
         entry = rendered.media[len(example.media)]
-        if id(entry) not in known:
-            # one image alone is worth its details; with others, each is one view (LLaVA-OneVision)
-            known[id(entry)] = self.read(entry, sampling, tiled=len(rendered.media) == 1)
-        medium = known[id(entry)]
+        # one image alone is worth its details; with others, each is one view (LLaVA-OneVision)
+        alone = len(rendered.media) == 1
+        if (id(entry), alone) not in known:
+            known[id(entry), alone] = self.read(entry, sampling, tiled=alone)
+        medium = known[id(entry), alone]
         for stream, node in enumerate(self.front_end.output[medium.spec.kind]):
             if node in self.front_end.first:
                 continue  # put in when all is known

@@ -174,6 +174,9 @@ def _normalise(recipe: Recipe) -> None:
     for key in ("roots", "stages", "eval"):
         if not isinstance(recipe.data.get(key) or {}, dict):
             raise UserError(recipe.where(key), "wrong type", expected="a map", got=recipe.data[key])
+    for name in model.get("text") or {}:
+        if name in model["encoders"]:
+            raise UserError(recipe.where(f"model.text.{name}"), "an encoder has this name", hint="another name")
     names_so_far: list[str] = []
     for index, node in enumerate(model["connector"]):
         node = {"type": node} if isinstance(node, str) else node

@@ -27,8 +27,9 @@ class Stage:
     """One stage of training.
 
     Attributes:
-        data: JSONL file of conversations, or several, joined.
-        trains: which parts learn: prefixes among `encoders`, `encoders.NAME`, `connector`, `connector.NAME`, `llm`.
+        data: a data file of any format, a mix (.yaml), or several of them, joined.
+        trains: what learns: `encoders`, `text`, `connector`, `llm`, one of them by name (`encoders.clip`), or a module
+            inside (`encoders.clip.adapter`).
         steps, epochs: length; exactly one.
         batch: samples of one optimizer step over all processes. micro_batch: samples of one forward of one process.
         optimizer: "adamw", or "muon": Muon on hidden matrices, AdamW on the rest. muon_lr: Muon's own peak.

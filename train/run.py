@@ -19,7 +19,7 @@ from mmllm.sections import Stage
 
 @dataclass(frozen=True)
 class Options:
-    """How to run, as opposed to what: nothing here changes the result.
+    """How to run, as opposed to what: nothing here is part of a recipe.
 
     Attributes:
         seed: of weights, order and every draw.
@@ -125,11 +125,14 @@ def check(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
         UserError: something does not fit.
     """
     from mmllm.build import build_processor, check_shapes
+    from mmllm.data.loading import MediaLoader
     from mmllm.train.stage import freeze_names, load_data, micro_batch
 
     chosen = _chosen(recipe, stages)
     front = check_shapes(recipe)
     processor = build_processor(recipe)
+    if options.reader is not None:
+        processor.loader = MediaLoader(options.reader)
     facts: dict[str, Any] = {"recipe": recipe.name, "out": str(out)}
     for name, stage in chosen.items():
         objective = build_objective(stage.objective, recipe.where(f"stages.{name}.objective"))

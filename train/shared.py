@@ -30,6 +30,7 @@ class SharedStage:
         facts = {
             "llm": recipe.model["llm"].get("config"),
             "name": recipe.model["llm"].get("name"),
+            "gguf": recipe.model["llm"].get("gguf"),
             "tokenizer": processor.tokenizer.backend_tokenizer.to_str(),
             "template": processor.tokenizer.chat_template,
             "stages": [_stage_facts(stage, recipe) for stage in until],

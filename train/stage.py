@@ -112,6 +112,22 @@ def micro_batch(name: str, stage: Stage, recipe: Recipe, processes: int) -> tupl
     return micro, per_process // micro
 
 
+class _Plugins:
+    """Loads plug-ins where it is unpickled."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __reduce__(self) -> tuple[Any, tuple[list[Path]]]:
+        return _loaded, (self.paths,)
+
+
+def _loaded(paths: list[Path]) -> _Plugins:
+    for path in paths:
+        load_plugin(path)
+    return _Plugins(paths)
+
+
 class Preparer:
     """Sample numbers to a batch, in a loader worker; what is wrong with the data comes back as part of the batch.
 
@@ -122,13 +138,11 @@ class Preparer:
         self.data, self.objective, self.processor = data, objective, processor
 
     def __getstate__(self) -> dict[str, Any]:
-        """A spawned worker has an empty registry: the plug-ins travel with the work."""
-        return {**vars(self), "plugins": plugins()}
+        """A spawned worker has an empty registry: the plug-ins travel before what may be theirs."""
+        return {"plugins": _Plugins(plugins()), **vars(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for path in state.pop("plugins"):
-            load_plugin(path)
-        vars(self).update(state)
+        vars(self).update({name: value for name, value in state.items() if name != "plugins"})
 
     def __call__(self, numbers: list[int]) -> dict[str, Any]:
         """The batch of some samples, or `{"error": ...}`."""
@@ -152,7 +166,7 @@ def make_trainer(
     folder = run.path / "stages" / f"{number}-{name}"
     quiet = options.quiet or not PartialState(cpu=options.device == "cpu").is_main_process
     progress, stopper = StageProgress(run, name, stage.batch, quiet), StopOnSignal()
-    attach_caches(model, processor, options.reader, options.caches(), precision(options))
+    attach_caches(model, processor, options.reader, options.caches(), f"{precision(options)} {options.deepspeed}")
     if any(True for _ in objective.parameters()):
         model.objective = objective  # its weights train with the model's, and leave it with the stage
     trainer = StageTrainer(

@@ -10,7 +10,7 @@ from mmllm.cli.common import cache_dir, calm_libraries, common, print_json
 
 EPILOG = """\
 examples:
-  mmllm lab studies/pooling.yaml
+  mmllm lab studies/front_ends.yaml
   mmllm lab my_study.yaml --out runs/my_study --dry-run
   mmllm lab my_study.yaml roots.world=runs/world stages.instruct.steps=200
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -128,14 +129,15 @@ class Tower(Part):
         return arguments
 
     def digest(self) -> str:
-        """sha256, in hex, of what decides its output: registered name, arguments, all weights and buffers.
+        """sha256, in hex, of what decides its output: class and its source, arguments, all weights and buffers.
 
         Raises:
             ValueError: it has no memory (meta device).
         """
         defaults = {name: default for name, (_, default) in signature(type(self)).items()}
         arguments = {key: value for key, value in {**defaults, **self.arguments}.items() if key not in self.origins}
-        text = json.dumps([self.kind, self.registered_name, arguments], sort_keys=True, default=repr)
+        facts = [self.kind, self.registered_name, _source(type(self)), arguments]
+        text = json.dumps(facts, sort_keys=True, default=repr)
         digest = hashlib.sha256(text.encode())
         for name, tensor in sorted({**dict(self.named_parameters()), **dict(self.named_buffers())}.items()):
             if tensor.is_meta:
@@ -143,6 +145,14 @@ class Tower(Part):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+def _source(cls: type) -> str:
+    """The text of a class, so that an edited plug-in is another one."""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return cls.__qualname__
 
 
 class Encoder(Tower):

@@ -6,8 +6,10 @@ under another name and renamed, and what cannot be read back counts as absent.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import sqlite3
 import time
@@ -18,6 +20,8 @@ from uuid import uuid4
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 UNFINISHED = ".part"
 ABANDONED = 600.0
@@ -74,30 +78,38 @@ class DiskCache:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except OSError:
+            self.rate.misses += 1
+            return None
+        except SafetensorError:
+            # a disk that was full or lost power: worth computing again, not worth stopping for
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            self.rate.misses += 1
+            return None
+        with contextlib.suppress(OSError):  # another user's entry
             if time.time() - path.stat().st_mtime > TOUCH:
                 os.utime(path)
-        except FileNotFoundError:
-            self.rate.misses += 1
-            return None
-        except (SafetensorError, OSError):
-            # a disk that was full or lost power: worth computing again, not worth stopping for
-            path.unlink(missing_ok=True)
-            self.rate.misses += 1
-            return None
         self.rate.hits += 1
         return tensors
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors; whoever reads sees all of them or none."""
+        """Keep tensors; whoever reads sees all of them or none. What cannot be written is not kept, with a warning."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.parent / f"{uuid4().hex}{UNFINISHED}"
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: value.contiguous() for name, value in tensors.items()}, fresh)
             size = fresh.stat().st_size
             fresh.replace(path)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
+            log.warning("%s: nothing more can be kept (%s)", self.folder, error)
+            return
         except BaseException:
             fresh.unlink(missing_ok=True)
             raise
@@ -190,8 +202,6 @@ class Digests:
         if self._connection is None or self._connection[0] != os.getpid():
             self.file.parent.mkdir(parents=True, exist_ok=True)
             connection = sqlite3.connect(self.file, timeout=60, check_same_thread=False)
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = NORMAL")
             with connection:
                 connection.execute(
                     "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, size INT, changed INT, digest TEXT)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -85,12 +86,12 @@ class MediaLoader:
         """
         if self.caches is None:
             return self._read(ref, sampling, tuple(wanted.values()), tiling)
-        kept = _Kept(self.caches, ref, sampling, tiling, wanted)
+        kept = _Kept(self.caches, ref, sampling, tiling, wanted, self.reader.backend)
         features = kept.features()
         missing = {name: geometry for name, geometry in wanted.items() if name not in features}
         pixels = kept.pixels(missing.values(), lambda left: self._read(ref, sampling, left, tiling))
-        layout = next(iter([*features.values(), *pixels.values()]))
-        loaded = Loaded(_spec(ref.kind, layout), layout["clip_times"], {}, features)
+        shape = next(iter([*features.values(), *pixels.values()]))
+        loaded = Loaded(_spec(ref.kind, shape), shape["clip_times"], {}, features)
         loaded.pixels = {geometry: entry["pixels"] for geometry, entry in pixels.items()}
         if kept.known:
             loaded.keys = {name: kept.feature_key(name) for name in missing if name in self.caches.encoders}
@@ -139,15 +140,16 @@ class _Kept:
         sampling: Sampling,
         tiling: Tiling | None,
         wanted: dict[str, Geometry],
+        backend: str,
     ) -> None:
         self.caches, self.wanted, self.known = caches, wanted, True
         clip = {"kind": ref.kind, "start": ref.start, "end": ref.end, "fps": ref.fps}
         try:
             clip["media"] = caches.digests(ref.path)
-        except OSError:
+        except (OSError, sqlite3.Error):
             self.known = False  # the reader says what is wrong with it
         tiles = asdict(tiling) if tiling is not None and ref.kind == "image" else None
-        self.facts = {"format": FORMAT, "clip": clip, "sampling": asdict(sampling), "tiles": tiles}
+        self.facts = {"format": FORMAT, "backend": backend, "clip": clip, "sampling": asdict(sampling), "tiles": tiles}
 
     def feature_key(self, name: str) -> str:
         """Where the tokens of an encoder are kept."""

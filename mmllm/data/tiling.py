@@ -45,9 +45,9 @@ class Tiling:
         rows, columns = self.tiles(height, width)
         high, wide = rows * self.patches, columns * self.patches
         if width / height > wide / high:
-            high -= 2 * ((high - int(round(height * (wide / width), 7))) // 2)
+            high -= 2 * ((high - max(1, int(round(height * (wide / width), 7)))) // 2)
         else:
-            wide -= 2 * ((wide - int(round(width * (high / height), 7))) // 2)
+            wide -= 2 * ((wide - max(1, int(round(width * (high / height), 7)))) // 2)
         return MediaSpec("image", 1 + rows * columns, (rows, columns), (high, wide))
 
     def views(self, image: np.ndarray) -> tuple[np.ndarray, MediaSpec]:

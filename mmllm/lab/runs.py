@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -62,7 +64,7 @@ class Lab:
         with ThreadPoolExecutor(len(places)) as pool:
             waiting = [pool.submit(self._run, run, devices) for run in todo]
             try:
-                for count, future in enumerate(waiting, start=len(self.runs) - len(todo) + 1):
+                for count, future in enumerate(as_completed(waiting), start=len(self.runs) - len(todo) + 1):
                     run = future.result()
                     progress.update(count, {"finished": run.label})
             except BaseException:
@@ -76,8 +78,23 @@ class Lab:
         path = run.out / "report.json"
         if not path.is_file():
             return None
+        self._refuse_another(run)
         benchmarks = json.loads(path.read_text())["benchmarks"]
         return benchmarks if all(task in benchmarks for task in self.file.study.tasks) else None
+
+    def _facts(self, run: Run) -> dict[str, Any]:
+        """All that a run's scores depend on, as plain JSON."""
+        return json.loads(json.dumps({"recipe": self.file.recipes[run.arm].data, "limit": self.file.study.limit}))
+
+    def _refuse_another(self, run: Run) -> None:
+        """Raise where a folder holds a run of what the study said before."""
+        from mmllm.recipe import differences
+
+        path = run.out / "lab.json"
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        if different := differences(known, self._facts(run)):
+            keys = ", ".join(different[:5])
+            raise UserError(run.out, f"holds a run of another study; these differ: {keys}", hint="--out NEW")
 
     def _run(self, run: Run, devices: Queue[str | None]) -> Run:
         place = devices.get()
@@ -86,6 +103,7 @@ class Lab:
             environment["CUDA_VISIBLE_DEVICES"] = place
         try:
             run.out.mkdir(parents=True, exist_ok=True)
+            (run.out / "lab.json").write_text(json.dumps(self._facts(run)))
             for command in (self._train(run), self._evaluate(run)):
                 self._call(run, command, environment)
         finally:
@@ -131,8 +149,9 @@ def _devices(device: str | None) -> list[str | None]:
         return [None]
     import torch
 
-    count = torch.cuda.device_count()
-    return [str(index) for index in range(count)] if count > 1 else [None]
+    count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",")[:count] if given else [str(index) for index in range(count)]
+    return names if count > 1 else [None]
 
 
 def samples_per_second(run: Path) -> float | None:
@@ -141,9 +160,15 @@ def samples_per_second(run: Path) -> float | None:
 
     stages = yaml.safe_load((run / "recipe.yaml").read_text())["stages"]
     name = [key for key, value in stages.items() if value is not None][-1]
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rows = []
+    for line in (run / "log.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):  # torn by a kill
+            rows.append(json.loads(line))
     rows = [row for row in rows if row["stage"] == name]
-    if len(rows) < 3:
-        return None
-    first, last = rows[1], rows[-1]
-    return (last["step"] - first["step"]) * stages[name].get("batch", 32) / (last["time"] - first["time"])
+    # the median: a run that was stopped over night has one long gap
+    rates = sorted(
+        (after["step"] - before["step"]) / (after["time"] - before["time"])
+        for before, after in pairwise(rows)
+        if after["step"] > before["step"] and after["time"] > before["time"]
+    )
+    return rates[len(rates) // 2] * stages[name].get("batch", 32) if rates else None

@@ -148,15 +148,19 @@ def resident(process: int) -> int:
 
 
 def memory(how: str, paths: list[str], count: int) -> dict[str, Any]:
-    """Mean resident megabytes in each quarter of many reads, of this process with its children."""
+    """Mean resident megabytes in each quarter of many reads, of this process with its children.
+
+    One round over all clips goes before, in which everything is imported and the heap gets its size.
+    """
     backend, _, process = how.partition(" ")
     reader, sizes = GuardedReader(backend), []
-    for number in range(count):
+    for number in range(-len(paths), count):
         ref = MediaRef("video", paths[number % len(paths)])
         clip = reader.read(ref, Sampling(frames=16)) if process else read_media(ref, Sampling(frames=16), backend)
         assert len(clip.frames) == 16
         del clip
-        sizes.append(resident(os.getpid()) / 1e6)
+        if number >= 0:
+            sizes.append(resident(os.getpid()) / 1e6)
     reader.close()
     quarters = [statistics.mean(sizes[count * k // 4 : count * (k + 1) // 4]) for k in range(4)]
     return {
