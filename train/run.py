@@ -26,7 +26,7 @@ class Options:
         jobs: loader processes.
         device: "cpu" keeps off an accelerator; None takes what there is.
         precision: "float32", "bfloat16" or "float16"; None = bfloat16 where an accelerator has it.
-        deepspeed: zero1, zero2, zero3 or a JSON file. report_to: tensorboard, wandb or none.
+        deepspeed: zero1, zero2 or a JSON file. report_to: tensorboard, wandb or none.
         save_steps, log_steps: steps between checkpoints and between lines of log.jsonl.
         cache: where shared stages are kept, and media. keep: what is kept of media, among "frames" and "features".
         keep_bytes: how much of each. reader: how media files are read; None = as the processor does by itself.

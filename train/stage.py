@@ -243,21 +243,25 @@ def whole_batches(samples: int, batch: int) -> int:
 
 
 def deepspeed_config(name: str | None, stage: Stage) -> dict | str | None:
-    """`zero1`, `zero2` or `zero3` as DeepSpeed's config, a JSON file as it is.
+    """`zero1` or `zero2` as DeepSpeed's config, a JSON file as it is.
 
     Raises:
-        UserError: no such file, or a stage with an optimizer that cannot be sharded.
+        UserError: no such file, zero3, or a stage with an optimizer that cannot be sharded.
     """
     if name is None:
         return None
     if stage.optimizer == "muon":
         raise UserError(f"--deepspeed {name}", "Muon needs whole matrices", hint="stages.NAME.optimizer=adamw")
-    if name not in ("zero1", "zero2", "zero3"):
+    if name == "zero3":
+        # parameters are gathered part by part: processes whose media differ in kind or number would wait for ever
+        what = "processes with unequal media do not run the same parts yet, and sharded parameters need that"
+        raise UserError(f"--deepspeed {name}", what, hint="--deepspeed zero2")
+    if name not in ("zero1", "zero2"):
         if not Path(name).is_file():
-            raise UserError(f"--deepspeed {name}", "no such file", expected="zero1, zero2, zero3 or a JSON file")
+            raise UserError(f"--deepspeed {name}", "no such file", expected="zero1, zero2 or a JSON file")
         return name
     return {
-        "zero_optimization": {"stage": int(name[-1]), "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_optimization": {"stage": int(name[-1])},
         "bf16": {"enabled": "auto"},
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",

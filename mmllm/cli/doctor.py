@@ -116,12 +116,14 @@ def _install(name: str) -> str:
         wanted = metadata.requires("mmllm") or []
     except metadata.PackageNotFoundError:
         wanted = []
+    extras: list[str] = []
     for line in wanted:
         package = re.match(r"[\w.-]+", line)
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", line)
         if package and extra and package[0].lower().replace("_", "-") == name.replace("_", "-"):
-            return f'pip install "mmllm[{extra[1]}]"'
-    return f"pip install {name.replace('_', '-')}"
+            extras.append(extra[1])
+    extras.sort(key=lambda extra: extra == "dev")  # which has everything: the last one to advise
+    return f'pip install "mmllm[{extras[0]}]"' if extras else f"pip install {name.replace('_', '-')}"
 
 
 def _devices() -> list[Finding]:

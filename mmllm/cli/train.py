@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="stages.instruct.lr=1e-5 and the like")
     parser.add_argument("--out", type=Path, help="run folder (default runs/RECIPE)")
     parser.add_argument("--stages", help="only these, separated by commas")
-    parser.add_argument("--deepspeed", help="zero1, zero2, zero3 or a JSON file")
+    parser.add_argument("--deepspeed", help="zero1, zero2 or a JSON file")
     parser.add_argument("--report-to", default="none", help="tensorboard, wandb or none (default)")
     parser.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints (default 200)")
     cache_flags(parser)

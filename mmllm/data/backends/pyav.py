@@ -222,8 +222,11 @@ class PyAVBackend(Backend):
             return WIDE_MARGIN if moment - now > SEEK_FRAMES / self.probe.fps else None
         if moment - now <= (GAIN + MARGIN) / self.probe.fps:
             return None
-        place = index.search_timestamp(self._aim(moment, MARGIN))
-        pays = place >= 0 and (index[place].timestamp - self._origin) * self._tick > now + GAIN / self.probe.fps
+        # the index of an mp4 is in decoding time, a jump aims at the time on screen
+        delay = max(0, self._origin - index[0].timestamp)
+        place = index.search_timestamp(self._aim(moment, MARGIN) - delay)
+        key = index[max(0, place)].timestamp + delay - self._origin
+        pays = place >= 0 and key * self._tick > now + GAIN / self.probe.fps
         return MARGIN if pays else None
 
     def _aim(self, moment: float, margin: int) -> int:
