@@ -71,6 +71,17 @@ def test_less_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option
     assert total[0] < most
 
 
+@pytest.mark.parametrize("offset", range(-6, 7))
+def test_a_jump_never_costs_more_than_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offset: int) -> None:
+    """Wanted frames just before and behind a key frame, whose place in the index is in decoding time."""
+    path, wanted = tmp_path / "clip.mp4", [*range(10, 230, 20), 250 + offset, 271, 290]
+    encode(str(path), map(coded, range(300)), **{"g": "250", "x264-params": "bframes=3:b-adapt=0:scenecut=0"})
+    total = counted(monkeypatch)
+    with VideoReader(MediaRef("video", str(path))) as reader:
+        assert decoded(reader.read_indices(wanted).frames) == wanted
+    assert total[0] <= 300
+
+
 def test_uneven_times(tmp_path: Path) -> None:
     """Nothing is left out where frames stay on screen for longer than usual, and the end is judged as ever."""
     draw, path = np.random.default_rng(0), tmp_path / "uneven.mp4"

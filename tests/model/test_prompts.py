@@ -16,7 +16,7 @@ from mmllm.build import check_shapes
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part, Site, TextSource
 from mmllm.contract.registry import register
-from mmllm.contract.types import Needs, PromptFeatures, TokenSpec, VisualTokens
+from mmllm.contract.types import Grid, MediaSpec, Needs, PromptFeatures, TokenSpec, VisualTokens
 
 
 @register("text", "letters_of_test")
@@ -26,6 +26,7 @@ class Letters(TextSource):
     joint = 6
     width = 6
     length = 40
+    layered = False
 
     def __init__(self, site: Site, *, rows: int = 128) -> None:
         super().__init__(site)
@@ -54,6 +55,10 @@ class Letters(TextSource):
         pooled = tokens.sum(1) / mask.sum(1, keepdim=True)
         return PromptFeatures(ids, mask, tokens, pooled, present=mask.sum(1) > 1)
 
+    @classmethod
+    def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[list[int], ...]]]:
+        yield {}, ([1, 5, 2], [1, 6, 7, 2])
+
 
 @register("connector", "asked_of_test")
 class Asked(Part):
@@ -75,7 +80,7 @@ class Asked(Part):
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[TokenSpec, ...]]]:
-        yield from ()
+        yield {}, (TokenSpec(MediaSpec("video", 2), 8, 16, Grid(2, 2, 2)),)
 
 
 def recipe(folder: Path, **model: Any) -> Any:
