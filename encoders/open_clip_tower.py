@@ -15,7 +15,7 @@ from mmllm.contract.registry import register
 from mmllm.contract.types import MediaSpec
 from mmllm.encoders.foreign import library, load_states, settle, write_missing
 from mmllm.encoders.layered import LayeredEncoder, State
-from mmllm.encoders.transform import Colour, Fit, Interpolation, Transform
+from mmllm.encoders.transform import PILLOW, Colour, Fit, Interpolation, Transform
 
 PACKAGE = "'mmllm[towers]'"
 NO_TEXT = {"width": 8, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}
@@ -217,6 +217,7 @@ def own_transform(name: str | None, weights: str | None, size: int) -> Transform
         fits[given.get("resize_mode", "shortest")],
         given.get("interpolation", "bicubic"),
         fill=given.get("fill_color", 0),
+        **PILLOW,
     )
 
 

@@ -15,7 +15,7 @@ from mmllm.contract.registry import register
 from mmllm.contract.types import MediaSpec
 from mmllm.encoders.foreign import library, load_states, settle, write_missing
 from mmllm.encoders.layered import LayeredEncoder, State
-from mmllm.encoders.transform import Colour, Fit, Interpolation, Transform
+from mmllm.encoders.transform import PILLOW, Colour, Fit, Interpolation, Transform
 
 PACKAGE = "'mmllm[towers]'"
 
@@ -229,7 +229,7 @@ def own_transform(config: dict[str, Any], size: int | None, fit: str | None, whe
         raise UserError(where, f"its frames are resized by {data['interpolation']}", hint="interpolation: bicubic")
     side = size or own[0]
     short, grey = math.floor(side / data["crop_pct"]), {round(255 * value) for value in mean}
-    plain = {"mean": mean, "std": std, "size": side, "interpolation": data["interpolation"]}
+    plain = {"mean": mean, "std": std, "size": side, "interpolation": data["interpolation"], **PILLOW}
     if data["crop_mode"] == "center" or fit is not None:
         return Transform(**plain, short=short)
     if short == side and data["crop_mode"] == "squash":

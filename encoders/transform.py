@@ -10,10 +10,15 @@ from mmllm.contract.types import Geometry
 Colour = tuple[float, float, float]
 Fit = Literal["squash", "crop", "pad"]
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
+Resampler = Literal["torch", "pillow"]
+Centre = Literal["down", "even"]
 
 IMAGENET: tuple[Colour, Colour] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP: tuple[Colour, Colour] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 HALF: tuple[Colour, Colour] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+PILLOW: dict[str, Any] = {"resampler": "pillow", "centre": "even"}
+"""How torchvision's transforms treat pictures of Pillow; timm and open_clip use them."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Transform:
     Attributes:
         mean, std: of pixels in 0..1, per channel.
         size: side in pixels.
-        fit, interpolation, short, fill: as in `Geometry`.
+        fit, interpolation, short, fill, resampler, centre: as in `Geometry`.
     """
 
     mean: Colour
@@ -33,11 +38,15 @@ class Transform:
     interpolation: Interpolation = "bicubic"
     short: int | None = None
     fill: int = 0
+    resampler: Resampler = "torch"
+    centre: Centre = "down"
 
     @property
     def geometry(self) -> Geometry:
         """What the frames are resized by."""
-        return Geometry(self.size, self.size, self.fit, self.interpolation, self.short, self.fill)
+        return Geometry(
+            self.size, self.size, self.fit, self.interpolation, self.short, self.fill, self.resampler, self.centre
+        )
 
     def but(self, **given: Any) -> Transform:
         """With the arguments that a recipe gives (not None) in place of these.

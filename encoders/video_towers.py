@@ -164,7 +164,8 @@ class VivitEncoder(VideoTower):
     @classmethod
     def own_transform(cls, size: int) -> Transform:
         """Pixels end in -3..1: its processor brings them to -1..1 and then subtracts a half and divides by a half."""
-        return Transform((0.75,) * 3, (0.25,) * 3, size, "crop", "bilinear", short=size * 256 // 224)
+        short = size * 256 // 224
+        return Transform((0.75,) * 3, (0.25,) * 3, size, "crop", "bilinear", short=short, resampler="pillow")
 
     @classmethod
     def own_tubelet(cls, config: Any) -> tuple[int, int, int]:

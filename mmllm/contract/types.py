@@ -265,6 +265,8 @@ class Geometry:
         interpolation: "bicubic", "bilinear" or "nearest"; antialiased.
         short: length of the short side before the crop; None = the size itself.
         fill: grey level 0..255 of the padding.
+        resampler: "torch" (torchvision on uint8 tensors) or "pillow"; a few values differ by a grey level.
+        centre: where a crop with an odd margin begins: half a pixel "down", or to the "even" one as torchvision has it.
     """
 
     height: int
@@ -273,3 +275,5 @@ class Geometry:
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
     short: int | None = None
     fill: int = 0
+    resampler: Literal["torch", "pillow"] = "torch"
+    centre: Literal["down", "even"] = "down"

@@ -14,11 +14,11 @@ def to_geometry(frames: np.ndarray, geometry: Geometry) -> Tensor:
     pixels = torch.from_numpy(np.require(frames, requirements=["C", "W"])).permute(0, 3, 1, 2)
     if geometry.fit == "crop":
         pixels = _resize(pixels, _short_side(pixels, geometry), geometry)
-        return _centre(pixels, geometry.height, geometry.width).contiguous()
+        return _centre(pixels, geometry, 0).contiguous()
     if geometry.fit == "pad":
         scale = min(geometry.height / pixels.shape[2], geometry.width / pixels.shape[3])
         size = (round(pixels.shape[2] * scale), round(pixels.shape[3] * scale))
-        return _centre(_resize(pixels, size, geometry), geometry.height, geometry.width, geometry.fill).contiguous()
+        return _centre(_resize(pixels, size, geometry), geometry, geometry.fill).contiguous()
     return _resize(pixels, (geometry.height, geometry.width), geometry).contiguous()
 
 
@@ -32,19 +32,31 @@ def _short_side(pixels: Tensor, geometry: Geometry) -> tuple[int, int]:
 def _resize(pixels: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:
     if tuple(pixels.shape[2:]) == size:
         return pixels
+    if geometry.resampler == "pillow":
+        return _pillow(pixels, size, geometry.interpolation)
     from torchvision.transforms.v2 import InterpolationMode, functional
 
     mode = InterpolationMode(geometry.interpolation)
     return functional.resize(pixels, list(size), interpolation=mode, antialias=geometry.interpolation != "nearest")
 
 
-def _centre(pixels: Tensor, height: int, width: int, fill: int = 0) -> Tensor:
+def _pillow(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    from PIL import Image
+
+    resample, wanted = Image.Resampling[interpolation.upper()], (size[1], size[0])
+    frames = [Image.fromarray(frame).resize(wanted, resample) for frame in pixels.permute(0, 2, 3, 1).numpy()]
+    return torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])).permute(0, 3, 1, 2)
+
+
+def _centre(pixels: Tensor, geometry: Geometry, fill: int) -> Tensor:
     """Cut or pad around the middle."""
     from torchvision.transforms.v2 import functional
 
+    height, width = geometry.height, geometry.width
     down, across = max(0, height - pixels.shape[2]), max(0, width - pixels.shape[3])
     if down or across:
         pad = [across // 2, down // 2, across - across // 2, down - down // 2]
         pixels = functional.pad(pixels, pad, fill=fill)
-    top, left = (pixels.shape[2] - height) // 2, (pixels.shape[3] - width) // 2
+    halved = round if geometry.centre == "even" else int
+    top, left = halved((pixels.shape[2] - height) / 2), halved((pixels.shape[3] - width) / 2)
     return pixels[:, :, top : top + height, left : left + width]
