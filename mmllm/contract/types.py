@@ -244,6 +244,11 @@ class Sequence:
     visual: Tensor
     segments: Tensor | None = None
 
+    def part(self, rows: slice, length: int) -> Sequence:
+        """The first `length` positions of some rows."""
+        tensors = (self.embeds, self.mask, self.positions, self.visual, self.segments)
+        return Sequence(*(None if tensor is None else tensor[rows, :length] for tensor in tensors))
+
 
 @dataclass
 class Term:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import frames, tiny_recipe, tokenizer_folder, write_video
 
+from mmllm.build import build_processor
 from mmllm.contract.errors import UserError
 from mmllm.recipe import Recipe
 from mmllm.train.run import Options, Stopped, train
+from mmllm.train.shared import SharedStage
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +168,41 @@ def test_a_loss_that_is_no_number_stops_and_names_the_samples(data, tmp_path, mo
     assert losses(tmp_path)[-1] < losses(tmp_path)[0]
 
 
+@pytest.mark.parametrize("groups", [2, 3, 20])
+def test_rows_in_groups_of_similar_length_give_the_same_loss_and_gradients(data, groups):
+    from mmllm.build import build_model
+    from mmllm.train.objectives.language_modeling import LanguageModeling
+    from mmllm.train.stage import load_data
+
+    made = recipe(data)
+    processor, model = build_processor(made), build_model(made)
+    samples = [load_data(made.stages["instruct"], made)[index] for index in range(7)]
+    found = []
+    for objective in (LanguageModeling(), LanguageModeling(groups=groups)):
+        model.zero_grad()
+        batch = objective.prepare(samples, processor)
+        term = objective(model, batch)["language_modeling"]
+        term.sum.backward()
+        gradients = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+        found.append((sorted(batch["names"]), term.count, term.sum, gradients))
+    lengths = batch["attention_mask"].sum(1).tolist()
+    (names, count, loss, gradients), (names_in_groups, count_in_groups, loss_in_groups, gradients_in_groups) = found
+    assert names == names_in_groups and count == count_in_groups
+    assert lengths == sorted(lengths, reverse=True) and len(batch["groups"]) == min(groups, 7)
+    assert [length for _, _, length in batch["groups"]] == [lengths[first] for first, _, _ in batch["groups"]]
+    torch.testing.assert_close(loss_in_groups, loss, rtol=1e-6, atol=0)
+    assert gradients.keys() == gradients_in_groups.keys()
+    for name, value in gradients.items():
+        torch.testing.assert_close(gradients_in_groups[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_no_group_is_refused():
+    from mmllm.train.run import build_objective
+
+    with pytest.raises(UserError, match="groups: is 1 or more, got 0"):
+        build_objective({"type": "language_modeling", "groups": 0}, "stages.x.objective")
+
+
 def test_the_batch_is_global(data):
     from mmllm.train.stage import micro_batch
 
@@ -174,6 +212,28 @@ def test_the_batch_is_global(data):
     assert micro_batch("instruct", stage, made, 3) == (2, 2)
     with pytest.raises(UserError, match="12 samples over 5 processes"):
         micro_batch("instruct", stage, made, 5)
+
+
+def test_runs_side_by_side_wait_for_a_shared_stage(data, tmp_path):
+    """The second one says that it waits, and goes on when the first has kept its weights."""
+    made = recipe(data, trains=["llm"], share=True)
+    settings = options(cache=tmp_path)
+    first, second = (SharedStage("instruct", made, build_processor(made), settings) for _ in range(2))
+    inside, waits, order = threading.Event(), threading.Event(), []
+
+    def trains() -> None:
+        with first.turn(lambda: order.append("the first waits")):
+            inside.set()
+            waits.wait(10)
+            order.append("kept")
+
+    thread = threading.Thread(target=trains)
+    thread.start()
+    inside.wait(10)
+    with second.turn(waits.set):
+        order.append("the second's turn")
+    thread.join()
+    assert waits.is_set() and order == ["kept", "the second's turn"]
 
 
 def test_a_shared_stage_is_trained_once(data, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import nn
 
 from mmllm.contract.errors import UserError
@@ -17,10 +19,20 @@ class LanguageModeling(Objective):
     """Cross-entropy of the answers' tokens, averaged over all of them in the global batch.
 
     Only the scored positions reach the head: logits over a large vocabulary are never made for a whole sequence.
+
+    Args:
+        groups: how many parts of a micro-batch go through the LLM one after the other, rows of similar length together
+            and cut where the longest of them ends. The loss is the same; where padding is a large share it costs less.
     """
 
+    def __init__(self, *, groups: int = 1) -> None:
+        super().__init__()
+        if groups < 1:
+            raise UserError("objective language_modeling: groups", "is 1 or more", got=groups)
+        self.groups = groups
+
     def prepare(self, samples: list, processor: Any) -> dict[str, Any]:
-        """Conversations -> padded batch; `names` says whose rows they are.
+        """Conversations -> padded batch; `names` says whose rows they are, `groups` (first, last, length) of each.
 
         Raises:
             UserError: a sample has no answer to learn.
@@ -31,8 +43,16 @@ class LanguageModeling(Objective):
         for example in examples:
             if all(label == -100 for label in example.labels):
                 raise UserError(f"sample {example.name}", "has no assistant's turn to learn")
+        if self.groups > 1:
+            examples.sort(key=lambda example: -len(example.labels))
         batch = processor.collate(examples, padding_side="right")
-        return {**batch, "names": [sample.id for sample in samples]}
+        lengths = [len(example.labels) for example in examples]
+        return {**batch, "names": [example.name for example in examples], "groups": self._split(lengths)}
+
+    def _split(self, lengths: list[int]) -> list[tuple[int, int, int]]:
+        count = min(self.groups, len(lengths))
+        borders = [len(lengths) * index // count for index in range(count + 1)]
+        return [(first, last, max(lengths[first:last])) for first, last in pairwise(borders)]
 
     def counts(self, batch: dict[str, Any]) -> dict[str, int]:
         """How many tokens are scored."""
@@ -40,9 +60,15 @@ class LanguageModeling(Objective):
 
     def forward(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Term]:
         """The summed cross-entropy."""
-        hidden = model.run(model.embed(batch))
-        targets = batch["labels"][:, 1:]
-        scored = targets != -100
-        logits = model.logits(hidden[:, :-1][scored]).float()
-        loss = nn.functional.cross_entropy(logits, targets[scored], reduction="sum")
-        return {"language_modeling": Term(loss, int(scored.sum()))}
+        sequence, labels = model.embed(batch), batch["labels"]
+        states, targets = [], []
+        for first, last, length in batch["groups"]:
+            hidden = model.run(sequence.part(slice(first, last), length))
+            wanted = labels[first:last, 1:length]
+            scored = wanted != -100
+            states.append(hidden[:, :-1][scored])
+            targets.append(wanted[scored])
+        target = torch.cat(targets)
+        logits = model.logits(torch.cat(states)).float()
+        loss = nn.functional.cross_entropy(logits, target, reduction="sum")
+        return {"language_modeling": Term(loss, len(target))}
