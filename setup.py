@@ -32,6 +32,7 @@ setup(
         "accelerate>=1.10",
         "av>=14",
         'decord>=0.6; sys_platform == "linux" and platform_machine == "x86_64"',
+        "filelock>=3.12",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,8 +174,7 @@ def _run_stage(
     name: str, number: int, stage: Stage, recipe: Recipe, model: Any, processor: Any, run: RunFolder, options: Options
 ) -> None:
     from mmllm.train.shared import SharedStage
-    from mmllm.train.stage import freeze, make_trainer
-    from mmllm.train.trainer import split_objective
+    from mmllm.train.stage import freeze
 
     if stage.init is not None:
         from mmllm.api import load_weights
@@ -182,20 +183,14 @@ def _run_stage(
     freeze(model, stage.trains, recipe.where(f"stages.{name}.trains"))
     shared = SharedStage(name, recipe, processor, options) if stage.share else None
     state, stopped, main = None, None, _processes(options).is_main_process
-    if shared is not None and shared.load(model):
-        if main:
-            run.log_event(name, f"weights of an equal stage taken from {shared.file}")
-    else:
-        trainer, stopper, checkpoint = make_trainer(name, number, stage, recipe, model, processor, run, options)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        stopped = stopper.signal
-        if stopped is not None and trainer.state.global_step < trainer.state.max_steps:
-            raise Stopped(stopped, trainer.checkpoint)
-        state, _ = split_objective(trainer.accelerator.get_state_dict(trainer.model_wrapped))
-        if hasattr(model, "objective"):
-            del model.objective
-        if shared is not None and main:
-            shared.save(model, state)
+    with _turn(shared, name, run, options):
+        if shared is not None and shared.load(model):
+            if main:
+                run.log_event(name, f"weights of an equal stage taken from {shared.file}")
+        else:
+            state, stopped = _train_stage(name, number, stage, recipe, model, processor, run, options)
+            if shared is not None and main:
+                shared.save(model, state)
     model.requires_grad_(True)
     if main:
         run.save_model(model, processor, recipe, state)
@@ -203,6 +198,42 @@ def _run_stage(
     _processes(options).wait_for_everyone()
     if stopped is not None:  # it came in the last step: the stage is finished, the next ones wait
         raise Stopped(stopped, run.model)
+
+
+@contextmanager
+def _turn(shared: Any, name: str, run: RunFolder, options: Options) -> Iterator[None]:
+    """Of runs side by side one trains a shared stage; the others wait and take what it kept."""
+    processes = _processes(options)
+    if shared is None:
+        yield
+    elif processes.is_main_process:
+        with shared.turn(lambda: run.log_event(name, "waits for a run that trains an equal stage")):
+            processes.wait_for_everyone()
+            yield
+    else:
+        processes.wait_for_everyone()
+        yield
+
+
+def _train_stage(
+    name: str, number: int, stage: Stage, recipe: Recipe, model: Any, processor: Any, run: RunFolder, options: Options
+) -> tuple[dict[str, Any], int | None]:
+    """The whole model's weights, and the signal that came in the last step.
+
+    Raises:
+        Stopped: a signal came before it.
+    """
+    from mmllm.train.stage import make_trainer
+    from mmllm.train.trainer import split_objective
+
+    trainer, stopper, checkpoint = make_trainer(name, number, stage, recipe, model, processor, run, options)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stopper.signal is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(stopper.signal, trainer.checkpoint)
+    state, _ = split_objective(trainer.accelerator.get_state_dict(trainer.model_wrapped))
+    if hasattr(model, "objective"):
+        del model.objective
+    return state, stopper.signal
 
 
 def build_objective(section: str | dict, where: str) -> Objective:

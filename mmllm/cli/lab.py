@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from mmllm.cli.common import cache_dir, calm_libraries, common, print_json
+from mmllm.contract.errors import UserError
 
 EPILOG = """\
 examples:
   mmllm lab studies/front_ends.yaml
   mmllm lab my_study.yaml --out runs/my_study --dry-run
+  mmllm lab my_study.yaml --jobs 2                        # two runs at a time, each with half of the cores
   mmllm lab my_study.yaml roots.world=runs/world stages.instruct.steps=200
 
 A study compares recipes: {baseline: llava, equal: tokens, seeds: [0, 1, 2], arms: {llava: nano/llava, mine: my.yaml}}.
@@ -26,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path, help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all arms")
     parser.add_argument("--out", type=Path, help="folder of the study (default runs/STUDY)")
+    parser.add_argument("--jobs", type=int, help="runs at a time (default one a GPU, or one)")
     common(parser, "--json", "--quiet", "--device", "--cache-dir", "--dry-run")
     parser.set_defaults(run=run)
 
@@ -37,10 +41,12 @@ def run(options: argparse.Namespace) -> int:
     from mmllm.lab.study import StudyFile
     from mmllm.lab.table import as_dict, draw, render, results
 
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs}", "no run at a time", expected="1 or more")
     file = StudyFile(options.study, tuple(options.overrides))
     facts = file.facts()
     out = options.out or Path("runs") / options.study.stem
-    lab = Lab(file, out, cache=cache_dir(options), device=options.device, quiet=options.quiet)
+    lab = Lab(file, out, cache=cache_dir(options), device=options.device, jobs=options.jobs, quiet=options.quiet)
     if options.dry_run:
         done = sum(lab.result(run) is not None for run in lab.runs)
         for arm, fact in facts.items():
@@ -50,7 +56,11 @@ def run(options: argparse.Namespace) -> int:
         print(f"{len(lab.runs)} runs, {done} finished, into {out}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    lab.run_all()
+    try:
+        lab.run_all()
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        raise
     rows = results(lab, facts)
     table = render(rows, file.baseline)
     summary = f"{file.study.summary}\n\n" if file.study.summary else ""

@@ -1,14 +1,17 @@
-"""Running a study: every arm with every seed, one process after the other or one a GPU; what is finished stays."""
+"""Running a study: every arm with every seed, one process after the other or some at a time; what is finished stays."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -40,12 +43,23 @@ class Lab:
     Args:
         file: the study. out: its folder. roots: folders of benchmarks, where the recipes name none.
         cache: where shared stages are kept. device: passed on to the verbs. quiet: no progress.
+        jobs: runs at a time; None = one a GPU, or one.
     """
 
     def __init__(
-        self, file: StudyFile, out: Path, *, cache: Path, device: str | None = None, quiet: bool = False
+        self,
+        file: StudyFile,
+        out: Path,
+        *,
+        cache: Path,
+        device: str | None = None,
+        jobs: int | None = None,
+        quiet: bool = False,
     ) -> None:
         self.file, self.out, self.cache, self.device, self.quiet = file, out, cache, device, quiet
+        self.places = _places(device, jobs)
+        self.running: set[subprocess.Popen] = set()
+        self.stopping = threading.Event()
         # seeds outside: after a kill in the middle every arm has about as many seeds as the others
         self.runs = [Run(arm, seed, out / "runs" / f"{arm}-{seed}") for seed in file.study.seeds for arm in file.arms]
 
@@ -57,21 +71,27 @@ class Lab:
         """
         todo = [run for run in self.runs if self.result(run) is None]
         progress = Progress("run", len(self.runs), start=len(self.runs) - len(todo), quiet=self.quiet, every=0.0)
-        devices: Queue[str | None] = Queue()
-        places = _devices(self.device)
-        for place in places:
-            devices.put(place)
-        with ThreadPoolExecutor(len(places)) as pool:
-            waiting = [pool.submit(self._run, run, devices) for run in todo]
+        free: Queue[dict[str, str]] = Queue()
+        for place in self.places:
+            free.put(place)
+        with ThreadPoolExecutor(len(self.places)) as pool, _terminated_as_interrupt():
+            waiting = [pool.submit(self._run, run, free) for run in todo]
             try:
                 for count, future in enumerate(as_completed(waiting), start=len(self.runs) - len(todo) + 1):
                     run = future.result()
                     progress.update(count, {"finished": run.label})
             except BaseException:
-                for future in waiting:
-                    future.cancel()
+                self._stop(waiting)
                 raise
         progress.close()
+
+    def _stop(self, waiting: list[Future]) -> None:
+        """Start nothing more, and ask what runs to save and end."""
+        self.stopping.set()
+        for future in waiting:
+            future.cancel()
+        for process in list(self.running):
+            process.terminate()
 
     def result(self, run: Run) -> dict[str, Any] | None:
         """{benchmark: average, ...} of a finished run, else None."""
@@ -96,18 +116,15 @@ class Lab:
             keys = ", ".join(different[:5])
             raise UserError(run.out, f"holds a run of another study; these differ: {keys}", hint="--out NEW")
 
-    def _run(self, run: Run, devices: Queue[str | None]) -> Run:
-        place = devices.get()
-        environment = dict(os.environ)
-        if place is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = place
+    def _run(self, run: Run, free: Queue[dict[str, str]]) -> Run:
+        place = free.get()
         try:
             run.out.mkdir(parents=True, exist_ok=True)
             (run.out / "lab.json").write_text(json.dumps(self._facts(run)))
             for command in (self._train(run), self._evaluate(run)):
-                self._call(run, command, environment)
+                self._call(run, command, {**os.environ, **place})
         finally:
-            devices.put(place)
+            free.put(place)
         return run
 
     def _train(self, run: Run) -> list[str]:
@@ -132,26 +149,45 @@ class Lab:
             process = subprocess.Popen(
                 [sys.executable, "-m", "mmllm", *command], stdout=file, stderr=subprocess.STDOUT, env=environment
             )
-            try:
-                code = process.wait()
-            except BaseException:
+            self.running.add(process)
+            if self.stopping.is_set():  # it may have been started just after the others were asked to end
                 process.terminate()
-                process.wait()
-                raise
+            code = process.wait()
+            self.running.discard(process)
         if code not in (0, 3):
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             raise UserError(run.label, f"mmllm {command[0]} ended with {code}: {lines[-1][:200]}", hint=f"see {log}")
 
 
-def _devices(device: str | None) -> list[str | None]:
-    """One place a GPU, or a single one."""
-    if device is not None:
-        return [None]
+@contextlib.contextmanager
+def _terminated_as_interrupt() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does (only the main thread may say so)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _places(device: str | None, jobs: int | None) -> list[dict[str, str]]:
+    """Where runs may go side by side, as variables of their environment: GPUs in turn, or shares of the cores."""
     import torch
 
-    count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = given.split(",")[:count] if given else [str(index) for index in range(count)]
-    return names if count > 1 else [None]
+    if device is None and torch.cuda.is_available():
+        count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = given.split(",")[:count] if given else [str(index) for index in range(count)]
+        return [{"CUDA_VISIBLE_DEVICES": names[index % count]} for index in range(jobs or count)]
+    if jobs is None or jobs == 1:
+        return [{}]
+    threads = max(1, torch.get_num_threads() // jobs)  # two processes that each take all cores hinder each other
+    return [{"OMP_NUM_THREADS": str(threads)}] * jobs
 
 
 def samples_per_second(run: Path) -> float | None:

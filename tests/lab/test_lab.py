@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from mmllm.lab.runs import Lab, Run
 from mmllm.lab.study import StudyFile
 from mmllm.lab.table import estimate, render, results
 
+SHIPPED = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 ARMS = {"llava": "nano/llava", "means": {"recipe": "nano/video_chatgpt", "set": ["stages.instruct.lr=1e-4"]}}
 SCORES = {("llava", 0): 50.0, ("llava", 1): 54.0, ("means", 0): 47.0, ("means", 1): 49.0}
 
@@ -49,6 +54,12 @@ def test_unequal_arms_are_refused_unless_free(tmp_path):
     free = {**ARMS, "means": {**ARMS["means"], "free": True}}
     facts = StudyFile(study(tmp_path, arms=free, equal="tokens")).facts()
     assert (facts["llava"].tokens, facts["means"].tokens) == (72, 17)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_studies_are_fair(path):
+    file = StudyFile(path)
+    assert len(file.study.seeds) >= 3 and file.study.summary and set(file.facts()) == set(file.arms)
 
 
 def test_overrides_reach_every_arm(tmp_path):
@@ -111,6 +122,40 @@ def test_a_failed_run_is_named_and_the_finished_ones_stay(tmp_path, calls, monke
     assert main(words) == 2
     assert "means seed 0: mmllm train ended with 2" in capsys.readouterr().err
     assert (tmp_path / "out/runs/llava-0/report.json").is_file()
+
+
+def test_sigterm_ends_runs_side_by_side(tmp_path, monkeypatch, capsys):
+    """Each has its share of the cores; none is left behind, and none is started afterwards."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$OMP_NUM_THREADS" > {tmp_path}/started.$$\nexec sleep 60\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("mmllm.lab.runs.sys.executable", str(python))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 6)
+
+    def started() -> list[Path]:
+        return [path for path in tmp_path.glob("started.*") if path.read_text()]
+
+    def terminate() -> None:
+        end = time.monotonic() + 30
+        while len(started()) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    killer = threading.Thread(target=terminate)
+    killer.start()
+    words = ["lab", str(study(tmp_path)), "--out", str(tmp_path / "out"), "--quiet", "--device", "cpu", "--jobs", "2"]
+    assert main(words) == 130
+    killer.join()
+    assert "the same command continues" in capsys.readouterr().err
+    assert [path.read_text().strip() for path in started()] == ["3", "3"]
+    for path in started():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.suffix[1:]), 0)
+
+
+def test_no_run_at_a_time_is_refused(tmp_path, capsys):
+    assert main(["lab", str(study(tmp_path)), "--jobs", "0"]) == 2
+    assert "--jobs 0" in capsys.readouterr().err
 
 
 def test_a_dry_run_starts_nothing(tmp_path, calls, capsys):
