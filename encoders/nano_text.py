@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
 from mmllm.contract.registry import register
-from mmllm.encoders.text_towers import TransformersText, pad
+from mmllm.encoders.text_towers import TransformersText, attend_to_all, pad
 
 
 @register("text", "nano_text")
@@ -83,8 +83,7 @@ class NanoText(TransformersText):
 
     def run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
         """Attention both ways over the real tokens."""
-        seen = mask.bool()[:, None, None].expand(-1, 1, ids.shape[1], -1)  # the library reads no value of such a mask
-        output = self.tower(input_ids=ids, attention_mask=seen, **options)
+        output = attend_to_all(self.tower, ids, mask, **options)
         real = mask[..., None].to(output.last_hidden_state.dtype)
         output.pooler_output = (output.last_hidden_state * real).sum(1) / real.sum(1)
         return output

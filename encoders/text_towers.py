@@ -49,7 +49,7 @@ class TransformersText(TextSource):
         own = (config or {}).get("model_type")
         self.config = tower_config(config or {}, own if own in self.model_types() else self.model_type)
         self.name, self.tokenizer_name = name, tokenizer or name
-        self.positions, self.extended = self.config.max_position_embeddings, extended
+        self.positions, self.extended = self.position_count(), extended
         if extended:
             self.positions = extended_length(self.positions)
         self.length = self.positions if length is None else length
@@ -70,12 +70,16 @@ class TransformersText(TextSource):
             return {**arguments, "config": fetch_config(arguments["name"], "text_config")}
         return arguments
 
+    def position_count(self) -> int:
+        """How many tokens the tower has positions for."""
+        return self.config.max_position_embeddings
+
     def build(self) -> nn.Module:
         """The tower with random weights."""
         raise NotImplementedError
 
-    def pooled(self, output: Any) -> Tensor:
-        """[B, J] out of the tower's output."""
+    def pooled(self, output: Any) -> Tensor | None:
+        """[B, J] out of the tower's output; None without a joint space."""
         raise NotImplementedError
 
     @property
@@ -225,6 +229,12 @@ class SiglipText(TransformersText):
         rows = ([5, 6, 1], [7, 1], [8, 9, 10, 11, 1])
         yield {"config": config}, rows
         yield {"config": {**config, "model_type": "siglip2_text_model"}}, rows
+
+
+def attend_to_all(tower: nn.Module, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    """The output of a tower whose tokens look at all real ones, before and after them."""
+    seen = mask.bool()[:, None, None].expand(-1, 1, ids.shape[1], -1)  # the library reads no value of such a mask
+    return tower(input_ids=ids, attention_mask=seen, **options)
 
 
 def pad(rows: list[list[int]], padding: int, length: int) -> tuple[Tensor, Tensor]:

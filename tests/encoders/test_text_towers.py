@@ -146,6 +146,42 @@ def test_a_frozen_text_source_stays_in_eval_mode():
     assert not source(*source.collate([[52, 1, 53]])).pooled.requires_grad
 
 
+def test_roberta_is_the_librarys_own_and_counts_positions_behind_the_padding(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+    torch.manual_seed(7)
+    config = RobertaConfig(**TINY, vocab_size=60, max_position_embeddings=14)
+    theirs = RobertaModel(config, add_pooling_layer=False).eval()
+    theirs.save_pretrained(tmp_path)
+    words = sorted({word for prompt in PROMPTS for word in prompt.split()})
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    vocabulary = {word: index for index, word in enumerate([*special, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("<s>", 0), ("</s>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(tmp_path)
+    cls = find("text", "roberta_text")
+    source = cls(Site(), **cls.resolve({"name": str(tmp_path)})).eval()
+    source.load_weights()
+    ids, mask = source.tokenize(PROMPTS)
+    assert source.positions == 12 and mask.sum(dim=1).tolist() == [5, 4, 1, 12]
+    with torch.no_grad():
+        features = source(ids, mask, layers=(-1, 1))
+        output = theirs(ids, mask, output_hidden_states=True)
+    assert features.pooled is None and features.present.tolist() == [True, True, False, True]
+    real = mask.bool() & features.present[:, None]
+    torch.testing.assert_close(features.tokens[real], output.last_hidden_state[real], atol=1e-6, rtol=0)
+    for place, index in enumerate((3, 1)):
+        level = features.levels[:, :, place]
+        torch.testing.assert_close(level[real], output.hidden_states[index][real], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="length 14: the tower has 12 positions"):
+        cls(Site(), **cls.resolve({"name": str(tmp_path)}), length=14)
+
+
 OPEN_CLIP = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 28, "layers": 1, "width": 32, "head_width": 8, "patch_size": 14},
