@@ -206,7 +206,7 @@ class LayeredEncoder(Encoder):
             states = self.read(self.tower, inputs, sorted(wanted))
         chosen = [states[self._index(layer)].tokens(self.cls) for layer in self.layers]
         values = chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
-        per_clip = inputs.shape[0] // batch
+        per_clip = values.shape[0] // batch
         grid = None if self.cls else Grid(per_clip * self.view[0], *self.view[1:])
         tokens = frame_tokens(values.unflatten(0, (batch, per_clip)).flatten(1, 2), media, grid, frames)
         for name, rows in self._extras(states, keys, needs).items():

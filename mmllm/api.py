@@ -81,8 +81,8 @@ def load(path: str | Path, *, device: str | None = None, dtype: Any = "auto") ->
     return model.eval().to(device) if device else model.eval(), processor
 
 
-def load_weights(model: Any, path: str | Path) -> None:
-    """The weights of another run into a model of the same recipe.
+def load_weights(model: Any, path: str | Path, modules: list[Any] | None = None) -> None:
+    """The weights of another run into a model of the same recipe, or into some of its modules.
 
     Raises:
         UserError: they do not fit; lists missing, unexpected and mismatched keys.
@@ -94,6 +94,9 @@ def load_weights(model: Any, path: str | Path) -> None:
     for file in sorted(folder.glob("*.safetensors")):
         state |= load_file(file)
     own = model.state_dict()
+    if modules is not None:
+        inside = tuple(f"{name}." for name, module in model.named_modules() if any(module is one for one in modules))
+        own, state = ({key: side[key] for key in side if key.startswith(inside)} for side in (own, state))
     tied = set(model.all_tied_weights_keys or {})
     mismatched = [
         (key, state[key].shape, own[key].shape) for key in own if key in state and state[key].shape != own[key].shape

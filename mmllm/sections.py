@@ -35,7 +35,8 @@ class Stage:
         optimizer: "adamw", or "muon": Muon on hidden matrices, AdamW on the rest. muon_lr: Muon's own peak.
         lr: peak learning rate. schedule: its shape after the warm-up. warmup: share of the steps.
         weight_decay: on matrices only. clip: largest gradient norm.
-        init: a run or model folder whose weights it starts from; default: the stage before.
+        init: a run or model folder whose weights it starts from; default: the stage before. Or {name: folder} for
+            single parts, named as in `trains`: what other recipes trained may be put together.
         share: keep what it trained in the cache, so that other recipes with an equal stage start from it.
     """
 
@@ -53,5 +54,5 @@ class Stage:
     warmup: float = 0.03
     weight_decay: float = 0.0
     clip: float = 1.0
-    init: str | None = None
+    init: str | dict | None = None
     share: bool = False

@@ -24,7 +24,7 @@ if [ "$level" = tiny ]; then
     overrides+=(stages.{letters,text,caption,instruct}.steps=4)
     left=(3 2 2 2 1 1)
 else
-    left=(18 17 17 13 1 1)
+    left=(18 17 16 13 1 1)
 fi
 
 # step NUMBER NAME TITLE: say what comes and how long is left; time it from here.

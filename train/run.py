@@ -73,7 +73,7 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
     from transformers import set_seed
 
     from mmllm.build import build_model, build_processor, set_stop_tokens
-    from mmllm.train.stage import data_files
+    from mmllm.train.stage import data_files, starts
 
     chosen = _chosen(recipe, stages)
     run = RunFolder(out)
@@ -87,6 +87,7 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
         return run
     for stage in todo.values():  # a file missing for the last stage is said before the first one runs
         data_files(stage, recipe)
+        starts(stage, recipe)
     if options.deepspeed and len(todo) > 1:
         first, *others = todo
         todo = {first: todo[first]}
@@ -128,7 +129,7 @@ def check(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
     """
     from mmllm.build import build_processor, check_shapes
     from mmllm.data.loading import MediaLoader
-    from mmllm.train.stage import freeze_names, load_data, micro_batch
+    from mmllm.train.stage import freeze_names, load_data, micro_batch, starts
 
     chosen = _chosen(recipe, stages)
     front = check_shapes(recipe)
@@ -139,6 +140,8 @@ def check(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
     for name, stage in chosen.items():
         objective = build_objective(stage.objective, recipe.where(f"stages.{name}.objective"))
         freeze_names(front, stage.trains, recipe.where(f"stages.{name}.trains"))
+        parts = tuple(part for part, _ in starts(stage, recipe) if part is not None)
+        freeze_names(front, parts, recipe.where(f"stages.{name}.init"))
         data = load_data(stage, recipe)
         micro, accumulation = micro_batch(name, stage, recipe, 1)
         batch = objective.prepare([data[0]], processor)
@@ -174,12 +177,10 @@ def _run_stage(
     name: str, number: int, stage: Stage, recipe: Recipe, model: Any, processor: Any, run: RunFolder, options: Options
 ) -> None:
     from mmllm.train.shared import SharedStage
-    from mmllm.train.stage import freeze
+    from mmllm.train.stage import freeze, start_from, starts
 
-    if stage.init is not None:
-        from mmllm.api import load_weights
-
-        load_weights(model, recipe.path(stage.init))
+    for part, folder in starts(stage, recipe):
+        start_from(model, part, folder, recipe.where(f"stages.{name}.init"))
     freeze(model, stage.trains, recipe.where(f"stages.{name}.trains"))
     shared = SharedStage(name, recipe, processor, options) if stage.share else None
     state, stopped, main = None, None, _processes(options).is_main_process

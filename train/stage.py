@@ -62,12 +62,41 @@ def freeze(model: nn.Module, trains: tuple[str, ...], where: str) -> None:
     Raises:
         UserError: a name that the model has not.
     """
-    known = freeze_names(model.model.front_end, trains, where)
-    known["llm"] = [model.model.language_model, model.lm_head]
+    known = _modules(model, trains, where)
     model.requires_grad_(False)
     for name in trains:
         for module in known[name]:
             module.requires_grad_(True)
+
+
+def starts(stage: Stage, recipe: Recipe) -> list[tuple[str | None, Path]]:
+    """(part or None for the whole model, model folder) of what a stage starts from.
+
+    Raises:
+        UserError: a folder without a model.
+    """
+    from mmllm.api import model_folder
+
+    given = stage.init if isinstance(stage.init, dict) else {None: stage.init} if stage.init else {}
+    return [(part, model_folder(recipe.path(folder))) for part, folder in given.items()]
+
+
+def start_from(model: nn.Module, part: str | None, folder: Path, where: str) -> None:
+    """The weights of another run into the model, or into what `part` names, as `trains` does.
+
+    Raises:
+        UserError: a name that the model has not, or weights that are not exactly those of the part.
+    """
+    from mmllm.api import load_weights
+
+    load_weights(model, folder, None if part is None else _modules(model, (part,), where)[part])
+
+
+def _modules(model: nn.Module, names: tuple[str, ...], where: str) -> dict[str, list[nn.Module]]:
+    return {
+        **freeze_names(model.model.front_end, names, where),
+        "llm": [model.model.language_model, model.lm_head],
+    }
 
 
 def data_files(stage: Stage, recipe: Recipe) -> list[Path]:

@@ -16,6 +16,7 @@ examples:
   mmllm data align-levels captions.jsonl --pair openai/clip-vit-large-patch14-336 --out captions.levels.jsonl
   mmllm data align-levels more.jsonl --pair openai/clip-vit-large-patch14-336 \\
       --edges captions.levels.edges.json --out more.levels.jsonl
+  mmllm data align-levels runs/world/train/caption.jsonl --pair runs/clip --levels 4 --out levels.jsonl   # nano/clip's
 
 Records without a medium stay as they are. Beside the data, OUT.edges.json keeps the scores between the levels.
 """
@@ -29,7 +30,7 @@ def configure(verbs: Any) -> None:
     parser.add_argument("data", type=Path, metavar="FILE", help="a data file of JSON records")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl", help="the records with their levels")
     scores = parser.add_mutually_exclusive_group(required=True)
-    scores.add_argument("--pair", metavar="NAME", help="image-text model that scores: a hub id or a folder")
+    scores.add_argument("--pair", metavar="NAME", help="image-text model that scores: a hub id, a folder, a run")
     scores.add_argument("--scores", type=Path, metavar="FILE", help="scores made elsewhere, a number a line")
     parser.add_argument("--levels", type=int, default=8, help="how many levels, of equal size (default 8)")
     parser.add_argument("--edges", type=Path, metavar="FILE", help="levels of other data instead: their edges.json")
@@ -92,9 +93,11 @@ def _scored(pairs: list[Any], options: argparse.Namespace) -> list[float]:
     from mmllm.data.guard import GuardedReader
     from mmllm.data.sampling import Sampling
     from mmllm.progress import Progress
+    from mmllm.trained_pair import TrainedPair, is_run
 
     calm_libraries()
-    judge, reader = Pair(options.pair, pick_device(options.device)), GuardedReader()
+    judge = (TrainedPair if is_run(options.pair) else Pair)(options.pair, pick_device(options.device))
+    reader = GuardedReader()
     sampling, bar, scores = Sampling(frames=options.frames), Progress("scored", len(pairs), quiet=options.quiet), []
     try:
         for number, (ref, text) in enumerate(pairs, start=1):

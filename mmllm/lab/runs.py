@@ -41,7 +41,7 @@ class Lab:
     """Runs what is not finished of a study.
 
     Args:
-        file: the study. out: its folder. roots: folders of benchmarks, where the recipes name none.
+        file: the study. out: its folder.
         cache: where shared stages are kept. device: passed on to the verbs. quiet: no progress.
         jobs: runs at a time; None = one a GPU, or one.
     """

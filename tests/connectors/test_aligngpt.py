@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import image
+from tiny import frames, image, save_model, tiny_model, tiny_processor, tiny_recipe
 
 from mmllm.cli import main
 from mmllm.connectors.aligngpt import LevelGate
@@ -16,6 +16,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
 from mmllm.contract.types import Grid, MediaSpec, PromptFeatures, TokenSpec
 from mmllm.data.align_levels import clip_score, level_edges, levels_by_edges, levels_by_rank
+from mmllm.data.conversations import Sample
 from mmllm.encoders.tokens import frame_tokens
 from mmllm.world.tokenizer import build_tokenizer
 
@@ -212,3 +213,29 @@ def test_a_pair_of_towers_scores_pictures_and_captions(tmp_path):
     levels = [record.get("level") for record in read(out)]
     assert sorted(level for level in levels if level is not None) == [0, 0, 0, 1, 1, 1]
     assert levels[2] is None
+
+
+def test_a_run_with_a_text_source_scores_too(tmp_path, capsys):
+    from mmllm.trained_pair import TrainedPair
+
+    recipe = tiny_recipe("nano/clip", overrides=("model.text.words.joint=64",))
+    pair = tmp_path / "run/model"
+    tiny_model(recipe).save_pretrained(pair)
+    tiny_processor(recipe).save_pretrained(pair)
+    data, out = records(tmp_path), tmp_path / "levels.jsonl"
+    command = ["data", "align-levels", str(data), "--levels", "2", "--quiet", "--device", "cpu", "--out", str(out)]
+    assert main([*command, "--pair", str(tmp_path / "run")]) == 0
+    levels = [record.get("level") for record in read(out)]
+    assert sorted(level for level in levels if level is not None) == [0, 0, 0, 1, 1, 1]
+    judge, clip = TrainedPair(str(pair)), frames(3, 4)
+    asked = {"role": "user", "content": [{"type": "video", "video": clip}]}
+    said = [{**asked}, {"role": "assistant", "content": "a red square"}]
+    batch = judge.objective.prepare([Sample("x", said, {})], judge.processor)
+    with torch.no_grad():
+        seen, text = judge.model.pooled_images(batch), judge.model.pooled_texts(batch)
+    expected = torch.nn.functional.cosine_similarity(seen, text).item()
+    assert judge.score(clip, "a red square") == pytest.approx(expected, abs=1e-6)
+    assert judge.score(clip, "a blue circle") != pytest.approx(expected, abs=1e-6)
+    save_model(tmp_path / "blind")
+    assert main([*command, "--pair", str(tmp_path / "blind")]) == 2
+    assert "has no text source" in capsys.readouterr().err

@@ -272,6 +272,8 @@ def test_the_paper_size_recipe_has_the_specs_figures():
     assert rows["fusion"].parameters == 4096
     assert (rows["fusion"].tokens, rows["llm"].tokens) == (1024, 1024)
     macs = {name: rows[name].macs / 1e12 for name in grids}
+    assert sum(rows[name].parameters for name in grids) == pytest.approx(0.89e9, rel=0.01)
+    assert macs["languagebind"] == pytest.approx(1.30 + 0.41, abs=0.05)
     assert macs["dinov2"] == pytest.approx(1.32, abs=0.06)
     assert macs["vivit"] == pytest.approx(0.45, abs=0.03)
     still = {row.part: row for row in walk(load("merv"), "image")}

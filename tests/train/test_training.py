@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -201,6 +202,39 @@ def test_no_group_is_refused():
 
     with pytest.raises(UserError, match="groups: is 1 or more, got 0"):
         build_objective({"type": "language_modeling", "groups": 0}, "stages.x.objective")
+
+
+def test_a_stage_starts_from_parts_of_other_runs(data, tmp_path):
+    """The encoder of one, the projector of another; what they have besides stays where it is."""
+    for name, steps in (("one", 1), ("two", 2)):
+        train(recipe(data, steps=steps), tmp_path / name, options())
+    init = {"encoders.nano": str(tmp_path / "one"), "connector.mlp": str(tmp_path / "two/model")}
+    train(recipe(data, steps=1, lr=1e-12, init=init), tmp_path / "three", options())
+    one, two, three = (weights(tmp_path / name) for name in ("one", "two", "three"))
+    for key, value in three.items():
+        source = one if ".encoders." in key else two if ".parts." in key else None
+        if source is not None:
+            torch.testing.assert_close(value, source[key], atol=1e-6, rtol=0)
+        else:
+            assert not torch.allclose(value, two[key], atol=1e-6), key
+
+
+@pytest.mark.parametrize(
+    ("init", "says"),
+    [
+        ({"connector.mpl": "run"}, "the model has no 'connector.mpl'. Try: connector.mlp"),
+        ({"encoders.nano": "none"}, "no such folder"),
+        ({"encoders.nano": "other"}, "checkpoint of another recipe"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(data, tmp_path, init, says):
+    train(recipe(data, steps=1), tmp_path / "run", options())
+    other = recipe(data, steps=1)
+    other.model["encoders"]["nano"]["channels"] = [8, 8, 8, 8]
+    train(other, tmp_path / "other", options())
+    init = {part: str(tmp_path / folder) for part, folder in init.items()}
+    with pytest.raises(UserError, match=re.escape(says)):
+        train(recipe(data, steps=1, init=init), tmp_path / "new", options())
 
 
 def test_the_batch_is_global(data):
