@@ -258,14 +258,6 @@ class ClipBTAdapterEncoder(ClipEncoder):
             raise ValueError(f"reads {self.max_frames} frames of a clip at most, this one has {self.frames_of(media)}")
         return super().output_spec(media)
 
-    def extras_spec(self, media: MediaSpec, needs: Needs) -> dict[str, tuple[int, ...]]:
-        """As without the adapter: its CLS tokens are those of the frames."""
-        extras = super().extras_spec(media, replace(needs, cls=()))
-        if needs.cls:
-            shapes = [self._shape(layer) for layer in needs.cls]
-            extras["cls"] = (self.inputs_of(media), len(shapes), shapes[0].width)
-        return extras
-
     def forward(self, pixels: Tensor, media: MediaSpec, needs: Needs) -> VisualTokens:
         """[B, F, 3, h, w] uint8 -> tokens [B, N, C], frame by frame in row-major order, and the extras needed."""
         levels = list(dict.fromkeys([*self.reads, *map(self._index, needs.levels)]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,10 @@ from mmllm.contract.types import MediaSpec
 from mmllm.encoders.foreign import load_states
 from mmllm.encoders.huggingface import SMALL, ClipEncoder
 from mmllm.encoders.layered import State
-from mmllm.encoders.transform import Fit, Interpolation
+from mmllm.encoders.transform import CLIP, Fit, Interpolation, Transform
+
+MOST_ROWS = 2**15
+"""Kernels of attention take no more than 65,535 rows, and each place of each group is a row."""
 
 
 class TimeAttention(Part):
@@ -48,23 +51,27 @@ class TimeAttention(Part):
         """[M, L, C] of M / frames groups -> the same; a shorter group has the first times."""
         x = x.unflatten(0, (-1, frames)).transpose(1, 2)  # [groups, L, frames, C]
         x = x + self.temporal_embedding[:, :frames]
-        moved = self.temporal_attn(self.temporal_layer_norm1(x).flatten(0, 1), attention_mask=None)[0]
+        rows = self.temporal_layer_norm1(x).flatten(0, 1).split(MOST_ROWS)
+        moved = torch.cat([self.temporal_attn(part, attention_mask=None)[0] for part in rows])
         return (x + moved.view_as(x)).transpose(1, 2).flatten(0, 1)
 
 
 @register("encoder", "languagebind")
 class LanguageBindEncoder(ClipEncoder):
-    """LanguageBind's video tower; see `clip` for its arguments.
+    """LanguageBind's video tower.
 
     Frames look at each other in groups that know nothing of one another; the views of an image do not. The authors
     crop the middle of a frame and mirror every second one at random, in evaluation too: here nothing is mirrored.
 
     Args:
+        name, config, layer, frames, size, fit, short, interpolation: as of `clip`; the config's activation is `gelu`
+            where it does not say.
         group: frames that look at each other, as many as the weights have times; a clip has a multiple of it, or
             fewer.
     """
 
     per_frame = False
+    config_defaults: ClassVar[dict[str, Any]] = {"hidden_act": "gelu"}  # it grew from open_clip's CLIP
 
     def __init__(
         self,
@@ -84,6 +91,11 @@ class LanguageBindEncoder(ClipEncoder):
         super().__init__(site, name=name, config=config, layer=layer, frames=frames, **pixels)
         self.group = group
         self.times = nn.ModuleList(TimeAttention(self.tower.config, group) for _ in self.tower.encoder.layers)
+
+    @classmethod
+    def own_transform(cls, config: Any, size: int | None, given: dict[str, Any]) -> Transform:
+        """Short side to the size, then the centre; by Pillow, as the encoders beside it in MERV, to share frames."""
+        return Transform(*CLIP, size or config.image_size, resampler="pillow")
 
     @classmethod
     def resolve(cls, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -114,11 +126,12 @@ class LanguageBindEncoder(ClipEncoder):
             return super().read(tower, inputs, None)
         resized = self.geometry.height != self.config.image_size
         state = tower.pre_layrnorm(tower.embeddings(inputs.flatten(0, 1), interpolate_pos_encoding=resized))
-        states = [state]
-        for time, block in zip(self.times, tower.encoder.layers, strict=True):
+        states = {0: state} if 0 in layers else {}
+        for index, (time, block) in enumerate(zip(self.times, tower.encoder.layers, strict=True), start=1):
             state = block(time(state, inputs.shape[1]), attention_mask=None)
-            states.append(state)
-        return {layer: self._as_state(states[layer]) for layer in layers}
+            if index in layers:
+                states[index] = state
+        return {layer: self._as_state(kept) for layer, kept in states.items()}
 
     def load_weights(self) -> None:
         """Weights of `name` into the tower and what it has for time.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,8 @@ class LayeredEncoder(Encoder):
     """
 
     tower: nn.Module
+    reads_frames: ClassVar[bool] = True
+    """Whether an input of the tower is a frame, and not a clip."""
 
     def __init__(
         self, site: Site, transform: Transform, *, layer: int | tuple[int, ...], cls: bool, frames: int | None
@@ -172,7 +175,7 @@ class LayeredEncoder(Encoder):
         return _one({shape.width for shape in shapes}, f"levels {list(layers)}")
 
     def _cls_width(self, layers: tuple[int, ...]) -> int:
-        if not self.per_frame:
+        if not self.reads_frames:
             raise ValueError("gives no cls: its CLS token is of a whole clip, not of a frame")
         shapes = [self._shape(layer) for layer in layers]
         if not all(self._has_cls(shape) for shape in shapes):

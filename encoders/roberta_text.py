@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmllm.contract.parts import Site
 from mmllm.contract.registry import register
 from mmllm.encoders.text_towers import SMALL, TransformersText, attend_to_all, pad
 
@@ -16,9 +17,23 @@ class RobertaText(TransformersText):
     """RoBERTa's layers (Liu et al. 2019, arXiv 1907.11692), attention both ways, without a space shared with images.
 
     Each layer ends with its norm: a part that adds one to the tower's states (`bridge`) is told `text_norm: false`.
+
+    Args:
+        name, config, tokenizer, length: as of `clip_text`.
     """
 
     model_type = "roberta"
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        name: str | None = None,
+        config: dict | None = None,
+        tokenizer: str | None = None,
+        length: int | None = None,
+    ) -> None:
+        super().__init__(site, name=name, config=config, tokenizer=tokenizer, length=length)
 
     def position_count(self) -> int:
         """Positions are counted from behind the padding's own."""

@@ -44,8 +44,9 @@ class Transform:
     @property
     def geometry(self) -> Geometry:
         """What the frames are resized by."""
+        centre = self.centre if self.fit == "crop" else "down"  # equal geometries share their frames
         return Geometry(
-            self.size, self.size, self.fit, self.interpolation, self.short, self.fill, self.resampler, self.centre
+            self.size, self.size, self.fit, self.interpolation, self.short, self.fill, self.resampler, centre
         )
 
     def but(self, **given: Any) -> Transform:

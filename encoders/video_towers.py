@@ -48,7 +48,7 @@ class VideoTower(LayeredEncoder):
     """
 
     model_type: ClassVar[str]
-    per_frame = False
+    per_frame = reads_frames = False
 
     def __init__(
         self,

@@ -97,6 +97,8 @@ def load_weights(model: Any, path: str | Path, modules: list[Any] | None = None)
     if modules is not None:
         inside = tuple(f"{name}." for name, module in model.named_modules() if any(module is one for one in modules))
         own, state = ({key: side[key] for key in side if key.startswith(inside)} for side in (own, state))
+        if not own:
+            raise UserError(folder, f"nothing to take: {' and '.join(inside)} has no weights")
     tied = set(model.all_tied_weights_keys or {})
     mismatched = [
         (key, state[key].shape, own[key].shape) for key in own if key in state and state[key].shape != own[key].shape

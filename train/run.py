@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
     from transformers import set_seed
 
     from mmllm.build import build_model, build_processor, set_stop_tokens
-    from mmllm.train.stage import data_files, starts
+    from mmllm.train.stage import check_names, data_files, starts
 
     chosen = _chosen(recipe, stages)
     run = RunFolder(out)
@@ -103,6 +102,8 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
         model = build_model(recipe)
         _check_vocabulary(model, processor, recipe)
         set_stop_tokens(model, processor.tokenizer)
+    for name, stage in todo.items():  # and so is a name that the model has not
+        check_names(model, name, stage, recipe)
     order = {name: index for index, name in enumerate(recipe.stages, start=1)}
     for name, stage in todo.items():
         start = time.perf_counter()
@@ -184,8 +185,13 @@ def _run_stage(
     freeze(model, stage.trains, recipe.where(f"stages.{name}.trains"))
     shared = SharedStage(name, recipe, processor, options) if stage.share else None
     state, stopped, main = None, None, _processes(options).is_main_process
-    with _turn(shared, name, run, options):
-        if shared is not None and shared.load(model):
+    alone = nullcontext()
+    if shared is not None and not shared.kept():
+        what = "waits for a run that trains an equal stage"
+        alone = shared.turn(_processes(options), lambda: run.log_event(name, what))
+    with alone:
+        if shared is not None and shared.kept():
+            shared.load(model)
             if main:
                 run.log_event(name, f"weights of an equal stage taken from {shared.file}")
         else:
@@ -199,21 +205,6 @@ def _run_stage(
     _processes(options).wait_for_everyone()
     if stopped is not None:  # it came in the last step: the stage is finished, the next ones wait
         raise Stopped(stopped, run.model)
-
-
-@contextmanager
-def _turn(shared: Any, name: str, run: RunFolder, options: Options) -> Iterator[None]:
-    """Of runs side by side one trains a shared stage; the others wait and take what it kept."""
-    processes = _processes(options)
-    if shared is None:
-        yield
-    elif processes.is_main_process:
-        with shared.turn(lambda: run.log_event(name, "waits for a run that trains an equal stage")):
-            processes.wait_for_everyone()
-            yield
-    else:
-        processes.wait_for_everyone()
-        yield
 
 
 def _train_stage(

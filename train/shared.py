@@ -42,33 +42,38 @@ class SharedStage:
         self.file = options.cache.expanduser() / "stages" / f"{key}.safetensors"
 
     @contextmanager
-    def turn(self, waiting: Callable[[], None]) -> Iterator[None]:
-        """Keep other runs from training this stage meanwhile; `waiting` is called if one of them is at it."""
-        from filelock import FileLock, Timeout
+    def turn(self, processes: Any, waiting: Callable[[], None]) -> Iterator[None]:
+        """Keep other runs from training this stage meanwhile; all processes of this one wait together.
+
+        Args:
+            processes: accelerate's state of this run. waiting: called once if another run is at it.
+        """
+        from filelock import FileLock
 
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.file.with_suffix(".lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        lock = FileLock(self.file.with_suffix(".lock"), mode=0o666)  # others may use this cache too
+        mine = processes.is_main_process and _locked(lock, 0.0)
+        if processes.is_main_process and not mine:
             waiting()
-            lock.acquire()
+        while not _from_main(mine):  # in short turns: processes that wait long for each other are given up
+            mine = processes.is_main_process and _locked(lock, 30.0)
         try:
             yield
         finally:
             lock.release()
 
-    def load(self, model: Any) -> bool:
-        """Put the kept weights into the model; False where there are none."""
+    def kept(self) -> bool:
+        """Whether there are weights to take, the same answer in all processes."""
+        return _from_main(self.file.is_file())
+
+    def load(self, model: Any) -> None:
+        """Put the kept weights into the model."""
         from safetensors.torch import load_file
 
-        if not self.file.is_file():
-            return False
         state = load_file(self.file)
         for prefix, module in _modules(model).items():
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             module.load_state_dict(own)
-        return True
 
     def save(self, model: Any, whole: dict[str, Any]) -> None:
         """Keep the model's LLM out of its `whole` state; complete or absent."""
@@ -84,6 +89,23 @@ class SharedStage:
         fresh = self.file.with_suffix(f".{os.getpid()}")
         save_file(state, fresh)
         fresh.replace(self.file)
+
+
+def _locked(lock: Any, seconds: float) -> bool:
+    from filelock import Timeout
+
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return False
+    return True
+
+
+def _from_main(value: bool) -> bool:
+    """What the main process says."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
 
 
 def _stage_facts(stage: Stage, recipe: Recipe) -> dict[str, Any]:

@@ -16,7 +16,8 @@ examples:
   mmllm data align-levels captions.jsonl --pair openai/clip-vit-large-patch14-336 --out captions.levels.jsonl
   mmllm data align-levels more.jsonl --pair openai/clip-vit-large-patch14-336 \\
       --edges captions.levels.edges.json --out more.levels.jsonl
-  mmllm data align-levels runs/world/train/caption.jsonl --pair runs/clip --levels 4 --out levels.jsonl   # nano/clip's
+  mmllm data align-levels runs/world/train/caption.jsonl --pair runs/clip --levels 4 \\
+      --out runs/world/train/levels.jsonl
 
 Records without a medium stay as they are. Beside the data, OUT.edges.json keeps the scores between the levels.
 """
@@ -34,7 +35,7 @@ def configure(verbs: Any) -> None:
     scores.add_argument("--scores", type=Path, metavar="FILE", help="scores made elsewhere, a number a line")
     parser.add_argument("--levels", type=int, default=8, help="how many levels, of equal size (default 8)")
     parser.add_argument("--edges", type=Path, metavar="FILE", help="levels of other data instead: their edges.json")
-    parser.add_argument("--frames", type=int, default=8, help="frames of a video that are scored (default 8)")
+    parser.add_argument("--frames", type=int, default=8, help="frames of a video to score (default 8; a run: its own)")
     parser.add_argument("--root", type=Path, help="folder that media paths are relative to (default: the file's own)")
     common(parser, "--quiet", "--device")
     parser.set_defaults(run=run)
@@ -49,9 +50,10 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(options.out, "the data would be overwritten", hint="--out another.jsonl")
     known = _read_edges(options.edges) if options.edges else None
     source = open_source(options.data, options.root)
-    pairs = [pair_of(source[index]) for index in range(len(source))]
+    names, pairs = zip(*((sample.id, pair_of(sample)) for sample in source), strict=True)
     places = [index for index, pair in enumerate(pairs) if pair is not None]
-    scores = _given(options.scores, len(places)) if options.scores else _scored([pairs[i] for i in places], options)
+    wanted = [(names[index], *pairs[index]) for index in places]
+    scores = _given(options.scores, len(places)) if options.scores else _scored(wanted, options)
     found = levels_by_rank(scores, options.levels) if known is None else levels_by_edges(scores, known)
     edges = level_edges(scores, options.levels).tolist() if known is None else known
     levels: list[int | None] = [None] * len(pairs)
@@ -88,7 +90,7 @@ def _given(path: Path, count: int) -> list[float]:
 
 
 def _scored(pairs: list[Any], options: argparse.Namespace) -> list[float]:
-    """A score for every pair of medium and text."""
+    """A score for every record's name, medium and text."""
     from mmllm.data.align_levels import Pair
     from mmllm.data.guard import GuardedReader
     from mmllm.data.sampling import Sampling
@@ -97,15 +99,15 @@ def _scored(pairs: list[Any], options: argparse.Namespace) -> list[float]:
 
     calm_libraries()
     judge = (TrainedPair if is_run(options.pair) else Pair)(options.pair, pick_device(options.device))
-    reader = GuardedReader()
     sampling, bar, scores = Sampling(frames=options.frames), Progress("scored", len(pairs), quiet=options.quiet), []
-    try:
-        for number, (ref, text) in enumerate(pairs, start=1):
-            scores.append(judge.score(reader.read(ref, sampling).frames, text))
+    with GuardedReader() as reader:
+        for number, (name, ref, text) in enumerate(pairs, start=1):
+            if isinstance(judge, TrainedPair):
+                scores.append(judge.score(name, ref, text))
+            else:
+                scores.append(judge.score(reader.read(ref, sampling).frames, text))
             bar.update(number)
-    finally:
-        reader.close()
-        bar.close()
+    bar.close()
     return scores
 
 

@@ -90,7 +90,10 @@ class Lab:
         self.stopping.set()
         for future in waiting:
             future.cancel()
-        for process in list(self.running):
+        running = list(self.running)
+        if running and not self.quiet:
+            print(f"waiting for {len(running)} of the runs to save and end", file=sys.stderr)
+        for process in running:
             process.terminate()
 
     def result(self, run: Run) -> dict[str, Any] | None:
@@ -146,9 +149,9 @@ class Lab:
         with log.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%F %T')} mmllm {' '.join(command)}\n")
             file.flush()
-            process = subprocess.Popen(
-                [sys.executable, "-m", "mmllm", *command], stdout=file, stderr=subprocess.STDOUT, env=environment
-            )
+            words, streams = [sys.executable, "-m", "mmllm", *command], {"stdout": file, "stderr": subprocess.STDOUT}
+            # In a session of its own: a second signal, beside ours, would stop it before it has saved.
+            process = subprocess.Popen(words, env=environment, start_new_session=True, **streams)
             self.running.add(process)
             if self.stopping.is_set():  # it may have been started just after the others were asked to end
                 process.terminate()
@@ -180,14 +183,15 @@ def _places(device: str | None, jobs: int | None) -> list[dict[str, str]]:
     """Where runs may go side by side, as variables of their environment: GPUs in turn, or shares of the cores."""
     import torch
 
-    if device is None and torch.cuda.is_available():
-        count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = given.split(",")[:count] if given else [str(index) for index in range(count)]
-        return [{"CUDA_VISIBLE_DEVICES": names[index % count]} for index in range(jobs or count)]
-    if jobs is None or jobs == 1:
-        return [{}]
-    threads = max(1, torch.get_num_threads() // jobs)  # two processes that each take all cores hinder each other
-    return [{"OMP_NUM_THREADS": str(threads)}] * jobs
+    count = torch.cuda.device_count() if device in (None, "cuda") else 0
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",")[:count] if given else [str(index) for index in range(count)]
+    jobs = jobs or max(1, count)
+    places = [{"CUDA_VISIBLE_DEVICES": names[index % count]} if count else {} for index in range(jobs)]
+    if jobs > 1:  # two processes that each take all cores hinder each other
+        threads = str(max(1, torch.get_num_threads() // jobs))
+        places = [{**place, "OMP_NUM_THREADS": threads} for place in places]
+    return places
 
 
 def samples_per_second(run: Path) -> float | None:

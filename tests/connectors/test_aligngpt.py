@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import frames, image, save_model, tiny_model, tiny_processor, tiny_recipe
+from tiny import frames, image, save_model, tiny_model, tiny_processor, tiny_recipe, write_video
 
 from mmllm.cli import main
 from mmllm.connectors.aligngpt import LevelGate
@@ -16,7 +16,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
 from mmllm.contract.types import Grid, MediaSpec, PromptFeatures, TokenSpec
 from mmllm.data.align_levels import clip_score, level_edges, levels_by_edges, levels_by_rank
-from mmllm.data.conversations import Sample
+from mmllm.data.media import MediaRef
 from mmllm.encoders.tokens import frame_tokens
 from mmllm.world.tokenizer import build_tokenizer
 
@@ -215,27 +215,31 @@ def test_a_pair_of_towers_scores_pictures_and_captions(tmp_path):
     assert levels[2] is None
 
 
-def test_a_run_with_a_text_source_scores_too(tmp_path, capsys):
+def test_a_contrastive_run_scores_media_as_it_read_them_in_training(tmp_path, capsys):
     from mmllm.trained_pair import TrainedPair
 
     recipe = tiny_recipe("nano/clip", overrides=("model.text.words.joint=64",))
     pair = tmp_path / "run/model"
     tiny_model(recipe).save_pretrained(pair)
     tiny_processor(recipe).save_pretrained(pair)
+    (pair / "recipe.yaml").write_text(recipe.dump())
     data, out = records(tmp_path), tmp_path / "levels.jsonl"
     command = ["data", "align-levels", str(data), "--levels", "2", "--quiet", "--device", "cpu", "--out", str(out)]
     assert main([*command, "--pair", str(tmp_path / "run")]) == 0
     levels = [record.get("level") for record in read(out)]
     assert sorted(level for level in levels if level is not None) == [0, 0, 0, 1, 1, 1]
-    judge, clip = TrainedPair(str(pair)), frames(3, 4)
-    asked = {"role": "user", "content": [{"type": "video", "video": clip}]}
-    said = [{**asked}, {"role": "assistant", "content": "a red square"}]
-    batch = judge.objective.prepare([Sample("x", said, {})], judge.processor)
+    judge, path = TrainedPair(str(pair)), write_video(tmp_path / "a.mp4", frames(3, 9))
+    spec = judge.processor.read({"type": "video", "path": str(path)}).for_model()
+    visual = {"media": [spec], "pairs": [(0, -1)], "spans": torch.zeros(0, 4, dtype=torch.long)}
+    ids, mask = judge.processor.front_end.prompts.sources["words"].tokenize(["a red square"])
     with torch.no_grad():
-        seen, text = judge.model.pooled_images(batch), judge.model.pooled_texts(batch)
+        seen = judge.model.pooled_images({"visual": visual})
+        text = judge.model.pooled_texts({"input_ids": ids, "attention_mask": mask})
     expected = torch.nn.functional.cosine_similarity(seen, text).item()
-    assert judge.score(clip, "a red square") == pytest.approx(expected, abs=1e-6)
-    assert judge.score(clip, "a blue circle") != pytest.approx(expected, abs=1e-6)
+    assert judge.score("x", MediaRef("video", str(path)), "a red square") == pytest.approx(expected, abs=1e-6)
+    assert judge.score("x", MediaRef("video", str(path)), "a blue circle") != pytest.approx(expected, abs=1e-6)
+    with pytest.raises(UserError, match="sample r7"):
+        judge.score("r7", MediaRef("image", str(tmp_path / "0.png")), " ")
     save_model(tmp_path / "blind")
     assert main([*command, "--pair", str(tmp_path / "blind")]) == 2
-    assert "has no text source" in capsys.readouterr().err
+    assert "was not trained by the objective contrastive" in capsys.readouterr().err

@@ -269,6 +269,8 @@ def test_the_paper_size_recipe_has_the_specs_figures():
     grids = {"languagebind": "16x16x16", "dinov2": "16x16x16", "vivit": "16x14x14", "siglip": "16x14x14"}
     assert {name: rows[name].grid for name in grids} == grids
     assert sum(rows[f"{name}_stream"].parameters for name in grids) == 4096 * (1024 + 1024 + 768 + 768) + 4 * 4096
+    geometries = check_shapes(load("merv")).geometries
+    assert geometries.keys() == grids.keys() and len(set(geometries.values())) == 1, "frames are resized once"
     assert rows["fusion"].parameters == 4096
     assert (rows["fusion"].tokens, rows["llm"].tokens) == (1024, 1024)
     macs = {name: rows[name].macs / 1e12 for name in grids}

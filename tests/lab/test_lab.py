@@ -16,7 +16,7 @@ import yaml
 
 from mmllm.cli import main
 from mmllm.contract.errors import UserError
-from mmllm.lab.runs import Lab, Run
+from mmllm.lab.runs import Lab, Run, _places
 from mmllm.lab.study import StudyFile
 from mmllm.lab.table import estimate, render, results
 
@@ -151,6 +151,23 @@ def test_sigterm_ends_runs_side_by_side(tmp_path, monkeypatch, capsys):
     for path in started():
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.suffix[1:]), 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "jobs", "places"),
+    [
+        ("cpu", 2, None, [{}]),
+        (None, 0, 2, [{"OMP_NUM_THREADS": "4"}] * 2),
+        (None, 2, None, [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "4"} for gpu in "01"]),
+        ("cuda", 2, 3, [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "2"} for gpu in "010"]),
+        (None, 1, None, [{"CUDA_VISIBLE_DEVICES": "0"}]),
+    ],
+)
+def test_runs_go_to_gpus_in_turn_or_share_the_cores(monkeypatch, device, gpus, jobs, places):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    assert _places(device, jobs) == places
 
 
 def test_no_run_at_a_time_is_refused(tmp_path, capsys):

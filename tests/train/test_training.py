@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -225,6 +227,7 @@ def test_a_stage_starts_from_parts_of_other_runs(data, tmp_path):
         ({"connector.mpl": "run"}, "the model has no 'connector.mpl'. Try: connector.mlp"),
         ({"encoders.nano": "none"}, "no such folder"),
         ({"encoders.nano": "other"}, "checkpoint of another recipe"),
+        ({"connector.pool": "run"}, "has no weights"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(data, tmp_path, init, says):
@@ -232,9 +235,11 @@ def test_parts_that_do_not_fit_are_refused(data, tmp_path, init, says):
     other = recipe(data, steps=1)
     other.model["encoders"]["nano"]["channels"] = [8, 8, 8, 8]
     train(other, tmp_path / "other", options())
-    init = {part: str(tmp_path / folder) for part, folder in init.items()}
+    made = recipe(data, steps=1, init={part: str(tmp_path / folder) for part, folder in init.items()})
+    made.model["connector"][0]["in"] = ["pool"]
+    made.model["connector"].insert(0, {"type": "pool", "name": "pool", "grid": [4, 3, 3], "in": ["nano"]})
     with pytest.raises(UserError, match=re.escape(says)):
-        train(recipe(data, steps=1, init=init), tmp_path / "new", options())
+        train(made, tmp_path / "new", options())
 
 
 def test_the_batch_is_global(data):
@@ -248,26 +253,35 @@ def test_the_batch_is_global(data):
         micro_batch("instruct", stage, made, 5)
 
 
-def test_runs_side_by_side_wait_for_a_shared_stage(data, tmp_path):
-    """The second one says that it waits, and goes on when the first has kept its weights."""
-    made = recipe(data, trains=["llm"], share=True)
-    settings = options(cache=tmp_path)
-    first, second = (SharedStage("instruct", made, build_processor(made), settings) for _ in range(2))
-    inside, waits, order = threading.Event(), threading.Event(), []
+def test_a_run_waits_for_another_that_trains_a_shared_stage(data, tmp_path):
+    """The other one is played: it holds the turn until it has been waited for, and then keeps weights."""
+    from accelerate import PartialState
+
+    made = recipe(data, trains=["llm"], share=True, steps=2)
+    train(made, tmp_path / "known", options(cache=tmp_path / "full"))
+    (kept,) = (tmp_path / "full/stages").glob("*.safetensors")
+    other = SharedStage("instruct", made, build_processor(made), options(cache=tmp_path / "empty"))
+    inside, events = threading.Event(), tmp_path / "mine/events.txt"
 
     def trains() -> None:
-        with first.turn(lambda: order.append("the first waits")):
+        with other.turn(PartialState(), lambda: None):
             inside.set()
-            waits.wait(10)
-            order.append("kept")
+            end = time.monotonic() + 60
+            while not (events.is_file() and "waits" in events.read_text()) and time.monotonic() < end:
+                time.sleep(0.05)
+            shutil.copy(kept, other.file)
 
     thread = threading.Thread(target=trains)
     thread.start()
     inside.wait(10)
-    with second.turn(waits.set):
-        order.append("the second's turn")
+    train(made, tmp_path / "mine", options(cache=tmp_path / "empty"))
     thread.join()
-    assert waits.is_set() and order == ["kept", "the second's turn"]
+    first, second = events.read_text().splitlines()
+    assert "waits for a run that trains an equal stage" in first and "taken from" in second
+    same = weights(tmp_path / "known")
+    assert all(
+        torch.equal(value, same[key]) for key, value in weights(tmp_path / "mine").items() if "language_model" in key
+    )
 
 
 def test_a_shared_stage_is_trained_once(data, tmp_path):
