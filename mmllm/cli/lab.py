@@ -12,7 +12,7 @@ from mmllm.contract.errors import UserError
 
 EPILOG = """\
 examples:
-  mmllm lab studies/front_ends.yaml
+  mmllm lab studies/several_encoders.yaml
   mmllm lab my_study.yaml --out runs/my_study --dry-run
   mmllm lab my_study.yaml --jobs 2                        # two runs at a time, each with half of the cores
   mmllm lab my_study.yaml roots.world=runs/world stages.instruct.steps=200
