@@ -199,6 +199,26 @@ def test_rows_in_groups_of_similar_length_give_the_same_loss_and_gradients(data,
         torch.testing.assert_close(gradients_in_groups[name], value, rtol=1e-4, atol=1e-6)
 
 
+def test_the_padding_of_a_row_is_read_by_nothing_though_there_is_no_mask(data):
+    from mmllm.build import build_model
+    from mmllm.train.objectives.language_modeling import LanguageModeling
+    from mmllm.train.stage import load_data
+
+    made = recipe(data)
+    processor, model, objective = build_processor(made), build_model(made), LanguageModeling()
+    samples = [load_data(made.stages["instruct"], made)[index] for index in range(7)]
+    batch = objective.prepare(samples, processor)
+    assert not batch["attention_mask"].all()
+    with torch.no_grad():
+        found = objective(model, batch)["language_modeling"].sum
+        hidden = model.run(model.embed(batch))
+        logits, targets = model.logits(hidden[:, :-1]).transpose(1, 2), batch["labels"][:, 1:]
+        masked = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+        alone = sum(objective(model, objective.prepare([one], processor))["language_modeling"].sum for one in samples)
+    torch.testing.assert_close(found, masked, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, alone, rtol=1e-6, atol=0)
+
+
 def test_no_group_is_refused():
     from mmllm.train.run import build_objective
 
