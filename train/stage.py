@@ -81,15 +81,15 @@ def starts(stage: Stage, recipe: Recipe) -> list[tuple[str | None, Path]]:
     return [(part, model_folder(recipe.path(folder))) for part, folder in given.items()]
 
 
-def check_names(model: nn.Module, name: str, stage: Stage, recipe: Recipe) -> None:
+def check_names(front: FrontEnd, name: str, stage: Stage, recipe: Recipe) -> None:
     """Refuse names in `trains` and `init` that the model has not.
 
     Raises:
         UserError: names the key.
     """
-    _modules(model, stage.trains, recipe.where(f"stages.{name}.trains"))
+    freeze_names(front, stage.trains, recipe.where(f"stages.{name}.trains"))
     parts = tuple(part for part, _ in starts(stage, recipe) if part is not None)
-    _modules(model, parts, recipe.where(f"stages.{name}.init"))
+    freeze_names(front, parts, recipe.where(f"stages.{name}.init"))
 
 
 def start_from(model: nn.Module, part: str | None, folder: Path, where: str) -> None:

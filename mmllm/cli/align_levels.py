@@ -98,14 +98,19 @@ def _scored(pairs: list[Any], options: argparse.Namespace) -> list[float]:
     from mmllm.trained_pair import TrainedPair, is_run
 
     calm_libraries()
-    judge = (TrainedPair if is_run(options.pair) else Pair)(options.pair, pick_device(options.device))
-    sampling, bar, scores = Sampling(frames=options.frames), Progress("scored", len(pairs), quiet=options.quiet), []
+    device, sampling = pick_device(options.device), Sampling(frames=options.frames)
+    bar, scores = Progress("scored", len(pairs), quiet=options.quiet), []
     with GuardedReader() as reader:
+        if is_run(options.pair):
+            score = TrainedPair(options.pair, device).score
+        else:
+            pair = Pair(options.pair, device)
+
+            def score(name: str, ref: Any, text: str) -> float:
+                return pair.score(reader.read(ref, sampling).frames, text)
+
         for number, (name, ref, text) in enumerate(pairs, start=1):
-            if isinstance(judge, TrainedPair):
-                scores.append(judge.score(name, ref, text))
-            else:
-                scores.append(judge.score(reader.read(ref, sampling).frames, text))
+            scores.append(score(name, ref, text))
             bar.update(number)
     bar.close()
     return scores

@@ -271,7 +271,7 @@ class Geometry:
         short: length of the short side before the crop; None = the size itself.
         fill: grey level 0..255 of the padding.
         resampler: "torch" (torchvision on uint8 tensors) or "pillow"; a few values differ by a grey level.
-        centre: where a crop with an odd margin begins: half a pixel "down", or to the "even" one as torchvision has it.
+        centre: how half of a crop's odd margin is rounded: "down", or to the "even" neighbour as torchvision has it.
     """
 
     height: int
