@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def _scored(pairs: list[Any], options: argparse.Namespace) -> list[float]:
     calm_libraries()
     device, sampling = pick_device(options.device), Sampling(frames=options.frames)
     bar, scores = Progress("scored", len(pairs), quiet=options.quiet), []
-    with GuardedReader() as reader:
+    with GuardedReader() as reader, closing(bar):
         if is_run(options.pair):
             score = TrainedPair(options.pair, device).score
         else:
@@ -112,7 +113,6 @@ def _scored(pairs: list[Any], options: argparse.Namespace) -> list[float]:
         for number, (name, ref, text) in enumerate(pairs, start=1):
             scores.append(score(name, ref, text))
             bar.update(number)
-    bar.close()
     return scores
 
 

@@ -164,7 +164,7 @@ class Lab:
 
 @contextlib.contextmanager
 def _terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does (only the main thread may say so)."""
+    """SIGTERM and a closed terminal do what Ctrl-C does (only the main thread may say so; nohup is left as it is)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -172,11 +172,15 @@ def _terminated_as_interrupt() -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _places(device: str | None, jobs: int | None) -> list[dict[str, str]]:

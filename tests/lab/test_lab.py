@@ -124,7 +124,8 @@ def test_a_failed_run_is_named_and_the_finished_ones_stay(tmp_path, calls, monke
     assert (tmp_path / "out/runs/llava-0/report.json").is_file()
 
 
-def test_sigterm_ends_runs_side_by_side(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_runs_side_by_side(tmp_path, monkeypatch, capsys, number):
     """Each has its share of the cores; none is left behind, and none is started afterwards."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\necho "$OMP_NUM_THREADS" > {tmp_path}/started.$$\nexec sleep 60\n')
@@ -139,7 +140,7 @@ def test_sigterm_ends_runs_side_by_side(tmp_path, monkeypatch, capsys):
         end = time.monotonic() + 30
         while len(started()) < 2 and time.monotonic() < end:
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     killer = threading.Thread(target=terminate)
     killer.start()
