@@ -1,4 +1,4 @@
-"""How a patch enters the space that an image tower shares with its text tower; trained for pooled images only.
+"""How a patch enters the space that an image tower shares with its text tower; CLIP trains this for pooled images only.
 
 Source: PPLLaVA (Liu et al. 2024, arXiv 2411.02327), for the towers of CLIP and SigLIP.
 """
@@ -9,6 +9,10 @@ import math
 
 import torch
 from torch import Tensor, nn
+
+from mmllm.connectors.projectors import Projector
+from mmllm.contract.parts import Site
+from mmllm.contract.registry import register
 
 
 class ClipPatchHead(nn.Module):
@@ -31,6 +35,24 @@ class ClipPatchHead(nn.Module):
         """Weights out of a CLIP model."""
         self.norm.load_state_dict(pair.vision_model.post_layernorm.state_dict())
         self.projection.load_state_dict(pair.visual_projection.state_dict())
+
+
+@register("connector", "clip_head")
+class ClipHead(Projector):
+    """`ClipPatchHead` as a part: trained by the contrastive objective, its `head` is that of `prompt_relevance`.
+
+    Args:
+        width: of the joint space, a number or "llm".
+    """
+
+    def __init__(self, site: Site, *, width: int | str = "llm") -> None:
+        super().__init__(site)
+        self.out_width = site.width(width)
+        self.head = ClipPatchHead(site.inputs[0].width, self.out_width)
+
+    def project(self, values: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N, width]."""
+        return self.head(values)
 
 
 class SiglipPatchHead(nn.Module):

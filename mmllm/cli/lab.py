@@ -48,12 +48,12 @@ def run(options: argparse.Namespace) -> int:
     out = options.out or Path("runs") / options.study.stem
     lab = Lab(file, out, cache=cache_dir(options), device=options.device, jobs=options.jobs, quiet=options.quiet)
     if options.dry_run:
-        done = sum(lab.result(run) is not None for run in lab.runs)
+        runs = len(lab.first) + len(lab.runs)
         for arm, fact in facts.items():
             print(
                 f"{arm}: {fact.tokens} tokens, {fact.parameters / 1e6:.2f} M parameters, {fact.macs / 1e6:.1f} M MACs"
             )
-        print(f"{len(lab.runs)} runs, {done} finished, into {out}")
+        print(f"{runs} runs, {runs - len(lab.todo())} finished, into {out}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
     try:

@@ -21,11 +21,12 @@ from typing import Any
 from mmllm.contract.errors import UserError
 from mmllm.lab.study import StudyFile
 from mmllm.progress import Progress
+from mmllm.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed, in a folder of its own."""
+    """One arm, or what comes first, with one seed, in a folder of its own."""
 
     arm: str
     seed: int
@@ -61,7 +62,20 @@ class Lab:
         self.running: set[subprocess.Popen] = set()
         self.stopping = threading.Event()
         # seeds outside: after a kill in the middle every arm has about as many seeds as the others
-        self.runs = [Run(arm, seed, out / "runs" / f"{arm}-{seed}") for seed in file.study.seeds for arm in file.arms]
+        self.runs = [self._place(arm, seed) for seed in file.study.seeds for arm in file.arms]
+        self.first = [self._place(name, seed) for seed in file.study.seeds for name in file.first]
+
+    def _place(self, arm: str, seed: int) -> Run:
+        return Run(arm, seed, self.out / "runs" / f"{arm}-{seed}")
+
+    def todo(self) -> list[Run]:
+        """What is not finished, in the order in which it starts: what comes first, with all seeds, before any arm."""
+        first = [run for run in self.first if not self._trained(run)]
+        return first + [run for run in self.runs if self.result(run) is None]
+
+    def _before(self, run: Run) -> list[Run]:
+        """What has to be trained before an arm."""
+        return [one for one in self.first if one.seed == run.seed] if run.arm in self.file.arms else []
 
     def run_all(self) -> None:
         """Train and evaluate; a run that fails stops the study and leaves what is finished.
@@ -69,19 +83,22 @@ class Lab:
         Raises:
             UserError: a run failed; names it and its log.
         """
-        todo = [run for run in self.runs if self.result(run) is None]
-        progress = Progress("run", len(self.runs), start=len(self.runs) - len(todo), quiet=self.quiet, every=0.0)
+        todo, count = self.todo(), len(self.first) + len(self.runs)
+        progress = Progress("run", count, start=count - len(todo), quiet=self.quiet, every=0.0)
         free: Queue[dict[str, str]] = Queue()
         for place in self.places:
             free.put(place)
         with ThreadPoolExecutor(len(self.places)) as pool, _terminated_as_interrupt():
-            waiting = [pool.submit(self._run, run, free) for run in todo]
+            # a run that waits for another one cannot hold it up: that one was submitted before, and has begun
+            waiting: dict[Run, Future] = {}
+            for run in todo:
+                before = [waiting[one] for one in self._before(run) if one in waiting]
+                waiting[run] = pool.submit(self._run, run, free, before)
             try:
-                for count, future in enumerate(as_completed(waiting), start=len(self.runs) - len(todo) + 1):
-                    run = future.result()
-                    progress.update(count, {"finished": run.label})
+                for done, future in enumerate(as_completed(waiting.values()), start=count - len(todo) + 1):
+                    progress.update(done, {"finished": future.result().label})
             except BaseException:
-                self._stop(waiting)
+                self._stop(list(waiting.values()))
                 raise
         progress.close()
 
@@ -105,9 +122,20 @@ class Lab:
         benchmarks = json.loads(path.read_text())["benchmarks"]
         return benchmarks if all(task in benchmarks for task in self.file.study.tasks) else None
 
+    def _trained(self, run: Run) -> bool:
+        """Whether what comes first has been, all stages of it."""
+        finished = RunFolder(run.out).status["stages"]
+        if finished:
+            self._refuse_another(run)
+        return all(stage in finished for stage in self.file.recipes[run.arm].stages)
+
     def _facts(self, run: Run) -> dict[str, Any]:
         """All that a run's scores depend on, as plain JSON."""
-        return json.loads(json.dumps({"recipe": self.file.recipes[run.arm].data, "limit": self.file.study.limit}))
+        recipes = self.file.recipes
+        facts = {"recipe": recipes[run.arm].data, "limit": self.file.study.limit}
+        if before := self._before(run):
+            facts["first"] = {one.arm: recipes[one.arm].data for one in before}
+        return json.loads(json.dumps(facts))
 
     def _refuse_another(self, run: Run) -> None:
         """Raise where a folder holds a run of what the study said before."""
@@ -119,21 +147,24 @@ class Lab:
             keys = ", ".join(different[:5])
             raise UserError(run.out, f"holds a run of another study; these differ: {keys}", hint="--out NEW")
 
-    def _run(self, run: Run, free: Queue[dict[str, str]]) -> Run:
+    def _run(self, run: Run, free: Queue[dict[str, str]], before: list[Future]) -> Run:
+        for future in before:
+            future.result()
         place = free.get()
         try:
             run.out.mkdir(parents=True, exist_ok=True)
             (run.out / "lab.json").write_text(json.dumps(self._facts(run)))
-            for command in (self._train(run), self._evaluate(run)):
-                self._call(run, command, {**os.environ, **place})
+            self._call(run, self._train(run), {**os.environ, **place})
+            if run.arm in self.file.arms:
+                self._call(run, self._evaluate(run), {**os.environ, **place})
         finally:
             free.put(place)
         return run
 
     def _train(self, run: Run) -> list[str]:
-        arm = self.file.arms[run.arm]
-        command = ["train", self.file.recipe_of(arm), "--out", str(run.out), "--seed", str(run.seed)]
-        return [*command, "--cache-dir", str(self.cache), *self._common(), *self.file.overrides, *arm.set]
+        command = ["train", self.file.recipe_of(run.arm), "--out", str(run.out), "--seed", str(run.seed)]
+        roots = [f"roots.{one.arm}={one.out}" for one in self._before(run)]
+        return [*command, "--cache-dir", str(self.cache), *self._common(), *self.file.overrides_of(run.arm), *roots]
 
     def _evaluate(self, run: Run) -> list[str]:
         study = self.file.study

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,8 @@ class Study:
 
     Args:
         arms: {name: recipe, or a map of `recipe`, `set`, `free`}.
+        first: what is trained once a seed before the arms, and not evaluated, written as the arms are; recipes of the
+            arms find the run folder of their seed as a root of this name: `init: {encoders: "clip:model"}`.
         baseline: the arm that the others are measured against; default: the first.
         seeds: training seeds; every arm is trained with each.
         equal: what has to be equal between the arms: tokens into the LLM, or multiply-adds; null = nothing.
@@ -46,6 +48,7 @@ class Study:
     """
 
     arms: dict
+    first: dict = field(default_factory=dict)
     baseline: str | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     equal: Literal["tokens", "flops"] | None = None
@@ -84,20 +87,30 @@ class StudyFile:
         self.plugins = [self._beside(name) for name in named]
         for plugin in self.plugins:
             load_plugin(plugin)
-        self.arms = {name: self._arm(name, value) for name, value in self.study.arms.items()}
-        self.recipes = {name: self.load(arm) for name, arm in self.arms.items()}
+        self.first = {name: self._arm(f"first.{name}", value) for name, value in self.study.first.items()}
+        self.arms = {name: self._arm(f"arms.{name}", value) for name, value in self.study.arms.items()}
+        if both := sorted(set(self.first) & set(self.arms)):
+            raise UserError(f"{path}:first.{both[0]}", "an arm has this name too")
+        self.recipes = {name: self.load(name) for name in {**self.first, **self.arms}}
         self.baseline = self.study.baseline or next(iter(self.arms))
         if self.baseline not in self.arms:
             hint = nearest(self.baseline, list(self.arms))
             raise UserError(f"{path}:baseline", f"no arm is called {self.baseline!r}", hint=hint)
 
-    def load(self, arm: Arm) -> Recipe:
-        """The recipe of an arm, with all overrides."""
-        return load(self.recipe_of(arm), [*self.overrides, *arm.set])
+    def load(self, name: str) -> Recipe:
+        """The recipe of an arm or of what comes first, with its overrides."""
+        return load(self.recipe_of(name), self.overrides_of(name))
 
-    def recipe_of(self, arm: Arm) -> str:
-        """The recipe's name, or its file beside the study."""
-        return self._beside(arm.recipe) if arm.recipe.endswith((".yaml", ".yml")) else arm.recipe
+    def recipe_of(self, name: str) -> str:
+        """Its recipe's name, or the recipe's file beside the study."""
+        recipe = {**self.first, **self.arms}[name].recipe
+        return self._beside(recipe) if recipe.endswith((".yaml", ".yml")) else recipe
+
+    def overrides_of(self, name: str) -> list[str]:
+        """What all arms have, then its own; of the former only roots where it comes first, whose stages are others."""
+        if name in self.first:
+            return [*(word for word in self.overrides if word.startswith("roots.")), *self.first[name].set]
+        return [*self.overrides, *self.arms[name].set]
 
     def facts(self) -> dict[str, Facts]:
         """{arm: what it costs}.
@@ -108,8 +121,8 @@ class StudyFile:
         from mmllm.walk import walk
 
         found = {}
-        for name, recipe in self.recipes.items():
-            rows = walk(recipe)
+        for name in self.arms:
+            rows = walk(self.recipes[name])
             parameters, macs = sum(row.parameters for row in rows), sum(row.macs for row in rows)
             found[name] = Facts(rows[-1].tokens, parameters, macs)
         self._refuse_unequal(found)
@@ -127,10 +140,10 @@ class StudyFile:
             hint = "change a grid, or `free: true` for an arm that is meant to differ"
             raise UserError(f"{self.path}:equal", f"the arms differ in {kind}", got=got, hint=hint)
 
-    def _arm(self, name: str, value: Any) -> Arm:
-        if "/" in name or "." in name:
-            raise UserError(f"{self.path}:arms.{name}", "a name is a word without a dot or a slash")
-        where = f"{self.path}:arms.{name}"
+    def _arm(self, key: str, value: Any) -> Arm:
+        where = f"{self.path}:{key}"
+        if "/" in key or key.count(".") > 1:
+            raise UserError(where, "a name is a word without a dot or a slash")
         return Arm(**bind(Arm, {"recipe": value} if isinstance(value, str) else value, where))
 
     def _beside(self, name: str) -> str:

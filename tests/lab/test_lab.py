@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from mmllm.cli import main
@@ -45,6 +46,7 @@ def test_mistakes_are_named(tmp_path):
     assert "one twice" in problem(study(tmp_path, seeds=[1, 1]))
     assert "no arm is called 'lava'. Try: llava" in problem(study(tmp_path, baseline="lava"))
     assert "no such recipe" in problem(study(tmp_path, arms={"a": "nano/lava"}))
+    assert "first.llava: an arm has this name too" in problem(study(tmp_path, first={"llava": "nano/clip"}))
     assert "arms.a.x: unknown key" in problem(study(tmp_path, arms={"a": {"recipe": "nano/llava", "x": 1}}))
 
 
@@ -62,6 +64,22 @@ def test_shipped_studies_are_fair(path):
     assert len(file.study.seeds) >= 3 and file.study.summary and set(file.facts()) == set(file.arms)
 
 
+def test_what_the_pooling_study_trains_first_fits_its_arms(tmp_path):
+    from mmllm.build import build_model
+    from mmllm.train.stage import start_from
+
+    file = StudyFile(next(path for path in SHIPPED if path.stem == "prompt_pooling"))
+    clip, arms = build_model(file.recipes["clip"]), {name: build_model(file.recipes[name]) for name in file.arms}
+    clip.save_pretrained(tmp_path / "model")
+    for name, model in arms.items():
+        for part in file.recipes[name].stages["caption"].init:
+            start_from(model, part, tmp_path / "model", name)
+    met = clip.state_dict()
+    for name, taken in (("ppllava", ("encoders", "prompts", "relevance.head")), ("means", ("encoders",))):
+        keys = [key for key in arms[name].state_dict() if any(f".{part}." in key for part in taken)]
+        assert len(keys) > 5 and all(torch.equal(arms[name].state_dict()[key], met[key]) for key in keys)
+
+
 def test_overrides_reach_every_arm(tmp_path):
     file = StudyFile(study(tmp_path, set=["stages.instruct.steps=7"]), ("stages.text.steps=3",))
     assert [recipe.stages["instruct"].steps for recipe in file.recipes.values()] == [7, 7]
@@ -76,7 +94,9 @@ def calls(monkeypatch) -> list[list[str]]:
 
     def call(self: Lab, run: Run, command: list[str], environment: dict[str, str]) -> None:
         made.append(command)
-        if command[0] == "train":
+        if run.arm == "clip":
+            (run.out / "status.json").write_text(json.dumps({"stages": {"contrast": {}}}))
+        elif command[0] == "train":
             (run.out / "recipe.yaml").write_text(yaml.safe_dump({"stages": {"instruct": {"batch": 10}}}))
             rows = [{"stage": "instruct", "step": 10 * i, "time": 5.0 * i} for i in range(4)]
             (run.out / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -107,6 +127,39 @@ def test_the_table_counts_seed_by_seed(tmp_path, calls, capsys):
     calls.clear()
     assert main(words) == 0
     assert calls == []  # all is finished
+
+
+def test_what_comes_first_is_trained_once_a_seed(tmp_path, calls, capsys):
+    """With roots of the command line, without settings of the arms' stages; the arms of a seed find its folder."""
+    path = study(tmp_path, first={"clip": "nano/clip"}, set=["stages.text.steps=3"])
+    out = tmp_path / "out"
+    words = ["lab", str(path), "--out", str(out), "--quiet", "--device", "cpu", "roots.world=w"]
+    assert main([*words, "--dry-run"]) == 0 and "6 runs, 0 finished" in capsys.readouterr().out
+    assert main([*words, "--jobs", "2"]) == 0
+    trained = {Path(command[3]).name: command for command in calls if command[0] == "train"}
+    assert len(calls) == 10 and sorted(trained) == ["clip-0", "clip-1", "llava-0", "llava-1", "means-0", "means-1"]
+    assert "roots.world=w" in trained["clip-1"] and "stages.text.steps=3" not in trained["clip-1"]
+    assert {"roots.world=w", "stages.text.steps=3", f"roots.clip={out}/runs/clip-1"} <= set(trained["means-1"])
+    calls.clear()
+    assert main(words) == 0 and calls == []
+    study(tmp_path, first={"clip": {"recipe": "nano/clip", "set": ["stages.contrast.steps=7"]}}, set=[])
+    assert main([*words, "stages.text.steps=3"]) == 2
+    assert "clip-0: holds a run of another study; these differ: recipe.stages" in capsys.readouterr().err
+
+
+def test_a_run_waits_for_what_comes_first(tmp_path, calls, monkeypatch):
+    real, done = Lab._call, []
+
+    def slow(self: Lab, run: Run, command: list[str], environment: dict[str, str]) -> None:
+        real(self, run, command, environment)
+        if run.arm == "clip":
+            time.sleep(0.2)
+        done.append(run.label)
+
+    monkeypatch.setattr(Lab, "_call", slow)
+    path = study(tmp_path, first={"clip": "nano/clip"}, seeds=[0])
+    assert main(["lab", str(path), "--out", str(tmp_path / "out"), "--quiet", "--device", "cpu", "--jobs", "3"]) == 0
+    assert done[0] == "clip seed 0" and len(done) == 5
 
 
 def test_a_failed_run_is_named_and_the_finished_ones_stay(tmp_path, calls, monkeypatch, capsys):
