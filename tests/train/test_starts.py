@@ -1,0 +1,93 @@
+"""What a stage starts from: parts of other runs, or what an equal stage has left."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+from small_runs import options, recipe, weights
+
+from mmllm.build import build_processor
+from mmllm.contract.errors import UserError
+from mmllm.train.run import train
+from mmllm.train.shared import SharedStage
+
+
+def test_a_stage_starts_from_parts_of_other_runs(data, tmp_path):
+    """The encoder of one, the projector of another; what they have besides stays where it is."""
+    for name, steps in (("one", 1), ("two", 2)):
+        train(recipe(data, steps=steps), tmp_path / name, options())
+    init = {"encoders.nano": str(tmp_path / "one"), "connector.mlp": str(tmp_path / "two/model")}
+    train(recipe(data, steps=1, lr=1e-12, init=init), tmp_path / "three", options())
+    one, two, three = (weights(tmp_path / name) for name in ("one", "two", "three"))
+    for key, value in three.items():
+        source = one if ".encoders." in key else two if ".parts." in key else None
+        if source is not None:
+            torch.testing.assert_close(value, source[key], atol=1e-6, rtol=0)
+        else:
+            assert not torch.allclose(value, two[key], atol=1e-6), key
+
+
+@pytest.mark.parametrize(
+    ("init", "says"),
+    [
+        ({"connector.mpl": "run"}, "the model has no 'connector.mpl'. Try: connector.mlp"),
+        ({"encoders.nano": "none"}, "no such folder"),
+        ({"encoders.nano": "other"}, "checkpoint of another recipe"),
+        ({"connector.pool": "run"}, "has no weights"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(data, tmp_path, init, says):
+    train(recipe(data, steps=1), tmp_path / "run", options())
+    other = recipe(data, steps=1)
+    other.model["encoders"]["nano"]["channels"] = [8, 8, 8, 8]
+    train(other, tmp_path / "other", options())
+    made = recipe(data, steps=1, init={part: str(tmp_path / folder) for part, folder in init.items()})
+    made.model["connector"][0]["in"] = ["pool"]
+    made.model["connector"].insert(0, {"type": "pool", "name": "pool", "grid": [4, 3, 3], "in": ["nano"]})
+    with pytest.raises(UserError, match=re.escape(says)):
+        train(made, tmp_path / "new", options())
+
+
+def test_a_run_waits_for_another_that_trains_a_shared_stage(data, tmp_path):
+    """The other one is played: it holds the turn until it has been waited for, and then keeps weights."""
+    from accelerate import PartialState
+
+    made = recipe(data, trains=["llm"], share=True, steps=2)
+    train(made, tmp_path / "known", options(cache=tmp_path / "full"))
+    (kept,) = (tmp_path / "full/stages").glob("*.safetensors")
+    other = SharedStage("instruct", made, build_processor(made), options(cache=tmp_path / "empty"))
+    inside, events = threading.Event(), tmp_path / "mine/events.txt"
+
+    def trains() -> None:
+        with other.turn(PartialState(), lambda: None):
+            inside.set()
+            end = time.monotonic() + 60
+            while not (events.is_file() and "waits" in events.read_text()) and time.monotonic() < end:
+                time.sleep(0.05)
+            shutil.copy(kept, other.file)
+
+    thread = threading.Thread(target=trains)
+    thread.start()
+    inside.wait(10)
+    train(made, tmp_path / "mine", options(cache=tmp_path / "empty"))
+    thread.join()
+    first, second = events.read_text().splitlines()
+    assert "waits for a run that trains an equal stage" in first and "taken from" in second
+    same = weights(tmp_path / "known")
+    assert all(
+        torch.equal(value, same[key]) for key, value in weights(tmp_path / "mine").items() if "language_model" in key
+    )
+
+
+def test_a_shared_stage_is_trained_once(data, tmp_path):
+    made = recipe(data, trains=["llm"], share=True, steps=2)
+    train(made, tmp_path / "a", options(cache=tmp_path / "cache"))
+    train(made, tmp_path / "b", options(cache=tmp_path / "cache"))
+    assert not (tmp_path / "b" / "log.jsonl").exists()
+    for name, value in weights(tmp_path / "a").items():
+        assert torch.equal(weights(tmp_path / "b")[name], value), name
