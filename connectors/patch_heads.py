@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.connectors.projectors import Projector
+from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
 from mmllm.contract.registry import register
 
@@ -43,12 +44,22 @@ class ClipHead(Projector):
 
     Args:
         width: of the joint space, a number or "llm".
+        weights: hub id or folder of the CLIP model whose head it starts from; None = at random.
     """
 
-    def __init__(self, site: Site, *, width: int | str = "llm") -> None:
+    def __init__(self, site: Site, *, width: int | str = "llm", weights: str | None = None) -> None:
         super().__init__(site)
-        self.out_width = site.width(width)
+        self.out_width, self.weights = site.width(width), weights
         self.head = ClipPatchHead(site.inputs[0].width, self.out_width)
+
+    def load_weights(self) -> None:
+        """The head of the model that `weights` names.
+
+        Raises:
+            UserError: it cannot be had, or its head is another one.
+        """
+        if self.weights is not None:
+            take_head(self.head, self.weights, "clip_head.weights")
 
     def project(self, values: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, width]."""
@@ -107,6 +118,28 @@ class SiglipPatchHead(nn.Module):
             self.query.load_state_dict(query)
             self.key.load_state_dict(key)
             self.probe.data.copy_(head.probe.flatten())
+
+
+def take_head(head: ClipPatchHead | SiglipPatchHead, name: str, where: str) -> Tensor:
+    """The head of an image-text model into `head`; returns the logarithm of its scale [].
+
+    Args:
+        name: hub id or folder of the model. where: key path for errors.
+
+    Raises:
+        UserError: it cannot be had, or its head is another one.
+    """
+    from transformers import AutoModel
+
+    try:
+        pair = AutoModel.from_pretrained(name)
+        head.take(pair)
+        return pair.logit_scale.detach().reshape(())
+    except OSError as error:
+        raise UserError(name, "cannot fetch the weights", hint=f"hf download {name}") from error
+    except (AttributeError, RuntimeError) as error:
+        why = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{where}: {name}", f"has no such head: {why}") from error
 
 
 def cosine(visual: Tensor, prompt: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmllm.connectors.patch_heads import ClipPatchHead, SiglipPatchHead, cosine
+from mmllm.connectors.patch_heads import ClipPatchHead, SiglipPatchHead, cosine, take_head
 from mmllm.connectors.windows import (
     Size,
     Windows,
@@ -25,7 +25,6 @@ from mmllm.connectors.windows import (
     weighted_means,
     window_weights,
 )
-from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part, Site
 from mmllm.contract.registry import register
 from mmllm.contract.types import Grid, MediaSpec, Needs, PromptFeatures, TokenSpec, VisualTokens
@@ -96,19 +95,8 @@ class PromptRelevance(Part):
         Raises:
             UserError: it cannot be had, or its head is another one.
         """
-        if self.weights is None:
-            return
-        from transformers import AutoModel
-
-        try:
-            pair = AutoModel.from_pretrained(self.weights)
-            self.head.take(pair)
-            self.logit_scale.copy_(pair.logit_scale.detach().reshape(()))
-        except OSError as error:
-            raise UserError(self.weights, "cannot fetch the weights", hint=f"hf download {self.weights}") from error
-        except (AttributeError, RuntimeError) as error:
-            why = str(error).strip().splitlines()[-1].strip()
-            raise UserError(f"prompt_relevance.weights: {self.weights}", f"has no such head: {why}") from error
+        if self.weights is not None:
+            self.logit_scale.copy_(take_head(self.head, self.weights, "prompt_relevance.weights"))
 
     def needs(self) -> Needs:
         """The prompt in the joint space."""

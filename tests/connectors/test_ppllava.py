@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
 
-from mmllm.connectors.patch_heads import cosine
+from mmllm.connectors.patch_heads import ClipHead, cosine
 from mmllm.connectors.ppllava import PromptPool, PromptRelevance
 from mmllm.connectors.windows import distance_from_mean, resolve_windows, window_weights, windowed_softmax_pool
 from mmllm.contract.errors import UserError
@@ -302,8 +302,13 @@ def test_head_and_scale_are_those_of_the_model_that_is_named(tmp_path):
     theirs = pair.get_image_features(pixel_values=pixels).pooler_output
     torch.testing.assert_close(part.head(states[:, 0]), theirs)
     assert float(part.logit_scale) == pytest.approx(3.0)
+    alone = ClipHead(Site((given.spec,), 0), width=12, weights=str(tmp_path))
+    alone.load_weights()
+    assert torch.equal(alone(given).values, part.head(given.values))
     with pytest.raises(UserError, match="has no such head"):
         relevance(given, 13, weights=str(tmp_path)).load_weights()
+    with pytest.raises(UserError, match=r"clip_head.weights: .* has no such head"):
+        ClipHead(Site((given.spec,), 0), width=13, weights=str(tmp_path)).load_weights()
     with pytest.raises(UserError, match="cannot fetch"):
         relevance(given, 12, weights=str(tmp_path / "none")).load_weights()
 

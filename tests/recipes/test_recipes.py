@@ -25,6 +25,7 @@ FIGURES = {
     "ppllava": (1024, 7241),
     "aligngpt": (8 * 24 * 24 + 1, 7063),
     "bridgetower": (8 * 18 * 18, 7026),
+    "clip": (8 * 24 * 24, 346.4),
     "nano/ppllava": (4 * 9, None),
     "nano/aligngpt": (8 * 9 + 1, None),
     "nano/bridgetower": (8 * 9, None),
