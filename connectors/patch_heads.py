@@ -40,7 +40,9 @@ class ClipPatchHead(nn.Module):
 
 @register("connector", "clip_head")
 class ClipHead(Projector):
-    """`ClipPatchHead` as a part: trained by the contrastive objective, its `head` is that of `prompt_relevance`.
+    """`ClipPatchHead` as a part, to train it by the contrastive objective.
+
+    A `prompt_relevance` of the same name can start from it: `init: {connector.NAME.head: RUN}`.
 
     Args:
         width: of the joint space, a number or "llm".

@@ -84,9 +84,9 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
     todo = {name: stage for name, stage in chosen.items() if name not in run.status["stages"]}
     if not todo:
         return run
-    for stage in todo.values():  # a file missing for the last stage is said before the first one runs
+    for name, stage in todo.items():  # a file missing for the last stage is said before the first one runs
         data_files(stage, recipe)
-        starts(stage, recipe)
+        starts(name, stage, recipe)
     if options.deepspeed and len(todo) > 1:
         first, *others = todo
         todo = {first: todo[first]}
@@ -178,7 +178,7 @@ def _run_stage(
     from mmllm.train.shared import SharedStage
     from mmllm.train.stage import freeze, start_from, starts
 
-    for part, folder in starts(stage, recipe):
+    for part, folder in starts(name, stage, recipe):
         start_from(model, part, folder, recipe.where(f"stages.{name}.init"))
     freeze(model, stage.trains, recipe.where(f"stages.{name}.trains"))
     shared = SharedStage(name, recipe, processor, options) if stage.share else None

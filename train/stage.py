@@ -69,7 +69,7 @@ def freeze(model: nn.Module, trains: tuple[str, ...], where: str) -> None:
             module.requires_grad_(True)
 
 
-def starts(stage: Stage, recipe: Recipe) -> list[tuple[str | None, Path]]:
+def starts(name: str, stage: Stage, recipe: Recipe) -> list[tuple[str | None, Path]]:
     """(part or None for the whole model, model folder) of what a stage starts from.
 
     Raises:
@@ -78,7 +78,16 @@ def starts(stage: Stage, recipe: Recipe) -> list[tuple[str | None, Path]]:
     from mmllm.api import model_folder
 
     given = stage.init if isinstance(stage.init, dict) else {None: stage.init} if stage.init else {}
-    return [(part, model_folder(recipe.path(folder))) for part, folder in given.items()]
+    found = []
+    for part, folder in given.items():
+        try:
+            found.append((part, model_folder(recipe.path(folder))))
+        except UserError as error:
+            root, _, rest = folder.partition(":")
+            hint = f"roots.{root}=RUN" if rest and recipe.path(folder) == folder else error.hint
+            where = recipe.where(f"stages.{name}.init")
+            raise UserError(where, f"{error.where}: {error.what}", expected=error.expected, hint=hint) from error
+    return found
 
 
 def check_names(front: FrontEnd, name: str, stage: Stage, recipe: Recipe) -> None:
@@ -88,7 +97,7 @@ def check_names(front: FrontEnd, name: str, stage: Stage, recipe: Recipe) -> Non
         UserError: names the key.
     """
     freeze_names(front, stage.trains, recipe.where(f"stages.{name}.trains"))
-    parts = tuple(part for part, _ in starts(stage, recipe) if part is not None)
+    parts = tuple(part for part, _ in starts(name, stage, recipe) if part is not None)
     freeze_names(front, parts, recipe.where(f"stages.{name}.init"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -62,16 +63,17 @@ class Lab:
         self.running: set[subprocess.Popen] = set()
         self.stopping = threading.Event()
         # seeds outside: after a kill in the middle every arm has about as many seeds as the others
-        self.runs = [self._place(arm, seed) for seed in file.study.seeds for arm in file.arms]
-        self.first = [self._place(name, seed) for seed in file.study.seeds for name in file.first]
+        self.runs = [self._run_of(arm, seed) for seed in file.study.seeds for arm in file.arms]
+        self.first = [self._run_of(name, seed) for seed in file.study.seeds for name in file.first]
 
-    def _place(self, arm: str, seed: int) -> Run:
+    def _run_of(self, arm: str, seed: int) -> Run:
         return Run(arm, seed, self.out / "runs" / f"{arm}-{seed}")
 
     def todo(self) -> list[Run]:
         """What is not finished, in the order in which it starts: what comes first, with all seeds, before any arm."""
-        first = [run for run in self.first if not self._trained(run)]
-        return first + [run for run in self.runs if self.result(run) is None]
+        arms = [run for run in self.runs if self.result(run) is None]
+        needed = {one for run in arms for one in self._before(run)}
+        return [run for run in self.first if run in needed and not self._trained(run)] + arms
 
     def _before(self, run: Run) -> list[Run]:
         """What has to be trained before an arm."""
@@ -130,11 +132,15 @@ class Lab:
         return all(stage in finished for stage in self.file.recipes[run.arm].stages)
 
     def _facts(self, run: Run) -> dict[str, Any]:
-        """All that a run's scores depend on, as plain JSON."""
+        """What a run's scores depend on, as plain JSON; machine and number format are left to the user."""
         recipes = self.file.recipes
-        facts = {"recipe": recipes[run.arm].data, "limit": self.file.study.limit}
+        facts: dict[str, Any] = {"recipe": recipes[run.arm].data}
+        if run.arm in self.file.arms:
+            facts["limit"] = self.file.study.limit
         if before := self._before(run):
             facts["first"] = {one.arm: recipes[one.arm].data for one in before}
+        if self.file.plugins:
+            facts["plugins"] = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.file.plugins]
         return json.loads(json.dumps(facts))
 
     def _refuse_another(self, run: Run) -> None:
@@ -152,6 +158,8 @@ class Lab:
             future.result()
         place = free.get()
         try:
+            if (run.out / "recipe.yaml").is_file():
+                self._refuse_another(run)
             run.out.mkdir(parents=True, exist_ok=True)
             (run.out / "lab.json").write_text(json.dumps(self._facts(run)))
             self._call(run, self._train(run), {**os.environ, **place})
@@ -163,7 +171,7 @@ class Lab:
 
     def _train(self, run: Run) -> list[str]:
         command = ["train", self.file.recipe_of(run.arm), "--out", str(run.out), "--seed", str(run.seed)]
-        roots = [f"roots.{one.arm}={one.out}" for one in self._before(run)]
+        roots = [f"roots.{one.arm}={one.out.resolve()}" for one in self._before(run)]
         return [*command, "--cache-dir", str(self.cache), *self._common(), *self.file.overrides_of(run.arm), *roots]
 
     def _evaluate(self, run: Run) -> list[str]:

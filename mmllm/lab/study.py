@@ -36,8 +36,9 @@ class Study:
 
     Args:
         arms: {name: recipe, or a map of `recipe`, `set`, `free`}.
-        first: what is trained once a seed before the arms, and not evaluated, written as the arms are; recipes of the
-            arms find the run folder of their seed as a root of this name: `init: {encoders: "clip:model"}`.
+        first: {name: recipe, or a map of `recipe`, `set`} of what is trained once a seed before the arms, and not
+            evaluated; recipes of the arms find the run folder of their seed as a root of this name, so that a stage
+            can start from it: `init: {encoders: "clip:model"}`.
         baseline: the arm that the others are measured against; default: the first.
         seeds: training seeds; every arm is trained with each.
         equal: what has to be equal between the arms: tokens into the LLM, or multiply-adds; null = nothing.
@@ -87,15 +88,23 @@ class StudyFile:
         self.plugins = [self._beside(name) for name in named]
         for plugin in self.plugins:
             load_plugin(plugin)
-        self.first = {name: self._arm(f"first.{name}", value) for name, value in self.study.first.items()}
-        self.arms = {name: self._arm(f"arms.{name}", value) for name, value in self.study.arms.items()}
-        if both := sorted(set(self.first) & set(self.arms)):
-            raise UserError(f"{path}:first.{both[0]}", "an arm has this name too")
+        self.first = {name: self._arm("first", name, value) for name, value in self.study.first.items()}
+        self.arms = {name: self._arm("arms", name, value) for name, value in self.study.arms.items()}
         self.recipes = {name: self.load(name) for name in {**self.first, **self.arms}}
+        self._refuse_taken_names()
         self.baseline = self.study.baseline or next(iter(self.arms))
         if self.baseline not in self.arms:
             hint = nearest(self.baseline, list(self.arms))
             raise UserError(f"{path}:baseline", f"no arm is called {self.baseline!r}", hint=hint)
+
+    def _refuse_taken_names(self) -> None:
+        """What comes first is a root of the arms, and has a folder beside theirs."""
+        roots = {root for name in self.arms for root in self.recipes[name].data.get("roots") or {}}
+        for name in self.first:
+            if name in self.arms:
+                raise UserError(f"{self.path}:first.{name}", "an arm has this name too")
+            if name in roots | {"media"}:
+                raise UserError(f"{self.path}:first.{name}", "recipes of the arms have a root of this name")
 
     def load(self, name: str) -> Recipe:
         """The recipe of an arm or of what comes first, with its overrides."""
@@ -121,12 +130,13 @@ class StudyFile:
         from mmllm.walk import walk
 
         found = {}
-        for name in self.arms:
-            rows = walk(self.recipes[name])
+        for name, recipe in self.recipes.items():
+            rows = walk(recipe)
             parameters, macs = sum(row.parameters for row in rows), sum(row.macs for row in rows)
             found[name] = Facts(rows[-1].tokens, parameters, macs)
-        self._refuse_unequal(found)
-        return found
+        arms = {name: found[name] for name in self.arms}
+        self._refuse_unequal(arms)
+        return arms
 
     def _refuse_unequal(self, found: dict[str, Facts]) -> None:
         kind = self.study.equal
@@ -140,9 +150,9 @@ class StudyFile:
             hint = "change a grid, or `free: true` for an arm that is meant to differ"
             raise UserError(f"{self.path}:equal", f"the arms differ in {kind}", got=got, hint=hint)
 
-    def _arm(self, key: str, value: Any) -> Arm:
-        where = f"{self.path}:{key}"
-        if "/" in key or key.count(".") > 1:
+    def _arm(self, section: str, name: str, value: Any) -> Arm:
+        where = f"{self.path}:{section}.{name}"
+        if "/" in name or "." in name:
             raise UserError(where, "a name is a word without a dot or a slash")
         return Arm(**bind(Arm, {"recipe": value} if isinstance(value, str) else value, where))
 

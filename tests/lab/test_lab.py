@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -47,6 +48,7 @@ def test_mistakes_are_named(tmp_path):
     assert "no arm is called 'lava'. Try: llava" in problem(study(tmp_path, baseline="lava"))
     assert "no such recipe" in problem(study(tmp_path, arms={"a": "nano/lava"}))
     assert "first.llava: an arm has this name too" in problem(study(tmp_path, first={"llava": "nano/clip"}))
+    assert "first.world: recipes of the arms have a root" in problem(study(tmp_path, first={"world": "nano/clip"}))
     assert "arms.a.x: unknown key" in problem(study(tmp_path, arms={"a": {"recipe": "nano/llava", "x": 1}}))
 
 
@@ -142,9 +144,19 @@ def test_what_comes_first_is_trained_once_a_seed(tmp_path, calls, capsys):
     assert {"roots.world=w", "stages.text.steps=3", f"roots.clip={out}/runs/clip-1"} <= set(trained["means-1"])
     calls.clear()
     assert main(words) == 0 and calls == []
+    shutil.rmtree(out / "runs/clip-0")
+    assert main(words) == 0 and calls == []  # its arms are finished
     study(tmp_path, first={"clip": {"recipe": "nano/clip", "set": ["stages.contrast.steps=7"]}}, set=[])
-    assert main([*words, "stages.text.steps=3"]) == 2
-    assert "clip-0: holds a run of another study; these differ: recipe.stages" in capsys.readouterr().err
+    words.append("stages.text.steps=3")
+    assert main(words) == 2
+    assert "llava-0: holds a run of another study; these differ: first.clip.stages" in capsys.readouterr().err
+    for run in (out / "runs").iterdir():
+        (run / "report.json").unlink(missing_ok=True)
+    assert main(words) == 2
+    assert "clip-1: holds a run of another study; these differ: recipe.stages" in capsys.readouterr().err
+    shutil.rmtree(out / "runs/clip-1")
+    assert main(words) == 2  # an arm that was cut off after it had begun
+    assert "llava-0: holds a run of another study" in capsys.readouterr().err
 
 
 def test_a_run_waits_for_what_comes_first(tmp_path, calls, monkeypatch):

@@ -155,7 +155,6 @@ def test_a_run_with_muon_resumes_to_the_same_losses(data, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("jobs", [0, 2])
 def test_a_broken_clip_is_named_and_nothing_is_lost(data, tmp_path, jobs):
-
     folder = tmp_path / "data"
     shutil.copytree(data.parent, folder)
     (folder / "clips" / "7.mp4").write_bytes(b"no video")
@@ -185,7 +184,6 @@ def test_an_epoch_has_whole_global_batches(data, tmp_path):
 
 
 def test_weights_that_are_gone_are_not_replaced_by_random_ones(data, tmp_path):
-
     made = recipe(data, steps=1)
     made.data["stages"]["second"] = {**made.data["stages"]["instruct"]}
     train(made, tmp_path, options(), ["instruct"])
