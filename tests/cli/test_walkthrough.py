@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from mmllm import recipe as recipes
 from mmllm.cli import main
+
+TWINS = [
+    name for name in recipes.names() if name.startswith("nano/") and name.split("/")[1] not in ("base", "llava", "clip")
+]
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +25,26 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(world) -> Path:
-    """A run of both stages, two steps each."""
-    out = world.parent / "run"
-    words = ["train", "nano/llava", "--out", str(out), "--quiet", "--device", "cpu", "--jobs", "0"]
+    """A run of all stages, two steps each."""
+    return train("nano/llava", world, world.parent / "run")
+
+
+def train(recipe: str, world: Path, out: Path) -> Path:
+    """A run of a nano twin, two steps a stage, with the text stages of the others."""
+    words = ["train", recipe, "--out", str(out), "--quiet", "--device", "cpu", "--jobs", "0"]
     words += ["--cache-dir", str(world.parent / "cache"), f"roots.world={world}"]
     for stage in ("letters", "text", "caption", "instruct"):
         words += [f"stages.{stage}.steps=2", f"stages.{stage}.batch=4"]
     assert main(words) == 0
     return out
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_every_twin_trains_and_is_evaluated(run, world, tmp_path, name):
+    out = train(name, world, tmp_path / "run")
+    words = ["eval", "--model", str(out), "--tasks", "mvbench", "--limit", "1", "--baselines", "none", "--quiet"]
+    assert main([*words, "--device", "cpu"]) == 0
+    assert json.loads((out / "report.json").read_text())["benchmarks"]["mvbench"]["items"] == 20
 
 
 def test_evaluation_reports_with_floors_and_denominator(run, capsys):
