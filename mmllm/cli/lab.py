@@ -6,9 +6,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmllm.cli.common import cache_dir, calm_libraries, common, print_json
 from mmllm.contract.errors import UserError
+
+if TYPE_CHECKING:
+    from mmllm.lab.study import StudyFile
+    from mmllm.lab.table import ArmResult
 
 EPILOG = """\
 examples:
@@ -39,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     calm_libraries()
     from mmllm.lab.runs import Lab
     from mmllm.lab.study import StudyFile
-    from mmllm.lab.table import as_dict, draw, render, results
+    from mmllm.lab.table import results
 
     if options.jobs is not None and options.jobs < 1:
         raise UserError(f"--jobs {options.jobs}", "no run at a time", expected="1 or more")
@@ -57,15 +62,27 @@ def run(options: argparse.Namespace) -> int:
         return 0
     out.mkdir(parents=True, exist_ok=True)
     try:
-        lab.run_all()
+        failed = lab.run_all()
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         raise
-    rows = results(lab, facts)
+    if rows := results(lab, facts):
+        _report(rows, file, out, as_json=options.json)
+    if failed:
+        for error in failed[1:]:
+            print(f"error: {error}", file=sys.stderr)
+        raise failed[0]
+    return 0
+
+
+def _report(rows: list[ArmResult], file: StudyFile, out: Path, *, as_json: bool) -> None:
+    """What finished runs say, on stdout and into the study's folder."""
+    from mmllm.lab.table import as_dict, draw, render
+
+    name, data = file.path.stem, as_dict(rows, file.path.stem, file.baseline)
     table = render(rows, file.baseline)
     summary = f"{file.study.summary}\n\n" if file.study.summary else ""
-    (out / "study.md").write_text(f"# {options.study.stem}\n\n{summary}{table}\n", encoding="utf-8")
-    (out / "study.json").write_text(json.dumps(as_dict(rows, options.study.stem, file.baseline), indent=1))
+    (out / "study.md").write_text(f"# {name}\n\n{summary}{table}\n", encoding="utf-8")
+    (out / "study.json").write_text(json.dumps(data, indent=1))
     draw(rows, out / "study.png")
-    print_json(as_dict(rows, options.study.stem, file.baseline)) if options.json else print(table)
-    return 0
+    print_json(data) if as_json else print(table)

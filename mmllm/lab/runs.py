@@ -79,12 +79,8 @@ class Lab:
         """What has to be trained before an arm."""
         return [one for one in self.first if one.seed == run.seed] if run.arm in self.file.arms else []
 
-    def run_all(self) -> None:
-        """Train and evaluate; a run that fails stops the study and leaves what is finished.
-
-        Raises:
-            UserError: a run failed; names it and its log.
-        """
+    def run_all(self) -> list[UserError]:
+        """Train and evaluate; a run that fails does not keep the others, and is named in what is returned."""
         todo, count = self.todo(), len(self.first) + len(self.runs)
         progress = Progress("run", count, start=count - len(todo), quiet=self.quiet, every=0.0)
         free: Queue[dict[str, str]] = Queue()
@@ -93,16 +89,22 @@ class Lab:
         with ThreadPoolExecutor(len(self.places)) as pool, _terminated_as_interrupt():
             # a run that waits for another one cannot hold it up: that one was submitted before, and has begun
             waiting: dict[Run, Future] = {}
+            failed: dict[str, UserError] = {}  # by their text: arms that waited for what failed raise the same
             for run in todo:
                 before = [waiting[one] for one in self._before(run) if one in waiting]
                 waiting[run] = pool.submit(self._run, run, free, before)
             try:
                 for done, future in enumerate(as_completed(waiting.values()), start=count - len(todo) + 1):
-                    progress.update(done, {"finished": future.result().label})
+                    try:
+                        progress.update(done, {"finished": future.result().label})
+                    except UserError as error:
+                        failed[str(error)] = error
+                        progress.update(done, {"failed": error.where})
             except BaseException:
                 self._stop(list(waiting.values()))
                 raise
         progress.close()
+        return list(failed.values())
 
     def _stop(self, waiting: list[Future]) -> None:
         """Start nothing more, and ask what runs to save and end."""

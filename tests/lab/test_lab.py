@@ -174,7 +174,7 @@ def test_a_run_waits_for_what_comes_first(tmp_path, calls, monkeypatch):
     assert done[0] == "clip seed 0" and len(done) == 5
 
 
-def test_a_failed_run_is_named_and_the_finished_ones_stay(tmp_path, calls, monkeypatch, capsys):
+def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, calls, monkeypatch, capsys):
     real = Lab._call
 
     def fails(self: Lab, run: Run, command: list[str], environment: dict[str, str]) -> None:
@@ -185,8 +185,11 @@ def test_a_failed_run_is_named_and_the_finished_ones_stay(tmp_path, calls, monke
     monkeypatch.setattr(Lab, "_call", fails)
     words = ["lab", str(study(tmp_path)), "--out", str(tmp_path / "out"), "--quiet", "--device", "cpu"]
     assert main(words) == 2
-    assert "means seed 0: mmllm train ended with 2" in capsys.readouterr().err
-    assert (tmp_path / "out/runs/llava-0/report.json").is_file()
+    printed = capsys.readouterr()
+    assert "means seed 0: mmllm train ended with 2" in printed.err
+    assert "| llava | mvbench |" in printed.out and "| means | mvbench |" in printed.out
+    scores = {row["arm"]: row["scores"] for row in json.loads((tmp_path / "out/study.json").read_text())["arms"]}
+    assert scores == {"llava": {"0": 50.0, "1": 54.0}, "means": {"1": 49.0}}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
