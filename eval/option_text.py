@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+_LETTER_BESIDE = re.compile(r"\A\W*[A-Z][.):]+\s+|\s+[(\[]?[A-Z][)\].:]*\s*\Z")
 _OWN_LETTER = re.compile(r"\s*\(?([A-Za-z])\s*[.):]\s*(?=\S|$)")
 
 
@@ -42,6 +43,11 @@ def by_exact_text(text: str, options: list[str]) -> str | None:
     if not said or len(places) != 1 or (len(said) == 1 and said.isalpha()):
         return None
     return chr(ord("A") + places[0])
+
+
+def by_words(text: str, options: list[str]) -> str | None:
+    """The letter of the only option whose text the response says, whatever letter it says beside: "moves left (B)"."""
+    return by_exact_text(_LETTER_BESIDE.sub("", text), option_texts(options))
 
 
 def by_text(text: str, options: list[str]) -> str | None:

@@ -17,7 +17,8 @@ class TaskScore:
     """One task: accuracies in percent (None where nothing was answered) and counts of items.
 
     `items` were scored; `total` adds the missing and the excluded ones. `unparsed` answers (empty ones too) are
-    part of `items` and wrong.
+    part of `items` and wrong. `words`: answers that say the text of the right option, whatever letter stands beside it;
+    None, and in no file, where the model says letters alone.
     """
 
     score: float | None
@@ -28,6 +29,11 @@ class TaskScore:
     total: int
     missing: int
     unparsed: int
+    words: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As part of ``report.json``."""
+        return {key: value for key, value in asdict(self).items() if key != "words" or value is not None}
 
 
 @dataclass
@@ -56,7 +62,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     def mean(self, key: str, how: str | None = None) -> float | None:
-        """Mean over tasks of one of score, chance, blind, single_frame: "micro" weights tasks by their items.
+        """Mean over tasks of one of score, words, chance, blind, single_frame: "micro" weights tasks by their items.
 
         None where the condition was not run. `how` is the headline's mean where it is not given.
         """
@@ -71,6 +77,11 @@ class Report:
     def average(self) -> float | None:
         """The headline score in percent."""
         return self.mean("score")
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """What tables show, floors last."""
+        return ("score", *(() if self.mean("words") is None else ("words",)), *FLOORS)
 
     @property
     def scored(self) -> int:
@@ -103,13 +114,13 @@ class Report:
             "average": self.average,
             "micro": self.mean("score", "micro"),
             "macro": self.mean("score", "macro"),
-            **{floor: self.mean(floor) for floor in FLOORS},
+            **{key: self.mean(key) for key in self.measured[1:]},
             "items": self.scored,
             "total": self.total,
             "missing": self.missing,
             "unparsed": self.unparsed,
             "empty": self.empty,
-            "tasks": {name: asdict(task) for name, task in self.tasks.items()},
+            "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
             "excluded": self.excluded,
             "not_scored": self.not_scored,
             "warnings": self.warnings,
@@ -132,13 +143,14 @@ def summary(report: Report) -> str:
 
 def _rows(report: Report) -> list[list[str]]:
     """Header, one row per task, and the micro and macro rows."""
-    rows = [["task", "score", "chance", "blind", "single frame", "n/all", "missing", "unparsed"]]
+    measured = [key.replace("_", " ") for key in report.measured]
+    rows = [["task", *measured, "n/all", "missing", "unparsed"]]
     for name, task in report.tasks.items():
-        values = [percent(getattr(task, key)) for key in ("score", *FLOORS)]
+        values = [percent(getattr(task, key)) for key in report.measured]
         rows.append([name, *values, f"{task.items}/{task.total}", str(task.missing), str(task.unparsed)])
     for how in ("micro", "macro"):
         name = f"average, {how}" + (" (headline)" if how == report.headline else "")
-        values = [percent(report.mean(key, how)) for key in ("score", *FLOORS)]
+        values = [percent(report.mean(key, how)) for key in report.measured]
         counts = [f"{report.scored}/{report.total}", str(report.missing), str(report.unparsed)]
         rows.append([name, *values, *counts])
     return rows
@@ -193,9 +205,10 @@ def run_report(benchmarks: dict[str, Report], seconds: dict[str, float], out: Pa
     from mmllm.eval.charts import run_chart
 
     out.mkdir(parents=True, exist_ok=True)
-    keys = ("average", *FLOORS, "items", "tasks")
+    keys = ("average", "words", *FLOORS, "items", "tasks")
     full = {name: report.to_dict() for name, report in benchmarks.items()}
-    content = {"benchmarks": {name: {key: row[key] for key in keys} for name, row in full.items()}, "seconds": seconds}
+    short = {name: {key: row[key] for key in keys if key in row} for name, row in full.items()}
+    content = {"benchmarks": short, "seconds": seconds}
     _write_json(out / "report.json", content)
     rows = [["benchmark", "average", "mean", "chance", "blind", "single frame", "n/all"]]
     for name, report in benchmarks.items():

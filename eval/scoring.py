@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from mmllm.eval.benchmarks import Benchmark
 from mmllm.eval.items import Item
+from mmllm.eval.option_text import by_words
 from mmllm.eval.parsing import parsers
 from mmllm.eval.predictions import Predictions
 from mmllm.eval.protocol import Protocol
@@ -38,6 +39,9 @@ def score(
         condition: {i.id: i.is_right(letter_of(protocol, predictions[i.id, condition], i)) for i in chosen.scored}
         for condition in conditions
     }
+    said = {i.id: by_words(predictions[i.id, "model"], list(i.options)) for i in chosen.scored}
+    if any(said.values()):  # else the model answers by letter alone
+        right["words"] = {i.id: i.is_right(said[i.id]) for i in chosen.scored}
     unparsed = {i.id for i in chosen.scored if letter_of(protocol, predictions[i.id, "model"], i) is None}
     empty = sum(not predictions[item.id, "model"].strip() for item in chosen.scored)
     names = dict.fromkeys(i.task for i in [*chosen.scored, *chosen.missing, *(item for item, _ in chosen.excluded)])
@@ -75,6 +79,7 @@ def _task_score(name: str, chosen: Selection, right: dict[str, dict[str, bool]],
         items=len(items),
         total=len(items) + missing + excluded,
         missing=missing,
+        words=percent("words"),
         unparsed=sum(item.id in unparsed for item in items),
     )
 

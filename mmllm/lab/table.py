@@ -29,7 +29,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm on one benchmark; `scores` by seed, in percent."""
+    """One arm on one benchmark; `scores` by seed, in percent.
+
+    `words`: the share of answers that say the right option's text, whatever letter stands beside it; None where they
+    are letters alone.
+    """
 
     arm: str
     benchmark: str
@@ -38,6 +42,7 @@ class ArmResult:
     scores: dict[int, float]
     score: Estimate
     difference: Estimate | None
+    words: Estimate | None
 
 
 def estimate(values: list[float]) -> Estimate:
@@ -54,10 +59,12 @@ def results(lab: Lab, facts: dict[str, Facts]) -> list[ArmResult]:
     rows = []
     for benchmark in lab.file.study.tasks:
         scores: dict[str, dict[int, float]] = {name: {} for name in lab.file.arms}
+        words: dict[str, list[float]] = {name: [] for name in lab.file.arms}
         speeds: dict[str, list[float]] = {name: [] for name in lab.file.arms}
         for run in lab.runs:
             if (found := lab.result(run)) is not None and found[benchmark]["average"] is not None:
                 scores[run.arm][run.seed] = found[benchmark]["average"]
+                words[run.arm] += [value for value in [found[benchmark].get("words")] if value is not None]
                 speeds[run.arm] += [speed for speed in [samples_per_second(run.out)] if speed is not None]
         base = scores[lab.file.baseline]
         for arm, by_seed in scores.items():
@@ -67,19 +74,21 @@ def results(lab: Lab, facts: dict[str, Facts]) -> list[ArmResult]:
             difference = estimate(pairs) if pairs and arm != lab.file.baseline else None
             speed = sum(speeds[arm]) / len(speeds[arm]) if speeds[arm] else None
             mean = estimate(list(by_seed.values()))
-            rows.append(ArmResult(arm, benchmark, facts[arm], speed, by_seed, mean, difference))
+            said = estimate(words[arm]) if words[arm] else None
+            rows.append(ArmResult(arm, benchmark, facts[arm], speed, by_seed, mean, difference, said))
     return rows
 
 
 def render(rows: list[ArmResult], baseline: str) -> str:
     """A Markdown table, and what its seeds can show."""
     head = ["arm", "benchmark", "tokens", "parameters", "samples/s", "score [95 %]", f"minus {baseline}, same seeds"]
+    head += ["right words"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         speed = "-" if row.speed is None else f"{row.speed:.0f}"
         difference = "" if row.difference is None else str(row.difference)
         cells = [row.arm, row.benchmark, str(row.facts.tokens), f"{row.facts.parameters / 1e6:.2f} M", speed]
-        lines.append([*cells, str(row.score), difference])
+        lines.append([*cells, str(row.score), difference, "-" if row.words is None else str(row.words)])
     text = ["| " + " | ".join(line) + " |" for line in lines]
     halves = [row.difference.half for row in rows if row.difference is not None and row.difference.half is not None]
     if halves:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmllm.eval.option_text import option_texts
+from mmllm.eval.option_text import by_words, option_texts
 from mmllm.eval.parsing import canonical, parsers
 
 OPTIONS = ["Opened the window.", "Washed the plate.", "Put down the towel.", "Took the laptop."]
@@ -88,6 +88,23 @@ def test_option_strings_with_their_own_letter() -> None:
     assert option_texts(["A. Cafe.", "B. Bank."]) == ["Cafe.", "Bank."]
     assert option_texts(["A. Cafe.", "Bank."]) == ["A. Cafe.", "Bank."]
     assert canonical("bank", ["A. Cafe.", "B. Bank."]) == "B"
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("moves left (B)", "A"),
+        ("(A) moves up", "B"),
+        ("B. moves left.", "A"),
+        ("Moves up", "B"),
+        ("3 (A)", "C"),
+        ("B", None),
+        ("moves left, then up (A)", None),
+        ("", None),
+    ],
+)
+def test_words_are_read_without_their_letter(said: str, meant: str | None) -> None:
+    assert by_words(said, ["moves left", "moves up", "3"]) == meant
 
 
 def test_the_longer_option_hides_the_shorter() -> None:

@@ -60,6 +60,7 @@ def test_constant_letter_scores_chance(mvbench_root: Path, tmp_path: Path) -> No
     assert ticks[0] == (0, 240)
     assert ticks[-1] == (240, 240)
     assert fake.tokens == {16}
+    assert "words" not in json.loads((tmp_path / "out/report.json").read_text())  # letters alone
     blind = [key for key in fake.asked if key[0].startswith("Question")]
     assert len(blind) == 20  # one per group of four equal questions
     assert set(fake.asked.values()) == {1}
@@ -71,6 +72,17 @@ def test_gold_oracle_scores_100_and_blind_cannot(mvbench_root: Path, tmp_path: P
     oracle = {str(item.media_path): f"({item.gold}) {item.answer}" for item in load(mvbench_root)}
     report = run(mvbench_root, tmp_path / "out", Fake(oracle))
     assert (report.average, report.mean("blind"), report.mean("single_frame")) == (100.0, 25.0, 100.0)
+
+
+def test_right_words_are_counted_beside_the_letter(mvbench_root: Path, tmp_path: Path) -> None:
+    """The letter decides; the words say whether it was the video or the list of options that was not understood."""
+    items = load(mvbench_root)
+    said = {str(item.media_path): f"{item.answer} ({'B' if item.gold == 'A' else 'A'})" for item in items[::2]}
+    report = run(mvbench_root, tmp_path / "out", Fake(said, constant="nothing (A)"), baselines=())
+    assert report.mean("words") == pytest.approx(100 * len(items[::2]) / len(items))
+    assert report.average < report.mean("words")
+    assert json.loads((tmp_path / "out/report.json").read_text())["words"] == report.mean("words")
+    assert "| task | score | words | chance |" in (tmp_path / "out/report.md").read_text()
 
 
 def test_empty_answers_score_0_loudly(mvbench_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -103,7 +103,8 @@ def calls(monkeypatch) -> list[list[str]]:
             rows = [{"stage": "instruct", "step": 10 * i, "time": 5.0 * i} for i in range(4)]
             (run.out / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
         else:
-            score = {"mvbench": {"average": SCORES[run.arm, run.seed]}}
+            words = {} if run.arm == "means" else {"words": SCORES[run.arm, run.seed] + 10}
+            score = {"mvbench": {"average": SCORES[run.arm, run.seed], **words}}
             (run.out / "report.json").write_text(json.dumps({"benchmarks": score}))
 
     monkeypatch.setattr(Lab, "_call", call)
@@ -123,6 +124,7 @@ def test_the_table_counts_seed_by_seed(tmp_path, calls, capsys):
     assert arms["means"]["difference"]["mean"] == -4.0
     assert arms["means"]["difference"]["half"] == pytest.approx(12.706)
     assert arms["means"]["speed"] == pytest.approx(20.0)
+    assert arms["llava"]["words"]["mean"] == 62.0 and arms["means"]["words"] is None
     assert "| means | mvbench | 17 |" in printed and "-4.0 [" in printed
     assert "2 seeds can show" in printed
     assert {"study.md", "study.png", "runs"} <= {entry.name for entry in (tmp_path / "out").iterdir()}
