@@ -82,7 +82,7 @@ def _report(rows: list[ArmResult], file: StudyFile, out: Path, *, as_json: bool)
     name, data = file.path.stem, as_dict(rows, file.path.stem, file.baseline)
     table = render(rows, file.baseline)
     summary = f"{file.study.summary}\n\n" if file.study.summary else ""
-    (out / "study.md").write_text(f"# {name}\n\n{summary}{table}\n", encoding="utf-8")
+    (out / "study.md").write_text(f"# {name}\n\n{summary}{table}\n\n![scores](study.png)\n", encoding="utf-8")
     (out / "study.json").write_text(json.dumps(data, indent=1))
     draw(rows, out / "study.png")
     print_json(data) if as_json else print(table)
