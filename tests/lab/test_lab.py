@@ -18,7 +18,7 @@ import yaml
 
 from mmllm.cli import main
 from mmllm.contract.errors import UserError
-from mmllm.lab.runs import Lab, Run, _places
+from mmllm.lab.runs import Lab, Run, _places, _terminated_as_interrupt
 from mmllm.lab.study import StudyFile
 from mmllm.lab.table import estimate, render, results
 
@@ -202,12 +202,13 @@ def test_a_signal_ends_runs_side_by_side(tmp_path, monkeypatch, capsys, number):
     python.chmod(0o755)
     monkeypatch.setattr("mmllm.lab.runs.sys.executable", str(python))
     monkeypatch.setattr("torch.get_num_threads", lambda: 6)
+    ours = signal.signal(number, signal.default_int_handler)  # whatever the tests were started under, nohup say
 
     def started() -> list[Path]:
         return [path for path in tmp_path.glob("started.*") if path.read_text()]
 
     def terminate() -> None:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while len(started()) < 2 and time.monotonic() < end:
             time.sleep(0.05)
         os.kill(os.getpid(), number)
@@ -215,13 +216,29 @@ def test_a_signal_ends_runs_side_by_side(tmp_path, monkeypatch, capsys, number):
     killer = threading.Thread(target=terminate)
     killer.start()
     words = ["lab", str(study(tmp_path)), "--out", str(tmp_path / "out"), "--quiet", "--device", "cpu", "--jobs", "2"]
-    assert main(words) == 130
+    try:
+        assert main(words) == 130
+    finally:
+        signal.signal(number, ours)
     killer.join()
     assert "the same command continues" in capsys.readouterr().err
     assert [path.read_text().strip() for path in started()] == ["3", "3"]
     for path in started():
         with pytest.raises(ProcessLookupError):
             os.kill(int(path.suffix[1:]), 0)
+
+
+def test_a_closed_terminal_is_ignored_under_nohup():
+    ours = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _terminated_as_interrupt():
+            os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(KeyboardInterrupt), _terminated_as_interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, ours)
 
 
 @pytest.mark.parametrize(
