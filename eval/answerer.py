@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.parts import tensor_bytes
 from mmllm.eval.benchmarks import find_benchmark
 from mmllm.eval.protocol import PROTOCOLS, Protocol
 from mmllm.eval.report import Report
@@ -120,8 +121,7 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        flat = value.detach().cpu().flatten()  # a number has no axis whose bytes could be seen
-        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        digest.update(tensor_bytes(value))
     return digest.hexdigest()[:16]
 
 

@@ -143,8 +143,13 @@ class Tower(Part):
             if tensor.is_meta:
                 raise ValueError(f"{name} has no memory: no digest of a shape")
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """What a tensor of any shape holds, for a digest; a number and an empty one too."""
+    return tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _source(cls: type) -> str:

@@ -64,8 +64,10 @@ def results(lab: Lab, facts: dict[str, Facts]) -> list[ArmResult]:
         for run in lab.runs:
             if (found := lab.result(run)) is not None and found[benchmark]["average"] is not None:
                 scores[run.arm][run.seed] = found[benchmark]["average"]
-                words[run.arm] += [value for value in [found[benchmark].get("words")] if value is not None]
-                speeds[run.arm] += [speed for speed in [samples_per_second(run.out)] if speed is not None]
+                if (said := found[benchmark].get("words")) is not None:
+                    words[run.arm].append(said)
+                if (rate := samples_per_second(run.out)) is not None:
+                    speeds[run.arm].append(rate)
         base = scores[lab.file.baseline]
         for arm, by_seed in scores.items():
             if not by_seed:
@@ -74,8 +76,8 @@ def results(lab: Lab, facts: dict[str, Facts]) -> list[ArmResult]:
             difference = estimate(pairs) if pairs and arm != lab.file.baseline else None
             speed = sum(speeds[arm]) / len(speeds[arm]) if speeds[arm] else None
             mean = estimate(list(by_seed.values()))
-            said = estimate(words[arm]) if words[arm] else None
-            rows.append(ArmResult(arm, benchmark, facts[arm], speed, by_seed, mean, difference, said))
+            right = estimate(words[arm]) if words[arm] else None
+            rows.append(ArmResult(arm, benchmark, facts[arm], speed, by_seed, mean, difference, right))
     return rows
 
 
