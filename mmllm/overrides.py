@@ -61,7 +61,8 @@ def _check_key(here: Any, parents: list[str], last: str, where: str) -> None:
     elif "type" in here:
         from mmllm.contract.registry import find
 
-        known = [*signature(find("connector" if "connector" in parents else "encoder", here["type"], where)), *known]
+        kind = {"connector": "connector", "text": "text"}.get(parents[1], "encoder")
+        known = [*signature(find(kind, here["type"], where)), *known]
     if last not in known:
         raise UserError(where, "unknown key", hint=nearest(last, known))
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmllm.cli.common import calm_libraries, common, pick_device
 from mmllm.contract.errors import UserError
+
+if TYPE_CHECKING:
+    from mmllm.data.conversations import Source
 
 EPILOG = """\
 examples:
@@ -20,7 +24,8 @@ examples:
   mmllm data align-levels runs/world/train/caption.jsonl --pair runs/clip --levels 4 \\
       --out runs/world/train/levels.jsonl
 
-Records without a medium stay as they are. Beside the data, OUT.edges.json keeps the scores between the levels.
+Records without a medium stay as they are. Beside the data, OUT.edges.json keeps the scores between the levels. Written
+to another folder than media paths are relative to, records become conversations whose paths lead there.
 """
 
 
@@ -62,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         levels[index] = level
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", encoding="utf-8") as file:
-        for record in with_levels((source.records[index][0] for index in range(len(source))), levels):
+        for record in with_levels(_records(source, options.out.parent), levels):
             file.write(_line(record, options.data))
     if known is None:
         about = {"levels": options.levels, "edges": edges, "pair": options.pair}
@@ -71,6 +76,15 @@ def run(options: argparse.Namespace) -> int:
     shown = ", ".join(f"{level}: {sizes[level]}" for level in range(len(edges) + 1))
     print(f"{len(places)} records in {len(edges) + 1} levels ({shown}) -> {options.out}")
     return 0
+
+
+def _records(source: Source, folder: Path) -> Iterator[dict[str, Any]]:
+    """The records, so that their media are found from where they are written."""
+    from mmllm.data.formats.messages import as_record
+
+    stay = folder.resolve() == source.root.resolve()
+    for index in range(len(source)):
+        yield source.records[index][0] if stay else as_record(source[index], folder)
 
 
 def _read_edges(path: Path) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -15,6 +15,9 @@ from mmllm.recipe import Recipe, load
 
 CLOSE = 0.05
 """Multiply-adds are equal if no arm has more than this share above the least."""
+
+
+Entry = TypeVar("Entry", "Arm", "First")
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,30 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class First:
+    """What is trained before the arms.
+
+    Args:
+        recipe: a shipped name or a file. set: overrides, `key.path=value`.
+        then: a command of mmllm for what was trained. `name:file` stands below its run folder, `world:file` below the
+            folder that its recipe calls so: `data align-levels world:train/caption.jsonl --pair clip:model --out
+            clip:levels.jsonl`.
+    """
+
+    recipe: str
+    set: tuple[str, ...] = ()
+    then: str | None = None
+
+
+@dataclass(frozen=True)
 class Study:
     """A study file.
 
     Args:
         arms: {name: recipe, or a map of `recipe`, `set`, `free`}.
-        first: {name: recipe, or a map of `recipe`, `set`} of what is trained once a seed before the arms, and not
-            evaluated; recipes of the arms find the run folder of their seed as a root of this name, so that a stage
-            can start from it: `init: {encoders: "clip:model"}`.
+        first: {name: recipe, or a map of `recipe`, `set`, `then`} of what is trained once a seed before the arms, and
+            not evaluated; recipes of the arms find the run folder of their seed as a root of this name, so that a
+            stage can start from it: `init: {encoders: "clip:model"}`.
         baseline: the arm that the others are measured against; default: the first.
         seeds: training seeds; every arm is trained with each.
         equal: what has to be equal between the arms: tokens into the LLM, or multiply-adds; null = nothing.
@@ -88,8 +107,8 @@ class StudyFile:
         self.plugins = [self._beside(name) for name in named]
         for plugin in self.plugins:
             load_plugin(plugin)
-        self.first = {name: self._arm("first", name, value) for name, value in self.study.first.items()}
-        self.arms = {name: self._arm("arms", name, value) for name, value in self.study.arms.items()}
+        self.first = {name: self._entry(First, "first", name, value) for name, value in self.study.first.items()}
+        self.arms = {name: self._entry(Arm, "arms", name, value) for name, value in self.study.arms.items()}
         self.recipes = {name: self.load(name) for name in {**self.first, **self.arms}}
         self._refuse_taken_names()
         self.baseline = self.study.baseline or next(iter(self.arms))
@@ -150,11 +169,11 @@ class StudyFile:
             hint = "change a grid, or `free: true` for an arm that is meant to differ"
             raise UserError(f"{self.path}:equal", f"the arms differ in {kind}", got=got, hint=hint)
 
-    def _arm(self, section: str, name: str, value: Any) -> Arm:
+    def _entry(self, cls: type[Entry], section: str, name: str, value: Any) -> Entry:
         where = f"{self.path}:{section}.{name}"
         if "/" in name or "." in name:
             raise UserError(where, "a name is a word without a dot or a slash")
-        return Arm(**bind(Arm, {"recipe": value} if isinstance(value, str) else value, where))
+        return cls(**bind(cls, {"recipe": value} if isinstance(value, str) else value, where))
 
     def _beside(self, name: str) -> str:
         beside = self.path.parent / name

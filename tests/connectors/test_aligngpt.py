@@ -17,6 +17,7 @@ from mmllm.contract.parts import Site
 from mmllm.contract.types import Grid, MediaSpec, PromptFeatures, TokenSpec
 from mmllm.data.align_levels import clip_score, level_edges, levels_by_edges, levels_by_rank
 from mmllm.data.media import MediaRef
+from mmllm.data.mix import load_data
 from mmllm.encoders.tokens import frame_tokens
 from mmllm.world.tokenizer import build_tokenizer
 
@@ -181,6 +182,24 @@ def test_given_scores_become_levels_and_edges_serve_new_data(tmp_path, capsys):
     command = ["data", "align-levels", str(data), "--scores", str(scores), "--edges", str(edges)]
     assert main([*command, "--out", str(tmp_path / "new.jsonl")]) == 0
     assert [record.get("level") for record in read(tmp_path / "new.jsonl")] == [2, 2, None, 2, 2, 2, 1]
+
+
+def test_levels_written_elsewhere_still_find_their_media(tmp_path):
+    """In another folder records become conversations; a link to a medium stays a link."""
+    (tmp_path / "data").mkdir()
+    data, out, scores = records(tmp_path / "data"), tmp_path / "out" / "levels.jsonl", tmp_path / "scores.txt"
+    (tmp_path / "data/0.png").rename(tmp_path / "blob")
+    (tmp_path / "data/0.png").symlink_to(tmp_path / "blob")
+    scores.write_text("0.1\n0.6\n0.3\n0.2\n0.5\n0.4\n")
+    assert main(["data", "align-levels", str(data), "--scores", str(scores), "--levels", "3", "--out", str(out)]) == 0
+    assert read(out)[0]["messages"][0]["content"][0] == {"type": "image", "path": "../data/0.png"}
+    before, after = load_data(data), load_data(out)
+    assert [sample.fields.get("level") for sample in after] == [0, 2, None, 1, 0, 2, 1]
+    assert [sample.id for sample in after] == [sample.id for sample in before]
+    for one, other in zip(before, after, strict=True):
+        assert json.dumps(other.messages).replace(f"{tmp_path}/out/../data", f"{tmp_path}/data") == json.dumps(
+            one.messages
+        )
 
 
 def test_mistakes_of_the_command_are_named(tmp_path, capsys):

@@ -49,6 +49,7 @@ def test_mistakes_are_named(tmp_path):
     assert "no such recipe" in problem(study(tmp_path, arms={"a": "nano/lava"}))
     assert "first.llava: an arm has this name too" in problem(study(tmp_path, first={"llava": "nano/clip"}))
     assert "first.world: recipes of the arms have a root" in problem(study(tmp_path, first={"world": "nano/clip"}))
+    assert "first.c.free: unknown key" in problem(study(tmp_path, first={"c": {"recipe": "nano/clip", "free": True}}))
     assert "arms.a.x: unknown key" in problem(study(tmp_path, arms={"a": {"recipe": "nano/llava", "x": 1}}))
 
 
@@ -66,20 +67,27 @@ def test_shipped_studies_are_fair(path):
     assert len(file.study.seeds) >= 3 and file.study.summary and set(file.facts()) == set(file.arms)
 
 
-def test_what_the_pooling_study_trains_first_fits_its_arms(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("prompt_pooling", {"ppllava": ("encoders", "prompts", "relevance.head"), "means": ("encoders",)}),
+        ("prompt_fronts", {"llava": ("encoders",), "bridgetower": ("encoders", "prompts")}),
+    ],
+)
+def test_what_shipped_studies_train_first_fits_their_arms(tmp_path, name, taken):
     from mmllm.build import build_model
     from mmllm.train.stage import start_from
 
-    file = StudyFile(next(path for path in SHIPPED if path.stem == "prompt_pooling"))
-    clip, arms = build_model(file.recipes["clip"]), {name: build_model(file.recipes[name]) for name in file.arms}
+    file = StudyFile(next(path for path in SHIPPED if path.stem == name))
+    clip, arms = build_model(file.recipes["clip"]), {arm: build_model(file.recipes[arm]) for arm in file.arms}
     clip.save_pretrained(tmp_path / "model")
-    for name, model in arms.items():
-        for part in file.recipes[name].stages["caption"].init:
-            start_from(model, part, tmp_path / "model", name)
+    for arm, model in arms.items():
+        for part in file.recipes[arm].stages["caption"].init:
+            start_from(model, part, tmp_path / "model", arm)
     met = clip.state_dict()
-    for name, taken in (("ppllava", ("encoders", "prompts", "relevance.head")), ("means", ("encoders",))):
-        keys = [key for key in arms[name].state_dict() if any(f".{part}." in key for part in taken)]
-        assert len(keys) > 5 and all(torch.equal(arms[name].state_dict()[key], met[key]) for key in keys)
+    for arm, parts in taken.items():
+        keys = [key for key in arms[arm].state_dict() if any(f".{part}." in key for part in parts)]
+        assert len(keys) > 5 and all(torch.equal(arms[arm].state_dict()[key], met[key]) for key in keys)
 
 
 def test_overrides_reach_every_arm(tmp_path):
@@ -96,6 +104,8 @@ def calls(monkeypatch) -> list[list[str]]:
 
     def call(self: Lab, run: Run, command: list[str], environment: dict[str, str]) -> None:
         made.append(command)
+        if command[0] == "data":
+            return
         if run.arm == "clip":
             (run.out / "status.json").write_text(json.dumps({"stages": {"contrast": {}}}))
         elif command[0] == "train":
@@ -151,7 +161,7 @@ def test_what_comes_first_is_trained_once_a_seed(tmp_path, calls, capsys):
     study(tmp_path, first={"clip": {"recipe": "nano/clip", "set": ["stages.contrast.steps=7"]}}, set=[])
     words.append("stages.text.steps=3")
     assert main(words) == 2
-    assert "llava-0: holds a run of another study; these differ: first.clip.stages" in capsys.readouterr().err
+    assert "llava-0: holds a run of another study; these differ: first.clip.recipe.stages" in capsys.readouterr().err
     for run in (out / "runs").iterdir():
         (run / "report.json").unlink(missing_ok=True)
     assert main(words) == 2
@@ -159,6 +169,37 @@ def test_what_comes_first_is_trained_once_a_seed(tmp_path, calls, capsys):
     shutil.rmtree(out / "runs/clip-1")
     assert main(words) == 2  # an arm that was cut off after it had begun
     assert "llava-0: holds a run of another study" in capsys.readouterr().err
+
+
+def test_a_command_may_follow_what_comes_first(tmp_path, calls, capsys):
+    """Its paths are resolved as those of recipes are; it is repeated until it has ended well, and no longer."""
+    then = "data align-levels world:train/caption.jsonl --pair clip:model --out 'clip:my levels.jsonl'"
+    changes = {"first": {"clip": {"recipe": "nano/clip", "then": then}}, "arms": {"llava": "nano/llava"}, "seeds": [0]}
+    out = tmp_path / "out"
+    words = ["lab", str(study(tmp_path, **changes)), "--out", str(out), "--quiet", "--device", "cpu", "roots.world=w"]
+    assert main(words) == 0
+    run = out / "runs/clip-0"
+    assert [command[0] for command in calls] == ["train", "data", "train", "eval"]
+    assert calls[1] == [
+        "data",
+        "align-levels",
+        "w/train/caption.jsonl",
+        "--pair",
+        f"{run}/model",
+        "--out",
+        f"{run}/my levels.jsonl",
+    ]
+    (out / "runs/llava-0/report.json").unlink()
+    calls.clear()
+    assert main(words) == 0 and [command[0] for command in calls] == ["train", "eval"]
+    (out / "runs/llava-0/report.json").unlink()
+    (run / "then.txt").unlink()
+    calls.clear()
+    assert main(words) == 0 and [command[0] for command in calls] == ["train", "data", "train", "eval"]
+    changes["first"]["clip"]["then"] = "data check world:train/caption.jsonl"
+    study(tmp_path, **changes)
+    assert main(words) == 2
+    assert "llava-0: holds a run of another study; these differ: first.clip.then" in capsys.readouterr().err
 
 
 def test_a_run_waits_for_what_comes_first(tmp_path, calls, monkeypatch):

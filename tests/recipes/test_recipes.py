@@ -76,6 +76,8 @@ def test_overrides_address_by_name_and_are_typed():
     assert made.stages["instruct"].lr == 1e-5
     made = recipes.load("nano/llava_onevision_video", ["model.connector.pool.kernel=2,3,3"])
     assert check_shapes(made).streams(MediaSpec("video", 8))[0].tokens == 4 * 2 * 2 + 1
+    made = recipes.load("nano/bridgetower", ["model.text.words.joint=64"])  # an argument that the recipe leaves out
+    assert made.model["text"]["words"]["joint"] == 64
 
 
 @pytest.mark.parametrize(

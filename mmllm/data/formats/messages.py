@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,20 @@ class Messages(Source):
             if placeholder in entry["text"]:
                 hint = '{"type": "video", "path": ...} as a content entry'
                 raise UserError(where, f"more placeholders than media: a text contains {placeholder}", hint=hint)
+
+
+def as_record(sample: Sample, folder: Path) -> dict[str, Any]:
+    """A conversation as a record of a file that lies in `folder`, which its media paths are then relative to."""
+
+    def placed(entry: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(entry.get("path"), str):
+            return entry
+        path = Path(entry["path"])
+        # a link to the file itself is kept: what it leads to may have another ending
+        return {**entry, "path": os.path.relpath(path.parent.resolve() / path.name, folder.resolve())}
+
+    messages = []
+    for message in sample.messages:
+        content = message["content"]
+        messages.append({**message, "content": content if isinstance(content, str) else [*map(placed, content)]})
+    return {"id": sample.id, "messages": messages, **sample.fields}
