@@ -11,6 +11,13 @@ from mmllm.contract.errors import UserError, nearest
 from mmllm.data.sampling import Sampling
 from mmllm.sections import LLM, Stage
 
+PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "encoders": ("encoder", ()),
+    "text": ("text", ("turns",)),
+    "connector": ("connector", ("only", "prompt")),
+}
+"""Kind of the parts in a section of `model`, and what may stand beside their arguments."""
+
 
 def override(data: dict[str, Any], line: str, file: str) -> None:
     """Set one value in a recipe's maps by its path; lists of nodes are addressed by name.
@@ -61,8 +68,8 @@ def _check_key(here: Any, parents: list[str], last: str, where: str) -> None:
     elif "type" in here:
         from mmllm.contract.registry import find
 
-        kind = {"connector": "connector", "text": "text"}.get(parents[1], "encoder")
-        known = [*signature(find(kind, here["type"], where)), *known]
+        kind, beside = PARTS[parents[1]] if parents[0] == "model" else ("objective", ())
+        known = [*signature(find(kind, here["type"], where)), *beside, *known]
     if last not in known:
         raise UserError(where, "unknown key", hint=nearest(last, known))
 

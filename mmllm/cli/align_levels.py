@@ -24,8 +24,8 @@ examples:
   mmllm data align-levels runs/world/train/caption.jsonl --pair runs/clip --levels 4 \\
       --out runs/world/train/levels.jsonl
 
-Records without a medium stay as they are. Beside the data, OUT.edges.json keeps the scores between the levels. Written
-to another folder than media paths are relative to, records become conversations whose paths lead there.
+Records without a medium get no level. Beside the data, OUT.edges.json keeps the scores between the levels. Written to
+a folder from which their media are not found, records become conversations with absolute paths.
 """
 
 
@@ -43,7 +43,7 @@ def configure(verbs: Any) -> None:
     parser.add_argument("--edges", type=Path, metavar="FILE", help="levels of other data instead: their edges.json")
     parser.add_argument("--frames", type=int, default=8, help="frames of a video to score (default 8; a run: its own)")
     parser.add_argument("--root", type=Path, help="folder that media paths are relative to (default: the file's own)")
-    common(parser, "--quiet", "--device")
+    common(parser, "--quiet", "--plugin", "--device")
     parser.set_defaults(run=run)
 
 
@@ -79,12 +79,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _records(source: Source, folder: Path) -> Iterator[dict[str, Any]]:
-    """The records, so that their media are found from where they are written."""
+    """The records, written so that their media are found: as they are beside the data or the media."""
     from mmllm.data.formats.messages import as_record
 
-    stay = folder.resolve() == source.root.resolve()
+    stay = folder.resolve() in (source.path.parent.resolve(), source.root.resolve())
     for index in range(len(source)):
-        yield source.records[index][0] if stay else as_record(source[index], folder)
+        yield source.records[index][0] if stay else as_record(source[index])
 
 
 def _read_edges(path: Path) -> list[float]:

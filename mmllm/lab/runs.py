@@ -131,23 +131,26 @@ class Lab:
         return benchmarks if all(task in benchmarks for task in self.file.study.tasks) else None
 
     def _trained(self, run: Run) -> bool:
-        """Whether what comes first has been, all stages of it and what is done then."""
+        """Whether what comes first has been trained, all stages of it, and followed by its command."""
         finished = RunFolder(run.out).status["stages"]
         if finished:
             self._refuse_another(run)
-        if self.file.first[run.arm].then and not (run.out / THEN).is_file():
-            return False
+        if command := self.file.then_of(run.arm, run.out):
+            path = run.out / THEN
+            if not path.is_file() or path.read_text().strip() != shlex.join(command):
+                return False
         return all(stage in finished for stage in self.file.recipes[run.arm].stages)
 
     def _facts(self, run: Run) -> dict[str, Any]:
         """What a run's scores depend on, as plain JSON; machine and number format are left to the user."""
-        facts: dict[str, Any] = {"recipe": self.file.recipes[run.arm].data}
+        recipes, before = self.file.recipes, self._before(run)
+        facts: dict[str, Any] = {"recipe": recipes[run.arm].data}
         if run.arm in self.file.arms:
             facts["limit"] = self.file.study.limit
-        else:
-            facts["then"] = self.file.first[run.arm].then
-        if before := self._before(run):
-            facts["first"] = {one.arm: self._facts(one) for one in before}
+        if before:
+            facts["first"] = {one.arm: recipes[one.arm].data for one in before}
+        if then := {one.arm: self.file.first[one.arm].then for one in before if one.arm in self.file.then}:
+            facts["then"] = then
         if self.file.plugins:
             facts["plugins"] = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in self.file.plugins]
         return json.loads(json.dumps(facts))
@@ -174,9 +177,9 @@ class Lab:
             self._call(run, self._train(run), {**os.environ, **place})
             if run.arm in self.file.arms:
                 self._call(run, self._evaluate(run), {**os.environ, **place})
-            elif command := self._then(run):
+            elif command := self.file.then_of(run.arm, run.out):
                 self._call(run, command, {**os.environ, **place})
-                (run.out / THEN).write_text(shlex.join(["mmllm", *command]) + "\n")
+                (run.out / THEN).write_text(shlex.join(command) + "\n")
         finally:
             free.put(place)
         return run
@@ -185,12 +188,6 @@ class Lab:
         command = ["train", self.file.recipe_of(run.arm), "--out", str(run.out), "--seed", str(run.seed)]
         roots = [f"roots.{one.arm}={one.out.resolve()}" for one in self._before(run)]
         return [*command, "--cache-dir", str(self.cache), *self._common(), *self.file.overrides_of(run.arm), *roots]
-
-    def _then(self, run: Run) -> list[str]:
-        """The command that follows what comes first, its paths resolved; empty where there is none."""
-        recipe, own = self.file.recipes[run.arm], f"{run.arm}:"
-        words = shlex.split(self.file.first[run.arm].then or "")
-        return [str(run.out / word.removeprefix(own)) if word.startswith(own) else recipe.path(word) for word in words]
 
     def _evaluate(self, run: Run) -> list[str]:
         study = self.file.study

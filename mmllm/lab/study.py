@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -39,9 +40,9 @@ class First:
 
     Args:
         recipe: a shipped name or a file. set: overrides, `key.path=value`.
-        then: a command of mmllm for what was trained. `name:file` stands below its run folder, `world:file` below the
-            folder that its recipe calls so: `data align-levels world:train/caption.jsonl --pair clip:model --out
-            clip:levels.jsonl`.
+        then: a command of mmllm for what was trained, with all its flags. `name:file` stands below its run folder,
+            `world:file` below the folder that its recipe calls so: `data align-levels world:train/caption.jsonl
+            --pair clip:model --levels 4 --out clip:levels.jsonl`.
     """
 
     recipe: str
@@ -110,6 +111,7 @@ class StudyFile:
         self.first = {name: self._entry(First, "first", name, value) for name, value in self.study.first.items()}
         self.arms = {name: self._entry(Arm, "arms", name, value) for name, value in self.study.arms.items()}
         self.recipes = {name: self.load(name) for name in {**self.first, **self.arms}}
+        self.then = {name: self._command(name, entry.then) for name, entry in self.first.items() if entry.then}
         self._refuse_taken_names()
         self.baseline = self.study.baseline or next(iter(self.arms))
         if self.baseline not in self.arms:
@@ -124,6 +126,30 @@ class StudyFile:
                 raise UserError(f"{self.path}:first.{name}", "an arm has this name too")
             if name in roots | {"media"}:
                 raise UserError(f"{self.path}:first.{name}", "recipes of the arms have a root of this name")
+
+    def _command(self, name: str, then: str) -> list[str]:
+        """The words of a command that follows what comes first."""
+        from mmllm.cli import VERBS
+
+        where = f"{self.path}:first.{name}.then"
+        try:
+            words = shlex.split(then)
+        except ValueError as error:
+            raise UserError(where, f"not a command: {error}", got=then) from error
+        if not words or words[0] not in VERBS:
+            raise UserError(where, "starts with a verb of mmllm", got=then, hint=", ".join(VERBS))
+        return words
+
+    def then_of(self, name: str, out: Path) -> list[str]:
+        """The command that follows what comes first, its paths below the run folder `out` and below roots resolved."""
+        recipe, own = self.recipes[name], f"{name}:"
+
+        def placed(word: str) -> str:
+            found = str(out / word.removeprefix(own)) if word.startswith(own) else recipe.path(word)
+            flag, equals, value = word.partition("=")
+            return f"{flag}={placed(value)}" if found == word and equals else found
+
+        return [placed(word) for word in self.then.get(name, [])]
 
     def load(self, name: str) -> Recipe:
         """The recipe of an arm or of what comes first, with its overrides."""

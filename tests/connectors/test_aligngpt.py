@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -185,21 +186,31 @@ def test_given_scores_become_levels_and_edges_serve_new_data(tmp_path, capsys):
 
 
 def test_levels_written_elsewhere_still_find_their_media(tmp_path):
-    """In another folder records become conversations; a link to a medium stays a link."""
+    """In another folder records become conversations, which are right below any root."""
     (tmp_path / "data").mkdir()
     data, out, scores = records(tmp_path / "data"), tmp_path / "out" / "levels.jsonl", tmp_path / "scores.txt"
-    (tmp_path / "data/0.png").rename(tmp_path / "blob")
-    (tmp_path / "data/0.png").symlink_to(tmp_path / "blob")
     scores.write_text("0.1\n0.6\n0.3\n0.2\n0.5\n0.4\n")
     assert main(["data", "align-levels", str(data), "--scores", str(scores), "--levels", "3", "--out", str(out)]) == 0
-    assert read(out)[0]["messages"][0]["content"][0] == {"type": "image", "path": "../data/0.png"}
-    before, after = load_data(data), load_data(out)
-    assert [sample.fields.get("level") for sample in after] == [0, 2, None, 1, 0, 2, 1]
-    assert [sample.id for sample in after] == [sample.id for sample in before]
-    for one, other in zip(before, after, strict=True):
-        assert json.dumps(other.messages).replace(f"{tmp_path}/out/../data", f"{tmp_path}/data") == json.dumps(
-            one.messages
-        )
+    for root in (None, tmp_path / "data"):
+        before, after = load_data(data), load_data(out, root)
+        assert [sample.fields.get("level") for sample in after] == [0, 2, None, 1, 0, 2, 1]
+        assert [(sample.id, sample.messages) for sample in after] == [(one.id, one.messages) for one in before]
+
+
+def test_levels_written_beside_data_or_media_leave_the_records_as_they_are(tmp_path):
+    (tmp_path / "images").mkdir()
+    data, scores = records(tmp_path / "images").rename(tmp_path / "captions.jsonl"), tmp_path / "scores.txt"
+    scores.write_text("0.1\n0.6\n0.3\n0.2\n0.5\n0.4\n")
+    for out in (tmp_path / "levels.jsonl", tmp_path / "images/levels.jsonl"):
+        command = ["data", "align-levels", str(data), "--scores", str(scores), "--levels", "3", "--out", str(out)]
+        assert main([*command, "--root", str(tmp_path / "images")]) == 0
+        assert [{**record, "level": None} for record in read(out)] == [{**one, "level": None} for one in read(data)]
+
+
+def test_a_level_that_the_table_has_not_is_named(tmp_path):
+    prompt = replace(said(), level=torch.tensor([-1, 5, 0]))
+    with pytest.raises(UserError, match="level 5, expected below 5"):
+        gate(levels=5)(clips(), prompt=prompt)
 
 
 def test_mistakes_of_the_command_are_named(tmp_path, capsys):

@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ def test_mistakes_are_named(tmp_path):
     assert "first.llava: an arm has this name too" in problem(study(tmp_path, first={"llava": "nano/clip"}))
     assert "first.world: recipes of the arms have a root" in problem(study(tmp_path, first={"world": "nano/clip"}))
     assert "first.c.free: unknown key" in problem(study(tmp_path, first={"c": {"recipe": "nano/clip", "free": True}}))
+    for then, said in (("data 'x", "not a command: No closing"), ("mmllm data check x", "a verb of mmllm")):
+        assert said in problem(study(tmp_path, first={"c": {"recipe": "nano/clip", "then": then}}))
     assert "arms.a.x: unknown key" in problem(study(tmp_path, arms={"a": {"recipe": "nano/llava", "x": 1}}))
 
 
@@ -161,7 +164,7 @@ def test_what_comes_first_is_trained_once_a_seed(tmp_path, calls, capsys):
     study(tmp_path, first={"clip": {"recipe": "nano/clip", "set": ["stages.contrast.steps=7"]}}, set=[])
     words.append("stages.text.steps=3")
     assert main(words) == 2
-    assert "llava-0: holds a run of another study; these differ: first.clip.recipe.stages" in capsys.readouterr().err
+    assert "llava-0: holds a run of another study; these differ: first.clip.stages" in capsys.readouterr().err
     for run in (out / "runs").iterdir():
         (run / "report.json").unlink(missing_ok=True)
     assert main(words) == 2
@@ -172,34 +175,54 @@ def test_what_comes_first_is_trained_once_a_seed(tmp_path, calls, capsys):
 
 
 def test_a_command_may_follow_what_comes_first(tmp_path, calls, capsys):
-    """Its paths are resolved as those of recipes are; it is repeated until it has ended well, and no longer."""
-    then = "data align-levels world:train/caption.jsonl --pair clip:model --out 'clip:my levels.jsonl'"
+    """Its paths are resolved as those of recipes are; it is not repeated, and another one makes other arms."""
+    then = "data align-levels world:train/caption.jsonl --pair clip:model '--out=clip:my levels.jsonl'"
     changes = {"first": {"clip": {"recipe": "nano/clip", "then": then}}, "arms": {"llava": "nano/llava"}, "seeds": [0]}
     out = tmp_path / "out"
     words = ["lab", str(study(tmp_path, **changes)), "--out", str(out), "--quiet", "--device", "cpu", "roots.world=w"]
     assert main(words) == 0
     run = out / "runs/clip-0"
-    assert [command[0] for command in calls] == ["train", "data", "train", "eval"]
-    assert calls[1] == [
-        "data",
-        "align-levels",
-        "w/train/caption.jsonl",
-        "--pair",
-        f"{run}/model",
-        "--out",
-        f"{run}/my levels.jsonl",
-    ]
+    made = ["align-levels", "w/train/caption.jsonl", "--pair", f"{run}/model", f"--out={run}/my levels.jsonl"]
+    assert [command[0] for command in calls] == ["train", "data", "train", "eval"] and calls[1] == ["data", *made]
     (out / "runs/llava-0/report.json").unlink()
     calls.clear()
     assert main(words) == 0 and [command[0] for command in calls] == ["train", "eval"]
-    (out / "runs/llava-0/report.json").unlink()
-    (run / "then.txt").unlink()
-    calls.clear()
-    assert main(words) == 0 and [command[0] for command in calls] == ["train", "data", "train", "eval"]
     changes["first"]["clip"]["then"] = "data check world:train/caption.jsonl"
     study(tmp_path, **changes)
     assert main(words) == 2
-    assert "llava-0: holds a run of another study; these differ: first.clip.then" in capsys.readouterr().err
+    assert "llava-0: holds a run of another study; these differ: then.clip" in capsys.readouterr().err
+
+
+def test_a_command_that_fails_is_repeated_and_can_be_mended(tmp_path, calls, monkeypatch, capsys):
+    """No arm begins before it has ended well, and what was trained before it stays."""
+    real = Lab._call
+
+    def fails(self: Lab, run: Run, command: list[str], environment: dict[str, str]) -> None:
+        real(self, run, command, environment)
+        if command[:2] == ["data", "chek"]:
+            raise UserError(run.label, "mmllm data ended with 2: unknown: chek")
+
+    monkeypatch.setattr(Lab, "_call", fails)
+    first = {"recipe": "nano/clip", "then": "data chek clip:x.jsonl"}
+    changes = {"first": {"clip": first}, "arms": {"llava": "nano/llava"}, "seeds": [0]}
+    words = ["lab", str(study(tmp_path, **changes)), "--out", str(tmp_path / "out"), "--quiet", "--device", "cpu"]
+    for _ in range(2):
+        calls.clear()
+        assert main(words) == 2 and "unknown: chek" in capsys.readouterr().err
+        assert [command[0] for command in calls] == ["train", "data"]
+    first["then"] = "data check clip:x.jsonl"
+    study(tmp_path, **changes)
+    calls.clear()
+    assert main(words) == 0 and [command[0] for command in calls] == ["train", "data", "train", "eval"]
+
+
+def test_the_levels_of_the_shipped_study_are_those_that_its_arm_reads():
+    file = StudyFile(next(path for path in SHIPPED if path.stem == "prompt_fronts"))
+    command, recipe = file.then_of("clip", Path("run")), file.recipes["aligngpt"]
+    given = dict(pairwise(command))
+    gate = next(node for node in recipe.model["connector"] if node["type"] == "level_gate")
+    assert int(given["--levels"]) == gate["levels"]
+    assert given["--out"] == "run/levels.jsonl" and "clip:levels.jsonl" in recipe.stages["caption"].data
 
 
 def test_a_run_waits_for_what_comes_first(tmp_path, calls, monkeypatch):

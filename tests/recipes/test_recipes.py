@@ -76,8 +76,15 @@ def test_overrides_address_by_name_and_are_typed():
     assert made.stages["instruct"].lr == 1e-5
     made = recipes.load("nano/llava_onevision_video", ["model.connector.pool.kernel=2,3,3"])
     assert check_shapes(made).streams(MediaSpec("video", 8))[0].tokens == 4 * 2 * 2 + 1
-    made = recipes.load("nano/bridgetower", ["model.text.words.joint=64"])  # an argument that the recipe leaves out
-    assert made.model["text"]["words"]["joint"] == 64
+
+
+def test_overrides_set_what_a_recipe_leaves_out():
+    """Arguments of every kind of part, and what stands beside them."""
+    lines = ["model.text.words.joint=64", "model.text.words.turns=last", "model.connector.mlp.only=video"]
+    lines += ["model.encoders.nano.channels=8,8,8", "stages.text.objective.groups=2"]
+    made = recipes.load("nano/bridgetower", lines)
+    assert made.model["text"]["words"] == {"type": "nano_text", "width": 96, "depth": 2, "joint": 64, "turns": "last"}
+    assert made.model["connector"][0]["only"] == "video" and made.stages["text"].objective["groups"] in (2, "2")
 
 
 @pytest.mark.parametrize(

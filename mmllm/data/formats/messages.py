@@ -55,18 +55,14 @@ class Messages(Source):
                 raise UserError(where, f"more placeholders than media: a text contains {placeholder}", hint=hint)
 
 
-def as_record(sample: Sample, folder: Path) -> dict[str, Any]:
-    """A conversation as a record of a file that lies in `folder`, which its media paths are then relative to."""
+def as_record(sample: Sample) -> dict[str, Any]:
+    """A conversation as a record of this format; its media paths are absolute, so that it may be written anywhere."""
 
     def placed(entry: dict[str, Any]) -> dict[str, Any]:
-        if not isinstance(entry.get("path"), str):
-            return entry
-        path = Path(entry["path"])
-        # a link to the file itself is kept: what it leads to may have another ending
-        return {**entry, "path": os.path.relpath(path.parent.resolve() / path.name, folder.resolve())}
+        return {**entry, "path": os.path.abspath(entry["path"])} if isinstance(entry.get("path"), str) else entry
 
     messages = []
     for message in sample.messages:
         content = message["content"]
         messages.append({**message, "content": content if isinstance(content, str) else [*map(placed, content)]})
-    return {"id": sample.id, "messages": messages, **sample.fields}
+    return {**sample.fields, "id": sample.id, "messages": messages}
