@@ -45,7 +45,6 @@ setup(
     ],
     extras_require={
         "data": DATA,
-        "demo": ["gradio>=5"],
         "deepspeed": ["deepspeed>=0.17"],
         "dev": ["pytest>=8", "ruff>=0.9", "setuptools>=77", *DATA, *TOWERS],
         "towers": TOWERS,

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/common.sh
 
-level=nano out=runs/quickstart seed=0 venv=.venv
+level=nano out= seed=0 venv=.venv
 while [ $# -gt 0 ]; do
     case $1 in
         --level) level=$2; shift 2 ;;
@@ -19,6 +19,9 @@ while [ $# -gt 0 ]; do
     esac
 done
 world=runs/world-$level
+default=runs/quickstart
+[ "$level" = nano ] || default+=-$level
+out=${out:-$default}
 overrides=("roots.world=$world")
 if [ "$level" = tiny ]; then
     overrides+=(stages.{letters,text,caption,instruct}.steps=4)

@@ -28,11 +28,9 @@ OPTIONAL = {
     "decord": "second video back end (Linux on x86-64 only)",
     "timm": "encoders from timm",
     "open_clip_torch": "encoders from OpenCLIP",
-    "peft": "LoRA",
     "deepspeed": "ZeRO",
-    "datasets": "benchmarks and training sets from the hub",
+    "datasets": "training data in Parquet and Arrow",
     "webdataset": "tar shards",
-    "gradio": "the demo page",
 }
 ENCODER = "libx264"
 

@@ -92,6 +92,7 @@ def run_check(options: argparse.Namespace) -> int:
     facts: dict[str, Any] = check_recipe(recipe)
     for kind, section in (
         ("encoder", recipe.model["encoders"].values()),
+        ("text", (recipe.model.get("text") or {}).values()),
         ("connector", recipe.model["connector"]),
     ):
         for name in sorted({part["type"] for part in section}):

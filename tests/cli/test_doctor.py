@@ -42,21 +42,21 @@ def test_versions_back_ends_and_disk(capsys, tmp_path):
     assert found["pyav"]["state"].startswith("decoded 8 frames") and found["pyav"]["core"]
     assert found["encoder libx264"]["good"]
     assert found["cache"]["state"].endswith(f"free in {tmp_path / 'not' / 'yet'}")
-    assert {"decord", "timm", "open_clip_torch", "peft", "deepspeed", "datasets", "webdataset", "gradio"} <= set(found)
+    assert {"decord", "timm", "open_clip_torch", "deepspeed", "datasets", "webdataset"} <= set(found)
 
 
 def test_what_is_missing_comes_with_its_command(capsys, monkeypatch):
     real = metadata.version
 
     def version(name):
-        if name in ("gradio", "timm", "safetensors"):
+        if name in ("webdataset", "timm", "safetensors"):
             raise metadata.PackageNotFoundError(name)
         return real(name)
 
     monkeypatch.setattr(doctor.metadata, "version", version)
     code, found = report(capsys)
     assert code == 2 and not found["safetensors"]["good"]
-    assert found["gradio"]["hint"] == 'pip install "mmllm[demo]"'
+    assert found["webdataset"]["hint"] == 'pip install "mmllm[data]"'
     assert found["timm"]["hint"] == 'pip install "mmllm[towers]"'
     assert main(["doctor"]) == 2
     text = capsys.readouterr().out
