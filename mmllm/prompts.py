@@ -80,9 +80,11 @@ class PromptBank(nn.Module):
             embed_tokens: the LLM's table of embeddings, for a source without its own.
         """
         features = {}
+        table = any(parameter.requires_grad for parameter in embed_tokens.parameters()) if embed_tokens else False
         for name, wanted in needs.items():
             source: TextSource = self.sources[name]
-            trains = source.trainable and torch.is_grad_enabled()
+            # A source without weights of its own reads the table, and gradients reach what it reads.
+            trains = (source.trainable or table) and torch.is_grad_enabled()
             with nullcontext() if trains else torch.no_grad():
                 item = prompts[name]
                 found = source(item["ids"], item["mask"], wanted.prompt, wanted.prompt_levels, embed_tokens)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import frames, image, save_model, tiny_model, tiny_processor, tiny_recipe, write_video
+from tiny import frames, image, save_model, tiny_model, tiny_processor, tiny_recipe, turn, video, write_video
 
 from mmllm.cli import main
 from mmllm.connectors.aligngpt import LevelGate
@@ -146,6 +146,33 @@ def test_scores_are_mean_cosines():
     frames = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     assert clip_score(frames, torch.tensor([5.0, 0.0])) == pytest.approx(0.5)
     assert clip_score(frames[1:], torch.tensor([5.0, 0.0])) == pytest.approx(0)
+
+
+def test_a_record_s_level_or_its_first_question_makes_the_token():
+    """From records to embeddings, padded and mixed; what learns the mixture learns the LLM's table too."""
+    recipe = tiny_recipe("nano/aligngpt")
+    processor, model = tiny_processor(recipe), tiny_model(recipe)
+    clip, answer = video(1), turn("it moves left", role="assistant")
+    chats = [[turn(clip, "What moves?"), answer]] * 3 + [[turn("Say something."), answer]]
+    chats.append([turn(clip, "What moves?"), answer, turn("A second question, and a long one?"), answer])
+    examples = [
+        processor.encode(chat, level=level) for chat, level in zip(chats, (2, None, 0, None, None), strict=True)
+    ]
+    batch = processor.collate(examples, padding_side="left")
+    embeds = model.embed(batch).embeds
+    starts = {row: start for row, start, _, stream in batch["visual"]["spans"].tolist() if stream == 0}
+    assert sorted(starts) == [0, 1, 2, 4]  # text alone has no token
+    for row, start in starts.items():
+        first = int(batch["attention_mask"][row].argmax())
+        assert start == first + int(batch["input_ids"][row, first] == processor.tokenizer.bos_token_id)
+    token = {row: embeds[row, start] for row, start in starts.items()}
+    table = model.model.front_end.parts["level_gate"].table
+    assert torch.equal(token[0], table[2]) and torch.equal(token[2], table[0])
+    torch.testing.assert_close(token[4], token[1])
+    assert (token[1] - table).abs().max(dim=1).values.min() > 1e-3
+    token[1].square().sum().backward()
+    learnt = model.get_input_embeddings().weight.grad.abs().sum(dim=1).nonzero()[:, 0].tolist()
+    assert set(learnt) == set(processor.tokenizer("What moves?", add_special_tokens=False)["input_ids"])
 
 
 def records(folder: Path, count: int = 6) -> Path:

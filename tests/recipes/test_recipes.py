@@ -11,6 +11,7 @@ from mmllm import recipe as recipes
 from mmllm.build import check_shapes
 from mmllm.contract.errors import UserError
 from mmllm.contract.types import MediaSpec
+from mmllm.train.stage import check_names
 from mmllm.walk import walk
 
 MODELS = [name for name in recipes.names() if name != "nano/base"]
@@ -47,6 +48,14 @@ def test_every_shipped_recipe_walks_to_its_figures(name):
     assert all(row.macs > 0 for row in rows if row.type not in free)
     if millions is not None:
         assert sum(row.parameters for row in rows) / 1e6 == pytest.approx(millions, rel=0.002)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_shipped_stage_trains_what_is_there(name):
+    recipe = recipes.load(name)
+    front = check_shapes(recipe)
+    for stage, settings in recipe.stages.items():
+        check_names(front, stage, settings, recipe)
 
 
 @pytest.mark.parametrize("name", MODELS)
