@@ -21,7 +21,7 @@ class NanoText(TransformersText):
         tokenizer: hub id or folder; "llm" = that of the LLM.
         width, depth, heads: of the tower.
         joint: width of the space shared with an image tower; None = there is none.
-        length: most tokens of a prompt that are read.
+        length: most tokens of a prompt that are read; all questions of a NanoWorld conversation have up to 150.
         vocabulary: rows of the table of embeddings, at least as many as the tokenizer has entries.
     """
 
@@ -36,7 +36,7 @@ class NanoText(TransformersText):
         depth: int = 2,
         heads: int = 4,
         joint: int | None = None,
-        length: int = 64,
+        length: int = 192,
         vocabulary: int = 1000,
     ) -> None:
         if width % heads:
