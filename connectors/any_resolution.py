@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmllm.connectors.precision import without_autocast
 from mmllm.contract.parts import Part, Site
 from mmllm.contract.registry import register
 from mmllm.contract.types import Grid, MediaSpec, TokenSpec, VisualTokens
@@ -107,7 +107,7 @@ def _resized(joint: Tensor, rows: int, columns: int) -> Tensor:
     """[B, h, w, C] -> [B, rows, columns, C], bilinear without antialiasing, in float32."""
     if joint.shape[1:3] == (rows, columns):
         return joint
-    with nullcontext() if joint.is_meta else torch.autocast(joint.device.type, enabled=False):
+    with without_autocast(joint):
         image = joint.movedim(-1, 1).float()
         return nn.functional.interpolate(image, (rows, columns), mode="bilinear").movedim(1, -1).to(joint.dtype)
 

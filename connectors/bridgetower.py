@@ -159,9 +159,11 @@ class Bridge(Part):
         image = self.norm(seen.extras["levels"] if self.levels else seen.values[:, :, None]).unbind(2)
         image = image if self.levels else image * count
         text = self.text_norm(prompt.levels).unbind(2)
-        moments = self.moment(_waves(seen.times, self.moment.in_features).to(image[0].dtype))
-        moments = moments.repeat_interleave(image[0].shape[1] // moments.shape[1], dim=1)
         frames = seen.grid.t
+        # the seconds of the grid's rows: behind a pooling these are not the frames'
+        seconds = seen.positions[..., 0].unflatten(1, (frames, -1)).mean(-1)
+        moments = self.moment(_waves(seconds, self.moment.in_features).to(image[0].dtype))
+        moments = moments.repeat_interleave(image[0].shape[1] // frames, dim=1)
         return self.stack(text, image, prompt.mask, frames=frames, places=moments, weigh=self.relevance)
 
     def _present(self, prompt: PromptFeatures, batch: int) -> Tensor:
@@ -203,15 +205,18 @@ def _waves(times: Tensor, width: int) -> Tensor:
 
 
 def _copy_norm(norm: nn.Module, sources: dict[str, nn.Module], kind: type[Tower], hint: str) -> None:
-    """Into `norm` the last norm of the tower of its width, where there is one."""
+    """Into `norm` the norm of its width after the tower's last block, where there is one.
+
+    Heads and adapters have norms of such names too; the tower's own lies above theirs.
+    """
     if not isinstance(norm, nn.LayerNorm):
         return
     found, shape = {}, norm.normalized_shape
     for name, source in sources.items():
-        norms = [one for path, one in source.named_modules() if path.rpartition(".")[2] in POST_NORMS]
-        norms = [one for one in norms if isinstance(one, nn.LayerNorm) and one.normalized_shape == shape]
+        named = [(path, one) for path, one in source.named_modules() if path.rpartition(".")[2] in POST_NORMS]
+        norms = {path: one for path, one in named if isinstance(one, nn.LayerNorm) and one.normalized_shape == shape}
         if norms and isinstance(source, kind):
-            found[name] = norms[-1]
+            found[name] = norms[min(reversed(norms), key=lambda path: path.count("."))]
     if len(found) > 1:
         raise UserError("connector bridge", f"the norm of {' or of '.join(found)}: they have one width", hint=hint)
     for chosen in found.values():

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mmllm.connectors.precision import without_autocast
 from mmllm.connectors.projectors import Projector
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
@@ -99,8 +100,9 @@ class SiglipPatchHead(nn.Module):
         """Patches [..., N, C] of a frame -> [..., heads, N] float32, how much of the probe's attention each gets."""
         keys = self.key(self.norm(values)).unflatten(-1, (self.heads, -1))
         query = self.query(self.probe).unflatten(-1, (self.heads, -1))
-        logits = torch.einsum("...nhc,hc->...hn", keys, query) / math.sqrt(query.shape[-1])
-        return logits.float().softmax(-1)
+        with without_autocast(values):
+            logits = torch.einsum("...nhc,hc->...hn", keys.float(), query.float()) / math.sqrt(query.shape[-1])
+        return logits.softmax(-1)
 
     def take(self, pair: nn.Module) -> None:
         """Weights out of a SigLIP model."""
@@ -146,5 +148,6 @@ def take_head(head: ClipPatchHead | SiglipPatchHead, name: str, where: str) -> T
 
 def cosine(visual: Tensor, prompt: Tensor) -> Tensor:
     """Cosine of every token [B, N, J] with the prompt [B, J] of its row -> [B, N], in float32."""
-    visual = nn.functional.normalize(visual.float(), dim=-1)
-    return torch.einsum("bnj,bj->bn", visual, nn.functional.normalize(prompt.float(), dim=-1))
+    with without_autocast(visual):
+        visual = nn.functional.normalize(visual.float(), dim=-1)
+        return torch.einsum("bnj,bj->bn", visual, nn.functional.normalize(prompt.float(), dim=-1))

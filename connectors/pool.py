@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mmllm.connectors.precision import without_autocast
 from mmllm.contract.parts import Part, Site
 from mmllm.contract.registry import register
 from mmllm.contract.types import Grid, MediaSpec, TokenSpec, VisualTokens
@@ -124,8 +124,8 @@ def _bilinear(size: int, cells: int, kernel: int | None, device: torch.device) -
 def _apply(values: Tensor, axes: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     """[B, t, h, w, C] by the matrices of the three axes -> [B, t' h' w', C]; small axes first in float32."""
     time, rows, columns = axes
-    # In float32 under autocast too: positions are seconds and places. The meta device knows no autocast.
-    with nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False):
+    # In float32 under autocast too: positions are seconds and places.
+    with without_autocast(values):
         return _matrices(values.float(), time, rows, columns).to(dtype)
 
 

@@ -6,11 +6,12 @@ Source: PPLLaVA (Liu et al. 2024, arXiv 2411.02327), prompt-guided pooling.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from mmllm.connectors.precision import without_autocast
 
 Size = tuple[int, int, int]
 Ends = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -162,8 +163,7 @@ def window_weights(scores: Tensor | None, windows: Windows, temperature: float, 
 
 def weighted_means(values: Tensor, weights: Tensor, windows: Windows) -> Tensor:
     """Values [B, T, H, W, C] by weights [B or 1, t, h, w, K] -> [B, t, h, w, C], in float32 also under autocast."""
-    # The meta device knows no autocast.
-    with nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False):
+    with without_autocast(values):
         cells = by_window(values.float(), windows)
         return torch.einsum("bthwkc,bthwk->bthwc", cells, weights.expand(cells.shape[:5])).to(values.dtype)
 

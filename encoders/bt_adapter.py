@@ -17,6 +17,7 @@ from mmllm.contract.parts import Part, Site
 from mmllm.contract.registry import register
 from mmllm.contract.types import MediaSpec, Needs, TokenSpec, VisualTokens
 from mmllm.encoders.huggingface import SMALL, ClipEncoder
+from mmllm.encoders.transform import Fit, Interpolation
 
 
 class Stream(NamedTuple):
@@ -226,12 +227,16 @@ class ClipBTAdapterEncoder(ClipEncoder):
         layer: int = -2,
         frames: int | None = None,
         size: int | None = None,
+        fit: Fit | None = None,
+        short: int | None = None,
+        interpolation: Interpolation | None = None,
         depth: int = 4,
         max_frames: int = 64,
         drop: float = 0.1,
         reference: bool = False,
     ) -> None:
-        super().__init__(site, name=name, config=config, layer=layer, frames=frames, size=size)
+        pixels = {"size": size, "fit": fit, "short": short, "interpolation": interpolation}
+        super().__init__(site, name=name, config=config, layer=layer, frames=frames, **pixels)
         blocks, last = self.config.num_hidden_layers, self._index(layer)
         if not blocks - depth < last <= blocks or depth > blocks:
             raise ValueError(f"depth {depth}: layer {layer} of {blocks} blocks lies before the adapter")

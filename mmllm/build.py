@@ -122,10 +122,13 @@ def build_tokenizer(recipe: Recipe) -> Any:
     else:
         place, options = recipe.path(llm.tokenizer), {}
     try:
-        return AutoTokenizer.from_pretrained(place, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError) as error:
         hint = "mmllm world make --out runs/world --level nano" if (llm.tokenizer or "").startswith("world:") else None
         raise UserError(recipe.where("model.llm.tokenizer"), f"no tokenizer at {place}", hint=hint) from error
+    if llm.template is not None:
+        tokenizer.chat_template = llm.template
+    return tokenizer
 
 
 def build_processor(recipe: Recipe, tokenizer: Any = None) -> MMLLMProcessor:

@@ -111,7 +111,7 @@ class _Template:
         self.tokenizer = tokenizer
         self.key = (tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
         if tokenizer.chat_template is None:
-            raise UserError("tokenizer", "it has no chat template", hint="set tokenizer.chat_template and save it")
+            raise UserError("tokenizer", "it has no chat template", hint="model.llm.template, a Jinja text")
 
     def __hash__(self) -> int:
         return hash(str(self.key))

@@ -14,12 +14,14 @@ class LLM:
         name: where weights and tokenizer come from: a hub id, a folder, or `package:NAME`, an installed package.
         gguf: the file there, where the weights are in that format.
         config: its geometry, inline. tokenizer: another place of the tokenizer.
+        template: how a conversation is written, as a chat template (Jinja); default: the tokenizer's own.
     """
 
     name: str | None = None
     gguf: str | None = None
     config: dict | None = None
     tokenizer: str | None = None
+    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Stage:
         trains: what learns: `encoders`, `text`, `connector`, `llm`, one of them by name (`encoders.clip`), or a module
             inside (`encoders.clip.adapter`).
         steps, epochs: length; exactly one.
-        batch: samples of one optimizer step over all processes. micro_batch: samples of one forward of one process.
+        batch: samples of one optimizer step over all processes. micro_batch: most samples of one forward
+            of one process.
         optimizer: "adamw", or "muon": Muon on hidden matrices, AdamW on the rest. muon_lr: Muon's own peak.
         lr: peak learning rate. schedule: its shape after the warm-up. warmup: share of the steps.
         weight_decay: on matrices only. clip: largest gradient norm.

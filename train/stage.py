@@ -155,7 +155,7 @@ def micro_batch(name: str, stage: Stage, recipe: Recipe, processes: int) -> tupl
     if stage.batch % processes:
         raise UserError(f"{where}.batch", f"{stage.batch} samples over {processes} processes", hint="a multiple")
     per_process = stage.batch // processes
-    micro = stage.micro_batch or per_process
+    micro = min(stage.micro_batch or per_process, per_process)
     if per_process % micro:
         raise UserError(f"{where}.micro_batch", f"{micro} does not divide the {per_process} samples of a process")
     return micro, per_process // micro

@@ -52,6 +52,10 @@ class StageTrainer(Trainer):
             self.optimizer = muon(self.model, self.args.learning_rate, self.muon_lr, self.args.weight_decay)
         return self.optimizer
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices alone, as in Muon's groups: the library goes by names, and a part's vectors have any."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, dict[str, Tensor]]:

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 FIELD = "level"
 """The field of a record that holds its level; 0 is the weakest."""
+AUTHORS_FIELD = "similarity"
+"""The same in the authors' published records, where it is a whole number."""
+
+
+def level_of(sample: Sample) -> Any:
+    """What a record says of its level; None where it says nothing."""
+    theirs = sample.fields.get(AUTHORS_FIELD)
+    return sample.fields.get(FIELD, theirs if isinstance(theirs, int) else None)
 
 
 def levels_by_rank(scores: Sequence[float] | np.ndarray, levels: int) -> np.ndarray:

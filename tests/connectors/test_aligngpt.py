@@ -16,7 +16,8 @@ from mmllm.connectors.aligngpt import LevelGate
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
 from mmllm.contract.types import Grid, MediaSpec, PromptFeatures, TokenSpec
-from mmllm.data.align_levels import clip_score, level_edges, levels_by_edges, levels_by_rank
+from mmllm.data.align_levels import clip_score, level_edges, level_of, levels_by_edges, levels_by_rank
+from mmllm.data.conversations import Sample
 from mmllm.data.media import MediaRef
 from mmllm.data.mix import load_data
 from mmllm.encoders.tokens import frame_tokens
@@ -232,6 +233,11 @@ def test_levels_written_beside_data_or_media_leave_the_records_as_they_are(tmp_p
         command = ["data", "align-levels", str(data), "--scores", str(scores), "--levels", "3", "--out", str(out)]
         assert main([*command, "--root", str(tmp_path / "images")]) == 0
         assert [{**record, "level": None} for record in read(out)] == [{**one, "level": None} for one in read(data)]
+
+
+def test_the_authors_published_levels_are_read():
+    for fields, level in (({"similarity": 3}, 3), ({"level": 1, "similarity": 3}, 1), ({"similarity": 0.31}, None)):
+        assert level_of(Sample("x", [], fields)) == level
 
 
 def test_a_level_that_the_table_has_not_is_named(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -13,8 +15,9 @@ from transformers import (
 )
 
 from mmllm.connectors.bridgetower import Bridge
-from mmllm.connectors.cross_modal import BRIDGES, CrossModalStack, Sizes
+from mmllm.connectors.cross_modal import BRIDGES, CrossModalStack, Sizes, masked_mean
 from mmllm.connectors.image_text import ImageTextModel, PooledStack, from_transformers, sizes_of
+from mmllm.connectors.pool import Pool
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
 from mmllm.contract.types import Grid, MediaSpec, PromptFeatures, TokenSpec, VisualTokens
@@ -321,6 +324,32 @@ def test_time_is_told_apart_once_it_is_learnt():
 
 
 @torch.no_grad()
+def test_the_lowest_layers_of_both_towers_enter_first():
+    part, seen, asked = bridge(gate=1.0), clips(), prompts()
+    image, text = part.norm(seen.extras["levels"]).unbind(2), part.text_norm(asked.levels).unbind(2)
+    places = torch.zeros(1, 12, 8)  # moments are not learnt yet
+    fused = part.stack(text, image, asked.mask, frames=3, places=places, weigh=True)
+    added = part.out(fused.image + masked_mean(fused.text, asked.mask)[:, None])
+    torch.testing.assert_close(part(seen, prompt=asked).values, seen.values + added, atol=1e-6, rtol=0)
+    turned = part.stack(text, image[::-1], asked.mask, frames=3, places=places, weigh=True)
+    assert not torch.allclose(turned.image, fused.image, atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_bridge_behind_pooling_knows_when_its_rows_are():
+    """Three frames in two rows: their seconds are means, and as many as there are rows."""
+    pooled = Pool(Site((CLIP,)), grid=(2, 1, 1))(clips())
+    site = Site((pooled.spec,), 16, 6)
+    torch.manual_seed(4)
+    part = Bridge(site, **SMALL, levels=(), gate=1.0).eval()
+    nn.init.normal_(part.moment.weight)
+    out = part(pooled, prompt=prompts())
+    assert out.spec == part.output_spec(pooled.spec)
+    later = replace(pooled, positions=pooled.positions + torch.tensor([1.0, 0, 0]))
+    assert not torch.allclose(part(later, prompt=prompts()).values, out.values, atol=1e-3)
+
+
+@torch.no_grad()
 def test_layers_are_read_by_number_or_replaced_by_the_tokens():
     assert bridge(depth=2).needs().levels == (-2, -1)
     assert bridge(depth=2, bridge="none").needs().levels == (-1,)
@@ -371,4 +400,8 @@ def test_norms_come_from_the_towers():
     assert torch.equal(part.text_norm.bias, final.bias)
     with pytest.raises(UserError, match="tower: one of them"):
         part.initialise({"eyes": eyes, "again": eyes, "words": words})
+    beside = find("encoder", "clip_bt_adapter")(Site(), config={**small, "image_size": 28, "patch_size": 14}, depth=2)
+    nn.init.normal_(beside.tower.post_layernorm.weight)  # the adapter has norms of its own
+    part.initialise({"beside": beside, "words": words})
+    assert torch.equal(part.norm.weight, beside.tower.post_layernorm.weight)
     bridge(tower="again").initialise({"eyes": eyes, "again": eyes, "words": words})

@@ -171,6 +171,13 @@ def test_bfloat16_stays_and_weights_are_float32():
     assert torch.equal(again, exact)
 
 
+def test_scores_are_float32_under_autocast():
+    values, prompt = torch.randn(2, 40, 16), torch.randn(2, 16)
+    exact = cosine(values, prompt)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(cosine(values, prompt), exact)
+
+
 def test_the_distance_from_the_mean_is_told():
     given = tokens(Grid(4, 4, 6))
     part = pool(given, kernel=(2, 2, 3))

@@ -211,3 +211,14 @@ def test_a_stream_may_stand_at_the_start(tmp_path):
         embeds = model.embed(batch).embeds[0]
     torch.testing.assert_close(embeds[start], values[-1])
     torch.testing.assert_close(embeds[many[1] : many[1] + len(values) - 1], values[:-1])
+
+
+def test_a_medium_of_a_single_stream_may_stand_at_the_start_alone(tmp_path):
+    built = recipe(tmp_path, connector=[{"type": "mlp", "width": "llm"}], output="mlp", place={"mlp": "start"})
+    processor = tiny_processor(built)
+    batch = processor.apply_chat_template([turn("Look:", video(1), "what moves?")], **OPTIONS)
+    start = int(batch["input_ids"][0, 0] == processor.tokenizer.bos_token_id)
+    assert batch["visual"]["spans"].tolist() == [[0, start, 0, 0]]
+    plain = processor.apply_chat_template([turn("Look:", "what moves?")], **OPTIONS)["input_ids"]
+    count = processor.front_end.streams(batch["visual"]["media"][0]["spec"])[0].tokens
+    assert batch["input_ids"].shape[1] == plain.shape[1] + count

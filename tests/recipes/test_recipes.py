@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import tokenizer_folder
 
 from mmllm import recipe as recipes
-from mmllm.build import check_shapes
+from mmllm.build import build_tokenizer, check_shapes
+from mmllm.chat import render
 from mmllm.contract.errors import UserError
 from mmllm.contract.types import MediaSpec
 from mmllm.train.stage import check_names
@@ -17,16 +19,16 @@ from mmllm.walk import walk
 MODELS = [name for name in recipes.names() if name != "nano/base"]
 # tokens of a video into the LLM, parameters of the whole in units of 1e6
 FIGURES = {
-    "llava": (8 * 24 * 24, 7063),
+    "llava": (4 * 24 * 24, 7063),
     "video_chatgpt": (100 + 256, 7046),
     "llava_onevision_video": (32 * 196 + 1, 8030),
     "llava_onevision": (32 * 196 + 1, 8030),
     "merv": (16 * 8 * 8, 7643),
     "smol": (4 * 9, 138.4),
     "ppllava": (1024, 7241),
-    "aligngpt": (8 * 24 * 24 + 1, 7063),
+    "aligngpt": (4 * 24 * 24 + 1, 7063),
     "bridgetower": (8 * 18 * 18, 7026),
-    "clip": (8 * 24 * 24, 346.4),
+    "clip": (4 * 24 * 24, 346.4),
     "nano/ppllava": (4 * 9, None),
     "nano/aligngpt": (8 * 9 + 1, None),
     "nano/bridgetower": (8 * 9, None),
@@ -78,6 +80,28 @@ def problem(path: Path | str, *overrides: str) -> str:
         check_shapes(recipes.load(path, overrides))
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("llava", f"<bos>{SYSTEM} USER: q ASSISTANT: a<|end|>USER: r ASSISTANT:"),
+        ("merv", "<bos>In: q\nOut: a<|end|>In: r\nOut:"),
+    ],
+)
+def test_recipes_write_conversations_for_llms_without_a_template(name, said):
+    """As LLaVA's "v1" and MERV's plain prompts are; what is learnt is the answer with the end."""
+    tokenizer = build_tokenizer(recipes.load(name, [f"model.llm.tokenizer={tokenizer_folder()}"]))
+    turns = [{"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("user", "r"))]
+    rendered = render(tokenizer, turns, prompt=True)
+    assert rendered.text == said
+    assert [rendered.text[start:end] for start, end in rendered.answers] == [" a<|end|>"]
 
 
 def test_overrides_address_by_name_and_are_typed():

@@ -102,6 +102,9 @@ def test_scale_is_learnt_and_bounded():
     torch.testing.assert_close(
         objective(towers, rows())["contrastive"].sum, hundred(towers, rows())["contrastive"].sum, atol=1e-4, rtol=1e-5
     )
+    assert objective.loss.scale.item() == pytest.approx(math.log(100))  # brought back, so that it still learns
+    objective(towers, rows())["contrastive"].sum.backward()
+    assert objective.loss.scale.grad.abs() > 0
     with pytest.raises(UserError, match="is above 0"):
         Contrastive(temperature=0.0)
 

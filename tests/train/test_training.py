@@ -130,8 +130,26 @@ def test_the_batch_is_global(data):
     stage = made.stages["instruct"]
     assert micro_batch("instruct", stage, made, 1) == (2, 6)
     assert micro_batch("instruct", stage, made, 3) == (2, 2)
+    assert micro_batch("instruct", stage, made, 12) == (1, 1)  # the most, not more than there are
     with pytest.raises(UserError, match="12 samples over 5 processes"):
         micro_batch("instruct", stage, made, 5)
+
+
+def test_matrices_alone_decay():
+    from mmllm.train.trainer import StageTrainer
+
+    class Odd(torch.nn.Module):
+        """A part whose vector is called neither norm nor bias."""
+
+        def __init__(self):
+            super().__init__()
+            self.query, self.map, self.norm = (
+                torch.nn.Parameter(torch.ones(3)),
+                torch.nn.Linear(3, 3),
+                torch.nn.LayerNorm(3),
+            )
+
+    assert StageTrainer.get_decay_parameter_names(None, Odd()) == ["map.weight"]
 
 
 def test_a_run_with_muon_resumes_to_the_same_losses(data, tmp_path, monkeypatch):

@@ -30,7 +30,9 @@ class ClipLoss(nn.Module):
 
     def forward(self, images: Tensor, texts: Tensor, all_images: Tensor, all_texts: Tensor, first: int) -> Tensor:
         """Summed over the rows of this process, [B, J] of all [A, J]; its first row is row `first` of all."""
-        scale = self.scale.clamp(max=math.log(100)).exp()
+        with torch.no_grad():  # the value itself: beyond a bound on its use it would get no gradient, and never return
+            self.scale.clamp_(max=math.log(100))
+        scale = self.scale.exp()
         targets = first + torch.arange(len(images), device=images.device)
         of_images = nn.functional.cross_entropy(scale * images @ all_texts.T, targets, reduction="sum")
         of_texts = nn.functional.cross_entropy(scale * texts @ all_images.T, targets, reduction="sum")

@@ -13,6 +13,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Objective
 from mmllm.contract.registry import register
 from mmllm.contract.types import Term
+from mmllm.data.align_levels import level_of
 
 
 @register("objective", "language_modeling")
@@ -38,9 +39,7 @@ class LanguageModeling(Objective):
         Raises:
             UserError: a sample has no answer to learn.
         """
-        examples = [
-            processor.encode(sample.messages, name=sample.id, level=sample.fields.get("level")) for sample in samples
-        ]
+        examples = [processor.encode(sample.messages, name=sample.id, level=level_of(sample)) for sample in samples]
         for example in examples:
             if all(label == -100 for label in example.labels):
                 raise UserError(f"sample {example.name}", "has no assistant's turn to learn")
