@@ -53,10 +53,14 @@ def level_edges(scores: Sequence[float] | np.ndarray, levels: int) -> np.ndarray
 
 
 def levels_by_edges(scores: Sequence[float] | np.ndarray, edges: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Scores [M] -> level [M]; a score that equals an edge belongs above it."""
+    """Scores [M] -> level [M]; a score that equals an edge belongs above it.
+
+    Raises:
+        UserError: one is not a number.
+    """
     import numpy as np
 
-    return np.searchsorted(np.asarray(edges), np.asarray(scores, np.float64), side="right")
+    return np.searchsorted(np.asarray(edges), _numbers(scores), side="right")
 
 
 def with_levels(records: Iterable[dict[str, Any]], levels: Iterable[int | None]) -> Iterator[dict[str, Any]]:
@@ -137,11 +141,16 @@ def pair_of(sample: Sample) -> tuple[MediaRef, str] | None:
 
 
 def _checked(scores: Sequence[float] | np.ndarray, levels: int) -> np.ndarray:
+    scores = _numbers(scores)
+    if levels < 2 or len(scores) < levels:
+        raise UserError("align-levels", f"{len(scores)} scores for {levels} levels", expected="a score a level or more")
+    return scores
+
+
+def _numbers(scores: Sequence[float] | np.ndarray) -> np.ndarray:
     import numpy as np
 
     scores = np.asarray(scores, np.float64)
-    if levels < 2 or len(scores) < levels:
-        raise UserError("align-levels", f"{len(scores)} scores for {levels} levels", expected="a score a level or more")
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
         raise UserError(f"align-levels: record {bad[0]}", f"its score is {scores[bad[0]]}", expected="a number")

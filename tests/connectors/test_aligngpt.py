@@ -139,6 +139,8 @@ def test_equal_scores_are_ranked_in_their_order():
 def test_bad_scores_are_refused_by_their_record():
     with pytest.raises(UserError, match="record 1"):
         levels_by_rank([0.1, float("nan"), 0.3], 2)
+    with pytest.raises(UserError, match="record 1"):
+        levels_by_edges([0.1, float("nan")], [0.2])
     with pytest.raises(UserError, match="2 scores for 3 levels"):
         levels_by_rank([0.1, 0.2], 3)
 

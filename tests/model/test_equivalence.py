@@ -30,10 +30,13 @@ def batched(processor, messages, side: str):
     return processor.apply_chat_template(messages, **PROMPT, processor_kwargs={"padding_side": side})
 
 
-@pytest.fixture(scope="module", params=list(LLMS))
+FRONTS = ("nano/merv", "nano/bridgetower", "nano/ppllava", "nano/aligngpt")
+
+
+@pytest.fixture(scope="module", params=[*LLMS, *FRONTS])
 def pair(request):
-    """(model, processor) over each family of LLM."""
-    recipe = tiny_recipe(llm=request.param)
+    """(model, processor) over each family of LLM, and behind front ends of several encoders or guided by the prompt."""
+    recipe = tiny_recipe(request.param) if request.param in FRONTS else tiny_recipe(llm=request.param)
     return tiny_model(recipe), tiny_processor(recipe)
 
 
@@ -58,6 +61,8 @@ def test_media_change_the_answer(pair):
     assert (first - second).abs().max() > 1e-3
 
 
+# merv gives a video its grid whatever it has of frames, and an image a single row of it
+@pytest.mark.parametrize("pair", [*LLMS, *FRONTS[1:]], indirect=True, scope="module")
 @torch.no_grad()
 def test_image_is_one_frame_video(pair):
     model, processor = pair
@@ -139,7 +144,8 @@ def test_equal_media_are_encoded_once(pair):
     shared = picture(9)
     batch = batched(processor, [[turn(shared, "What?")], [turn(shared, "Where?")]], "left")
     assert len(batch["visual"]["media"]) == 1
-    assert len(batch["visual"]["spans"]) == 2
+    streams = processor.front_end.streams(batch["visual"]["media"][0]["spec"])
+    assert len(batch["visual"]["spans"]) == 2 * len(streams)
     apart = batched(processor, [[turn(picture(9), "Where?")]], "left")
     row = model(**batch).logits[1][batch["attention_mask"][1].bool()]
     torch.testing.assert_close(row, model(**apart).logits[0], atol=2e-5, rtol=0)
