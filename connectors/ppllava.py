@@ -119,8 +119,9 @@ class PromptRelevance(Part):
         relevance = self.logits(tokens.values, prompt)
         if self.normalise == "global":
             relevance = relevance.softmax(1)
-        if self.probe_attention:
-            relevance = relevance * 1000 * self.head.attention(tokens.by_frame()).mean(2).flatten(1, 2)
+        if self.probe_attention and prompt is not None:
+            looked = relevance * 1000 * self.head.attention(tokens.by_frame()).mean(2).flatten(1, 2)
+            relevance = looked if prompt.present is None else looked.where(prompt.present[:, None], relevance)
         return replace(tokens, extras={**tokens.extras, "relevance": relevance})
 
     def logits(self, values: Tensor, prompt: PromptFeatures | None) -> Tensor:

@@ -7,13 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    SiglipTextConfig,
+    SiglipTextModel,
+)
 
 from mmllm.connectors.patch_heads import ClipHead, cosine
 from mmllm.connectors.ppllava import PromptPool, PromptRelevance
 from mmllm.connectors.windows import distance_from_mean, resolve_windows, window_weights, windowed_softmax_pool
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
+from mmllm.contract.registry import find
 from mmllm.contract.types import Grid, MediaSpec, Needs, PromptFeatures, VisualTokens
 from mmllm.encoders.bt_adapter import ClipBTAdapterEncoder
 from mmllm.encoders.extended_positions import extend_positions, extend_tower
@@ -169,6 +177,45 @@ def test_bfloat16_stays_and_weights_are_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         again = pool(given, kernel=(2, 2, 3), temperature=0.001)(given).values
     assert torch.equal(again, exact)
+
+
+def test_without_a_prompt_scores_are_equal_whatever_the_probe_looks_at():
+    torch.manual_seed(0)
+    given = tokens(Grid(2, 2, 3), width=12, relevance=False)
+    part = PromptRelevance(Site((given.spec,), prompt_joint=12), head="siglip", heads=3, probe_attention=True)
+    asked = PromptFeatures(torch.ones(2, 1), torch.ones(2, 1), pooled=torch.randn(2, 12))
+    asked.present = torch.tensor([True, False])
+    scores = part(given, prompt=asked).extras["relevance"]
+    assert scores[0].std() > 1e-3
+    for absent in (scores[1], part(given, prompt=None).extras["relevance"][0]):
+        torch.testing.assert_close(absent, torch.full((12,), 1 / 12))
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "config"),
+    [
+        ("clip_text", CLIPTextModelWithProjection, CLIPTextConfig),
+        ("siglip_text", SiglipTextModel, SiglipTextConfig),
+    ],
+)
+@torch.no_grad()
+def test_weights_of_a_shorter_tower_are_stretched_where_they_are_loaded(kind, model, config, tmp_path):
+    torch.manual_seed(0)
+    original = model(config(**TEXT)).eval()
+    original.save_pretrained(tmp_path)
+    source = find("text", kind)(Site(), name=str(tmp_path), config=TEXT, extended=True).eval()
+    source.load_weights()
+    assert source.positions == 20 + 4 * 10
+    table = next(value for name, value in original.state_dict().items() if name.endswith("position_embedding.weight"))
+    ours = next(value for name, value in source.state_dict().items() if name.endswith("position_embedding.weight"))
+    assert torch.equal(ours, extend_positions(table))
+    ids = torch.zeros(2, source.positions, dtype=torch.long)
+    ids[0], ids[1, :4] = torch.tensor([48, *range(1, 48), *range(1, 12), 49]), torch.tensor([48, 1, 2, 49])
+    found = source(ids, torch.ones_like(ids))
+    assert found.tokens.isfinite().all() and found.pooled.shape[0] == 2
+    if kind == "clip_text":  # rows that were kept, and a causal tower: a short prompt is what it was
+        short = original(input_ids=torch.tensor([[48, 1, 2, 49]]))
+        torch.testing.assert_close(found.pooled[1:], short.text_embeds, atol=1e-5, rtol=0)
 
 
 def test_scores_are_float32_under_autocast():
