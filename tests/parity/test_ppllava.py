@@ -24,8 +24,8 @@ from mmllm.connectors.patch_heads import SiglipPatchHead, cosine
 from mmllm.connectors.windows import arithmetic, resolve_windows, windowed_softmax_pool
 from mmllm.contract import registry
 from mmllm.contract.parts import Part, Site
-from mmllm.contract.types import Grid, MediaSpec, PromptFeatures, VisualTokens
-from mmllm.encoders.bt_adapter import Block, BTAdapter
+from mmllm.contract.types import Grid, MediaSpec, Needs, PromptFeatures, VisualTokens
+from mmllm.encoders.bt_adapter import Block, BTAdapter, ClipBTAdapterEncoder
 from mmllm.encoders.extended_positions import KEEP, ExtendedPositions, extend_positions, extend_tower
 from mmllm.encoders.tokens import frame_tokens
 
@@ -334,7 +334,15 @@ def test_bt_adapter_beside_clip(golden):
     close(run(pixels[:, :1])[0][-2], golden["out_single_frame_hidden_penult"])
     # without the layer that reaches nothing the last but one state is the same
     del adapter.space[-1], adapter.time[-1]
-    close(run(pixels)[0][-2], golden[f"out_hidden_{blocks - 1}"])
+    expected = golden[f"out_hidden_{blocks - 1}"]
+    close(run(pixels)[0][-2], expected)
+    # and so it is in the encoder that recipes name
+    part = ClipBTAdapterEncoder(Site(), config=sizes, depth=depth, max_frames=times).eval()
+    part.tower.load_state_dict(own)
+    part.adapter.load_state_dict(adapter.state_dict())
+    part.normalise = lambda given: given  # the vectors' pixels are normalised
+    seen = part(pixels, MediaSpec("video", pixels.shape[1]), Needs())
+    close(seen.values, expected[:, 1:].reshape(seen.values.shape))
 
 
 EVA_NAMES = {
