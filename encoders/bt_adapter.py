@@ -133,19 +133,28 @@ class BTAdapter(Part):
         layers: how many of them there are: d - 1 for an adapter of depth d over a tower whose last but one state is
             read (one more would reach nothing).
         frames: most frames of a clip.
-        drop: rate of stochastic depth in every time layer; in the space layers it grows from 0 to this.
+        drop: rate of stochastic depth in every time layer; in the space layers it grows from 0 to this at the last of
+            `depth` layers (default: of those that are built).
         blend_cls: halve the CLS rows with the side stream's too, as EVA's twin does; else they stay the tower's.
         spread: standard deviation of the embedding of times at the start; the authors' library has 1.
     """
 
     def __init__(
-        self, block: Block, layers: int, frames: int, *, drop: float = 0.1, blend_cls: bool = False, spread: float = 0.0
+        self,
+        block: Block,
+        layers: int,
+        frames: int,
+        *,
+        drop: float = 0.1,
+        depth: int | None = None,
+        blend_cls: bool = False,
+        spread: float = 0.0,
     ) -> None:
         super().__init__(Site())
         self.blend_cls, self.spread = blend_cls, spread
         self.cls = nn.Parameter(torch.empty(block.width))
         self.times = nn.Embedding(frames, block.width)
-        rates = [drop * layer / max(1, layers - 1) for layer in range(layers)]
+        rates = [drop * layer / max(1, (depth or layers) - 1) for layer in range(layers)]
         self.space = nn.ModuleList(SpaceLayer(block, rate) for rate in rates)
         self.time = nn.ModuleList(TimeLayer(block, drop) for _ in rates)
         self.reset_parameters()
@@ -246,7 +255,7 @@ class ClipBTAdapterEncoder(ClipEncoder):
         eps = (self.config.layer_norm_eps, self.config.layer_norm_eps)
         block = Block(self.config.hidden_size, self.config.intermediate_size, heads, activation, eps=eps)
         layers, spread = (depth, 1.0) if reference else (len(self.reads), 0.0)
-        self.adapter = BTAdapter(block, layers, max_frames, drop=drop, spread=spread)
+        self.adapter = BTAdapter(block, layers, max_frames, drop=drop, depth=depth, spread=spread)
 
     def load_weights(self) -> None:
         """The tower's weights, and its last blocks once more as the adapter's space layers."""

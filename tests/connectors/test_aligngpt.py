@@ -242,6 +242,12 @@ def test_the_authors_published_levels_are_read():
         assert level_of(Sample("x", [], fields)) == level
 
 
+def test_the_gate_has_the_authors_size():
+    spec = TokenSpec(MediaSpec("image", 1), 576, WIDTH, Grid(1, 24, 24))
+    part = LevelGate(Site((spec,), WIDTH, WIDTH))
+    assert sum(parameter.numel() for parameter in part.gate.parameters()) == 149_511
+
+
 def test_a_level_that_the_table_has_not_is_named(tmp_path):
     prompt = replace(said(), level=torch.tensor([-1, 5, 0]))
     with pytest.raises(UserError, match="level 5, expected below 5"):

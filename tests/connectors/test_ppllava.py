@@ -530,3 +530,10 @@ def test_a_question_moves_what_the_model_sees():
     blind, _ = front({"media": [clip], "pairs": [(0, -1)]})
     torch.testing.assert_close(blind, none)
     assert float(front.parts["pooled"].statistics()["distance"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_stochastic_depth_grows_over_the_whole_depth():
+    """Three of four layers are built where the last but one state is read; their rates are those of the first three."""
+    part = ClipBTAdapterEncoder(Site(), config=VISION, depth=4, drop=0.3)
+    assert [layer.drop.rate for layer in part.adapter.space] == pytest.approx([0.0, 0.1, 0.2])
+    assert [layer.drop.rate for layer in part.adapter.time] == [0.3] * 3
