@@ -33,8 +33,9 @@ class Stage:
         trains: what learns: `encoders`, `text`, `connector`, `llm`, one of them by name (`encoders.clip`), or a module
             inside (`encoders.clip.adapter`).
         steps, epochs: length; exactly one.
-        batch: samples of one optimizer step over all processes. micro_batch: most samples of one forward
-            of one process.
+        batch: samples of one optimizer step over all processes.
+        micro_batch: most samples of one forward of one process.
+        checkpointing: compute layers again in the backward pass instead of keeping what they computed.
         optimizer: "adamw", or "muon": Muon on hidden matrices, AdamW on the rest. muon_lr: Muon's own peak.
         lr: peak learning rate. schedule: its shape after the warm-up. warmup: share of the steps.
         weight_decay: on matrices only. clip: largest gradient norm.
@@ -50,6 +51,7 @@ class Stage:
     epochs: float | None = None
     batch: int = 32
     micro_batch: int | None = None
+    checkpointing: bool = False
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     muon_lr: float = 1e-2

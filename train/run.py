@@ -130,7 +130,8 @@ def check(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
     """
     from mmllm.build import build_processor, check_shapes
     from mmllm.data.loading import MediaLoader
-    from mmllm.train.stage import check_names, load_data, micro_batch
+    from mmllm.train.machine import micro_batch
+    from mmllm.train.stage import check_names, load_data
 
     chosen = _chosen(recipe, stages)
     front = check_shapes(recipe)

@@ -111,7 +111,9 @@ def _from_main(value: bool) -> bool:
 def _stage_facts(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     from mmllm.train.stage import data_files
 
-    return {**asdict(stage), "micro_batch": None, "data": [_digest(path) for path in data_files(stage, recipe)]}
+    facts = {**asdict(stage), "micro_batch": None, "data": [_digest(path) for path in data_files(stage, recipe)]}
+    del facts["checkpointing"]
+    return facts
 
 
 def _modules(model: Any) -> dict[str, Any]:

@@ -38,6 +38,18 @@ def test_accumulation_four_times_one_is_one_times_four(data, straight, tmp_path)
         torch.testing.assert_close(weights(tmp_path)[name], value, atol=2e-4, rtol=0)
 
 
+def test_layers_computed_again_learn_the_same(data, straight, tmp_path, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    real, calls = LlamaMLP.forward, []
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(1) or real(self, x))
+    train(recipe(data), tmp_path / "kept", options())
+    kept = len(calls)
+    train(recipe(data, checkpointing=True), tmp_path / "again", options())
+    assert len(calls) == kept + 2 * kept
+    assert losses(tmp_path / "again") == pytest.approx(losses(straight), abs=1e-6)
+
+
 def test_two_workers_are_none(data, straight, tmp_path):
     train(recipe(data), tmp_path, options(jobs=2))
     assert losses(tmp_path) == losses(straight)
@@ -124,7 +136,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_samples(data, tmp_path, mo
 
 
 def test_the_batch_is_global(data):
-    from mmllm.train.stage import micro_batch
+    from mmllm.train.machine import micro_batch
 
     made = recipe(data, batch=12, micro_batch=2)
     stage = made.stages["instruct"]

@@ -64,7 +64,7 @@ def test_losses_are_those_of_plain_training(data, plain, tmp_path, zero):
 def test_sharded_parameters_are_refused_before_anything_hangs():
     from mmllm.contract.errors import UserError
     from mmllm.sections import Stage
-    from mmllm.train.stage import deepspeed_config
+    from mmllm.train.machine import deepspeed_config
 
     with pytest.raises(UserError, match=r"zero3.*unequal media.*Try: --deepspeed zero2"):
         deepspeed_config("zero3", Stage(steps=1, data="x"))
