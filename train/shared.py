@@ -112,7 +112,7 @@ def _stage_facts(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     from mmllm.train.stage import data_files
 
     facts = {**asdict(stage), "micro_batch": None, "data": [_digest(path) for path in data_files(stage, recipe)]}
-    del facts["checkpointing"]
+    del facts["checkpointing"]  # like micro_batch it says how, not what; out, so that digests stay what they were
     return facts
 
 

@@ -169,16 +169,17 @@ class Lab:
         for future in before:
             future.result()
         place = free.get()
+        environment = {**os.environ, **place}
         try:
             if (run.out / "recipe.yaml").is_file():
                 self._refuse_another(run)
             run.out.mkdir(parents=True, exist_ok=True)
             (run.out / "lab.json").write_text(json.dumps(self._facts(run)))
-            self._call(run, self._train(run), {**os.environ, **place})
+            self._call(run, self._train(run), environment)
             if run.arm in self.file.arms:
-                self._call(run, self._evaluate(run), {**os.environ, **place})
+                self._call(run, self._evaluate(run), environment)
             elif command := self.file.then_of(run.arm, run.out):
-                self._call(run, command, {**os.environ, **place})
+                self._call(run, command, environment)
                 (run.out / THEN).write_text(shlex.join(command) + "\n")
         finally:
             free.put(place)

@@ -1,4 +1,4 @@
-"""What always holds of prompt-guided pooling, of longer prompts and of the BT-Adapter."""
+"""What always holds of relevance and of pooling by it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
     CLIPModel,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    SiglipTextConfig,
-    SiglipTextModel,
 )
 
 from mmllm.connectors.patch_heads import ClipHead, cosine
@@ -21,11 +17,7 @@ from mmllm.connectors.ppllava import PromptPool, PromptRelevance
 from mmllm.connectors.windows import distance_from_mean, resolve_windows, window_weights, windowed_softmax_pool
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
-from mmllm.contract.registry import find
-from mmllm.contract.types import Grid, MediaSpec, Needs, PromptFeatures, VisualTokens
-from mmllm.encoders.bt_adapter import ClipBTAdapterEncoder
-from mmllm.encoders.extended_positions import extend_positions, extend_tower
-from mmllm.encoders.huggingface import ClipEncoder
+from mmllm.contract.types import Grid, MediaSpec, PromptFeatures, VisualTokens
 from mmllm.encoders.tokens import at_times, frame_tokens
 from mmllm.front_end import FrontEnd
 
@@ -179,52 +171,6 @@ def test_bfloat16_stays_and_weights_are_float32():
     assert torch.equal(again, exact)
 
 
-def test_without_a_prompt_scores_are_equal_whatever_the_probe_looks_at():
-    torch.manual_seed(0)
-    given = tokens(Grid(2, 2, 3), width=12, relevance=False)
-    part = PromptRelevance(Site((given.spec,), prompt_joint=12), head="siglip", heads=3, probe_attention=True)
-    asked = PromptFeatures(torch.ones(2, 1), torch.ones(2, 1), pooled=torch.randn(2, 12))
-    asked.present = torch.tensor([True, False])
-    scores = part(given, prompt=asked).extras["relevance"]
-    assert scores[0].std() > 1e-3
-    for absent in (scores[1], part(given, prompt=None).extras["relevance"][0]):
-        torch.testing.assert_close(absent, torch.full((12,), 1 / 12))
-
-
-@pytest.mark.parametrize(
-    ("kind", "model", "config"),
-    [
-        ("clip_text", CLIPTextModelWithProjection, CLIPTextConfig),
-        ("siglip_text", SiglipTextModel, SiglipTextConfig),
-    ],
-)
-@torch.no_grad()
-def test_weights_of_a_shorter_tower_are_stretched_where_they_are_loaded(kind, model, config, tmp_path):
-    torch.manual_seed(0)
-    original = model(config(**TEXT)).eval()
-    original.save_pretrained(tmp_path)
-    source = find("text", kind)(Site(), name=str(tmp_path), config=TEXT, extended=True).eval()
-    source.load_weights()
-    assert source.positions == 20 + 4 * 10
-    table = next(value for name, value in original.state_dict().items() if name.endswith("position_embedding.weight"))
-    ours = next(value for name, value in source.state_dict().items() if name.endswith("position_embedding.weight"))
-    assert torch.equal(ours, extend_positions(table))
-    ids = torch.zeros(2, source.positions, dtype=torch.long)
-    ids[0], ids[1, :4] = torch.tensor([48, *range(1, 48), *range(1, 12), 49]), torch.tensor([48, 1, 2, 49])
-    found = source(ids, torch.ones_like(ids))
-    assert found.tokens.isfinite().all() and found.pooled.shape[0] == 2
-    if kind == "clip_text":  # rows that were kept, and a causal tower: a short prompt is what it was
-        short = original(input_ids=torch.tensor([[48, 1, 2, 49]]))
-        torch.testing.assert_close(found.pooled[1:], short.text_embeds, atol=1e-5, rtol=0)
-
-
-def test_scores_are_float32_under_autocast():
-    values, prompt = torch.randn(2, 40, 16), torch.randn(2, 16)
-    exact = cosine(values, prompt)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(cosine(values, prompt), exact)
-
-
 def test_the_distance_from_the_mean_is_told():
     given = tokens(Grid(4, 4, 6))
     part = pool(given, kernel=(2, 2, 3))
@@ -305,6 +251,25 @@ def test_a_clip_without_a_prompt_has_equal_scores_and_others_are_as_alone():
     torch.testing.assert_close(alone, both[1])
 
 
+def test_without_a_prompt_scores_are_equal_whatever_the_probe_looks_at():
+    torch.manual_seed(0)
+    given = tokens(Grid(2, 2, 3), width=12, relevance=False)
+    part = PromptRelevance(Site((given.spec,), prompt_joint=12), head="siglip", heads=3, probe_attention=True)
+    asked = PromptFeatures(torch.ones(2, 1), torch.ones(2, 1), pooled=torch.randn(2, 12))
+    asked.present = torch.tensor([True, False])
+    scores = part(given, prompt=asked).extras["relevance"]
+    assert scores[0].std() > 1e-3
+    for absent in (scores[1], part(given, prompt=None).extras["relevance"][0]):
+        torch.testing.assert_close(absent, torch.full((12,), 1 / 12))
+
+
+def test_scores_are_float32_under_autocast():
+    values, prompt = torch.randn(2, 40, 16), torch.randn(2, 16)
+    exact = cosine(values, prompt)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(cosine(values, prompt), exact)
+
+
 def test_zero_features_and_zero_prompts_give_no_nan():
     given = tokens(Grid(2, 2, 2), relevance=False)
     given = given.same(torch.zeros_like(given.values).requires_grad_())
@@ -367,136 +332,6 @@ def test_head_and_scale_are_those_of_the_model_that_is_named(tmp_path):
         relevance(given, 12, weights=str(tmp_path / "none")).load_weights()
 
 
-# Longer prompts
-
-
-def test_stretched_positions():
-    table = torch.randn(77, 6)
-    longer = extend_positions(table)
-    assert longer.shape == (4 * 77 - 60, 6)
-    assert torch.equal(longer[:20], table[:20])
-    torch.testing.assert_close(longer[20::4], table[20:])
-    start, step = torch.randn(6), torch.randn(6)
-    line = extend_positions(start + torch.arange(64.0)[:, None] * step)
-    places = torch.cat([torch.arange(20.0), 20 + torch.arange(4.0 * 44) / 4])
-    torch.testing.assert_close(line, start + places[:, None] * step, atol=1e-4, rtol=1e-5)
-    with pytest.raises(ValueError, match="nothing to stretch"):
-        extend_positions(table[:21])
-
-
-def test_a_stretched_tower_reads_short_prompts_as_before_and_long_ones_too():
-    torch.manual_seed(0)
-    tower = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT, projection_dim=8)).eval()
-    ids = torch.randint(0, 48, (2, 20))
-    ids[:, -1] = 49
-    before = tower(input_ids=ids).text_embeds
-    extend_tower(tower)
-    torch.testing.assert_close(tower(input_ids=ids).text_embeds, before)
-    longer = torch.cat([ids[:, :-1].repeat(1, 3), ids[:, -1:]], dim=1)  # 58 tokens, of 30 that it had
-    other = longer.clone()
-    other[:, 45] = (other[:, 45] + 1) % 48
-    said = tower(input_ids=longer).text_embeds
-    assert (said - tower(input_ids=other).text_embeds).abs().max() > 1e-4
-    said.sum().backward()
-    rows = tower.text_model.embeddings.position_embedding.weight.grad
-    assert rows.shape[0] == 60
-    assert not rows[:20].any()
-    assert rows[20:58].any(1).all()
-
-
-# BT-Adapter
-
-
-def encoder(**arguments: object) -> ClipBTAdapterEncoder:
-    """A tiny tower with an adapter whose time layers do something."""
-    torch.manual_seed(0)
-    made = ClipBTAdapterEncoder(Site(), config=VISION, **{"depth": 3, "drop": 0.5, **arguments})
-    made.load_weights()
-    for layer in made.adapter.time:
-        nn.init.normal_(layer.out.weight, std=0.3)
-    nn.init.normal_(made.adapter.times.weight, std=0.3)
-    return made.eval()
-
-
-def plain(adapted: ClipBTAdapterEncoder) -> ClipEncoder:
-    """The same tower alone."""
-    made = ClipEncoder(Site(), config=VISION).eval()
-    made.tower.load_state_dict(adapted.tower.state_dict())
-    return made
-
-
-def pixels(frames: int, batch: int = 2) -> Tensor:
-    """Random frames."""
-    return torch.randint(
-        0, 256, (batch, frames, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(5)
-    )
-
-
-@torch.no_grad()
-def test_frames_look_at_each_other_and_views_of_an_image_do_not():
-    made, clips = encoder(), pixels(4)
-    whole = made(clips, MediaSpec("video", 4), Needs()).by_frame()
-    other = clips.clone()
-    other[:, 3] = 255 - other[:, 3]
-    assert (made(other, MediaSpec("video", 4), Needs()).by_frame() - whole)[:, 0].abs().max() > 1e-4
-    views = made(clips, MediaSpec("image", 4), Needs()).by_frame()
-    for view in range(4):
-        alone = made(clips[:, view : view + 1], MediaSpec("image", 1), Needs()).values
-        torch.testing.assert_close(views[:, view], alone)
-    assert not made.per_frame
-
-
-@torch.no_grad()
-def test_layers_below_the_adapter_and_cls_tokens_are_the_towers_own():
-    made, clips, media = encoder(), pixels(3), MediaSpec("video", 3)
-    needs = Needs(levels=(1, -2), cls=(-2, 0), keys=(-1,))
-    ours, theirs = made(clips, media, needs), plain(made)(clips, media, needs)
-    assert ours.spec.extras == made.extras_spec(media, needs) == theirs.spec.extras
-    torch.testing.assert_close(ours.extras["levels"][:, :, 0], theirs.extras["levels"][:, :, 0])
-    torch.testing.assert_close(ours.extras["cls"], theirs.extras["cls"])
-    torch.testing.assert_close(ours.extras["keys"], theirs.extras["keys"])
-    assert torch.equal(ours.extras["levels"][:, :, 1], ours.values)
-    moved = (ours.values - theirs.values).norm() / theirs.values.norm()
-    assert 0.01 < moved < 2
-
-
-def test_a_layer_that_reaches_nothing_is_not_built():
-    assert len(encoder().adapter.space) == 2
-    assert len(encoder(layer=-1).adapter.space) == 3
-    made = encoder(reference=True)
-    assert len(made.adapter.space) == 3
-    made(pixels(2), MediaSpec("video", 2), Needs()).values.sum().backward()
-    assert all(value.grad is None for value in made.adapter.space[-1].parameters())
-    assert all(value.grad.any() for value in made.adapter.space[0].narrow.parameters())
-    fresh = ClipBTAdapterEncoder(Site(), config=VISION, depth=2)
-    assert not fresh.adapter.times.weight.any()
-    assert ClipBTAdapterEncoder(Site(), config=VISION, depth=2, reference=True).adapter.times.weight.std() > 0.5
-
-
-def test_stochastic_depth_is_for_training_alone():
-    made, clips, media = encoder(), pixels(2), MediaSpec("video", 2)
-    with torch.no_grad():
-        assert torch.equal(made(clips, media, Needs()).values, made(clips, media, Needs()).values)
-        made.train()
-        torch.manual_seed(1)
-        assert not torch.equal(made(clips, media, Needs()).values, made(clips, media, Needs()).values)
-
-
-def test_space_layers_start_as_the_towers_last_blocks():
-    made = encoder()
-    for layer, block in zip(made.adapter.space, made.tower.encoder.layers[1:], strict=False):
-        assert torch.equal(layer.attention.query.weight, block.self_attn.q_proj.weight)
-        assert torch.equal(layer.narrow.weight, block.mlp.fc2.weight)
-
-
-def test_clips_and_layers_that_it_cannot_read_are_refused():
-    with pytest.raises(ValueError, match="8 frames of a clip at most, this one has 9"):
-        encoder(max_frames=8).output_spec(MediaSpec("video", 9))
-    assert encoder(max_frames=1).output_spec(MediaSpec("image", 9)).tokens == 36
-    with pytest.raises(ValueError, match="before the adapter"):
-        encoder(layer=1)
-
-
 # All of it
 
 
@@ -517,7 +352,8 @@ def test_a_question_moves_what_the_model_sees():
     }
     front = FrontEnd(section, 8).eval()
     geometry = next(iter(front.geometries.values()))
-    clip = {"spec": MediaSpec("video", 4), "times": torch.arange(4.0), "pixels": {geometry: pixels(4, 1)[0]}}
+    pixels = torch.randint(0, 256, (4, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    clip = {"spec": MediaSpec("video", 4), "times": torch.arange(4.0), "pixels": {geometry: pixels}}
     prompts = front.prompts.collate([{"said": [48, 3, 4, 49]}, {"said": [48, 7, 49]}, {}])
     visual = {"media": [clip], "pairs": [(0, 0), (0, 1), (0, 2)], "prompts": prompts}
     rows, _ = front(visual)
@@ -530,10 +366,3 @@ def test_a_question_moves_what_the_model_sees():
     blind, _ = front({"media": [clip], "pairs": [(0, -1)]})
     torch.testing.assert_close(blind, none)
     assert float(front.parts["pooled"].statistics()["distance"]) == pytest.approx(0, abs=1e-6)
-
-
-def test_stochastic_depth_grows_over_the_whole_depth():
-    """Three of four layers are built where the last but one state is read; their rates are those of the first three."""
-    part = ClipBTAdapterEncoder(Site(), config=VISION, depth=4, drop=0.3)
-    assert [layer.drop.rate for layer in part.adapter.space] == pytest.approx([0.0, 0.1, 0.2])
-    assert [layer.drop.rate for layer in part.adapter.time] == [0.3] * 3
