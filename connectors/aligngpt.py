@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part, Site
 from mmllm.contract.registry import register
 from mmllm.contract.types import Grid, MediaSpec, Needs, PromptFeatures, TokenSpec, VisualTokens
@@ -59,8 +58,8 @@ class LevelGate(Part):
         init.xavier_uniform_(self.table)
 
     def needs(self) -> Needs:
-        """The prompt's tokens."""
-        return Needs(prompt=("tokens",))
+        """The prompt's tokens, and levels that the table has."""
+        return Needs(prompt=("tokens",), alignment_levels=self.levels)
 
     def output_spec(self, *inputs: TokenSpec) -> TokenSpec:
         """One token."""
@@ -71,18 +70,12 @@ class LevelGate(Part):
 
         Args:
             prompt: its tokens [B, L, D] without a start token, and `level` [B]: a record's level, -1 = not known.
-
-        Raises:
-            UserError: a level that the table has not.
         """
         tokens = inputs[0]
         # All weights take part in every batch, whatever its records carry: processes must touch the same ones.
         token = self.table[-1] + self.weights(tokens.values, prompt).to(self.table.dtype) @ self.table[:-1]
         level = None if prompt is None else prompt.level
         if level is not None:
-            if (most := int(level.max())) >= self.levels:
-                what, hint = f"a record has level {most}", f"mmllm data align-levels ... --levels {self.levels}"
-                raise UserError("connector level_gate", what, expected=f"below {self.levels}", hint=hint)
             token = token.where(level[:, None] < 0, self.table[level.clamp_min(0)])
         first = torch.full((1,), -1, device=tokens.values.device)
         return tokens.new(token[:, None].to(tokens.values.dtype), None, index=first)

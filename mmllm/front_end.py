@@ -71,6 +71,8 @@ class FrontEnd(nn.Module):
         self.text_needs = self._union(lambda node: node.prompt if self._guided(node) else None)
         for kind in KINDS:  # once more, with the layers that the encoders deliver
             self._specs(self.nominal(kind))
+        known = [part.needs().alignment_levels for part in self.parts.values()]
+        self.alignment_levels = min((count for count in known if count is not None), default=None)
         self.tiling = self._tiling(section["media"].get("tiles"))
 
     def _build(self, sections: dict[str, dict[str, Any]]) -> None:

@@ -168,7 +168,7 @@ class MMLLMProcessor(ProcessorMixin):
             rendered = render(self.tokenizer, messages, prompt=prompt, continued=continued)
             example = self._expand(rendered, answers, sampling, name, known)
             example.prompt = self.front_end.prompts.encode(said_by_user(messages))
-            example.level = _checked_level(level, name)
+            example.level = _checked_level(level, self.front_end.alignment_levels, name)
             if self.max_length is None or len(example.ids) <= self.max_length:
                 return example
             shorter = _without_last_turn(messages) if answers else None
@@ -286,12 +286,15 @@ class MMLLMProcessor(ProcessorMixin):
         return collate(examples, self.tokenizer.pad_token_id, padding_side, self.front_end.prompts.collate)
 
 
-def _checked_level(level: int | None, name: str) -> int:
-    """The alignment level of a record, -1 where it carries none."""
+def _checked_level(level: int | None, known: int | None, name: str) -> int:
+    """The alignment level of a record, -1 where it carries none; `known`: how many the parts know, if any reads it."""
     if level is None:
         return -1
     if isinstance(level, bool) or not isinstance(level, int) or level < 0:
         raise UserError(f"sample {name}: level", "not a level", expected="a whole number >= 0", got=level)
+    if known is not None and level >= known:
+        hint = f"mmllm data align-levels ... --levels {known}, or the connector's `levels`"
+        raise UserError(f"sample {name}: level", "no part has it", expected=f"below {known}", got=level, hint=hint)
     return level
 
 

@@ -217,6 +217,8 @@ class Needs:
         levels: layers of the encoder's hidden states. cls: layers whose CLS token is wanted. keys: layers whose
             attention keys are wanted. All three only for a part whose input is an encoder.
         extras: names of extras of the first input. prompt: fields of PromptFeatures. prompt_levels: text layers.
+        alignment_levels: how many alignment levels it knows, if it reads `PromptFeatures.level`; a record of another
+            is refused when it is read.
         tables: whether the coordinate tables are wanted.
     """
 
@@ -226,6 +228,7 @@ class Needs:
     extras: tuple[str, ...] = ()
     prompt: tuple[str, ...] = ()
     prompt_levels: tuple[int, ...] = ()
+    alignment_levels: int | None = None
     tables: bool = False
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -248,10 +247,15 @@ def test_the_gate_has_the_authors_size():
     assert sum(parameter.numel() for parameter in part.gate.parameters()) == 149_511
 
 
-def test_a_level_that_the_table_has_not_is_named(tmp_path):
-    prompt = replace(said(), level=torch.tensor([-1, 5, 0]))
-    with pytest.raises(UserError, match="level 5, expected below 5"):
-        gate(levels=5)(clips(), prompt=prompt)
+def test_a_record_whose_level_the_table_has_not_is_named_when_it_is_read():
+    chat = [turn(video(1), "What moves?"), turn("it moves left", role="assistant")]
+    processor = tiny_processor(tiny_recipe("nano/aligngpt"))
+    count = processor.front_end.alignment_levels
+    assert processor.encode(chat, level=count - 1).level == count - 1
+    with pytest.raises(UserError, match=f"sample clip-7: level: .*expected below {count}, got {count}"):
+        processor.encode(chat, level=count, name="clip-7")
+    without = tiny_processor(tiny_recipe("nano/llava"))
+    assert without.encode(chat, level=count).level == count
 
 
 def test_mistakes_of_the_command_are_named(tmp_path, capsys):
