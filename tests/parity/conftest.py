@@ -1,4 +1,4 @@
-"""Reference values by file and case; an array that no test read fails the run.
+"""Reference values by file and case; an array that no test read fails the run, and so does a file without any case.
 
 A test marked `@pytest.mark.golden("merv_fusion", cases=r"(xattn_\\w+)/out")` runs once for every file of that prefix in
 the folder of `--goldens` and every case that the pattern finds among the file's keys, with the arguments `golden` and
@@ -17,6 +17,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OPENED = pytest.StashKey[dict[Path, "Golden"]]()
+TESTED = pytest.StashKey[dict[Path, bool]]()
 
 
 class Golden:
@@ -56,7 +57,7 @@ class Golden:
 def pytest_configure(config: pytest.Config) -> None:
     """The marker, and where opened files are kept."""
     config.addinivalue_line("markers", "golden(prefix, cases=None, but=()): runs on reference files of that prefix")
-    config.stash[OPENED] = {}
+    config.stash[OPENED], config.stash[TESTED] = {}, {}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -68,6 +69,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     but = marker.kwargs.get("but", ())
     files = [path for path in sorted(folder.glob(f"{marker.args[0]}*.npz")) if not path.name.startswith(tuple(but))]
     cases = marker.kwargs.get("cases")
+    tested = metafunc.config.stash[TESTED]
+    tested.update({path: cases is None or tested.get(path, False) for path in files})
     if cases is None:
         metafunc.parametrize("golden", [pytest.param(path, id=path.stem) for path in files], indirect=True)
         return
@@ -75,7 +78,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for path in files:
         with np.load(path) as file:
             found = (re.fullmatch(cases, name) for name in file.files)
-            rows += [(path, case) for case in dict.fromkeys(match[1] for match in found if match)]
+            cases_of_file = dict.fromkeys(match[1] for match in found if match)
+        rows += [(path, case) for case in cases_of_file]
+        tested[path] |= bool(cases_of_file)
     parameters = [pytest.param(path, case, id=f"{path.stem}-{case}") for path, case in rows]
     metafunc.parametrize(("golden", "case"), parameters, indirect=["golden"])
 
@@ -97,4 +102,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         if opened.unread:
             names = ", ".join(sorted(opened.unread))
             print(f"\nerror: {path.name}: no test read {names}")
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    for path, tested in session.config.stash[TESTED].items():
+        if not tested:
+            print(f"\nerror: {path.name}: no test found a case in it")
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -42,10 +42,16 @@ CLIP_NAMES = {
 }
 
 
+def read_pixels(golden) -> Tensor:
+    """Clips [B, T, 3, H, W] as the authors' forward takes them: a second axis of three is channels to it."""
+    pixels = golden["in_pixels"]
+    return pixels.transpose(1, 2) if pixels.shape[1] == 3 else pixels
+
+
 @pytest.mark.golden("ppllava_btadapter_clip")
 @torch.no_grad()
 def test_bt_adapter_beside_clip(golden):
-    states, pixels = golden.under("param."), golden["in_pixels"]
+    states, pixels = golden.under("param."), read_pixels(golden)
     blocks, depth = golden.number("cfg_layers"), golden.number("cfg_depth")
     width, hidden = len(states["embeddings.class_embedding"]), len(states["encoder.layers.0.mlp.fc1.bias"])
     heads, side = golden.number("cfg_heads"), pixels.shape[-1]
@@ -69,7 +75,7 @@ def test_bt_adapter_beside_clip(golden):
         hidden_states = tower(clips.flatten(0, 1), output_hidden_states=True).hidden_states
         hidden_states = [state.unflatten(0, clips.shape[:2]) for state in hidden_states]
         first = blocks - depth + 1
-        streams = adapter(hidden_states[first:], positions)
+        streams, last = adapter(hidden_states[first:], positions), hidden_states[-1][:, :, 0]
         for index, stream in enumerate(streams, start=first):
             last = hidden_states[index][:, :, 0] + stream.cls[:, None]
             hidden_states[index] = adapter.blend(hidden_states[index], stream)
@@ -79,11 +85,13 @@ def test_bt_adapter_beside_clip(golden):
     for index in range(blocks + 1):
         close(found[index], golden[f"out_hidden_{index}"])
     close(pooled, golden["out_pooler"])
-    close(run(pixels[:, :1])[0][-2], golden["out_single_frame_hidden_penult"])
+    close(run(golden["in_pixels"][:, :1])[0][-2], golden["out_single_frame_hidden_penult"])
     # without the layer that reaches nothing the last but one state is the same
     del adapter.space[-1], adapter.time[-1]
     expected = golden[f"out_hidden_{blocks - 1}"]
     close(run(pixels)[0][-2], expected)
+    if depth == 1:
+        return  # what the encoder below reads lies in front of the adapter: it refuses
     # and so it is in the encoder that recipes name
     part = ClipBTAdapterEncoder(Site(), config=sizes, depth=depth, max_frames=times).eval()
     part.tower.load_state_dict(own)
@@ -125,7 +133,7 @@ def eva_states(golden, heads: int, blocks: int) -> list[Tensor]:
     states = golden.under("param.")
     patch, function = golden.number("cfg_patch"), nn.functional
     weight, bias = states["patch_embed.proj.weight"], states["patch_embed.proj.bias"]
-    patches = function.conv2d(golden["in_pixels"].flatten(0, 1), weight, bias, stride=patch).flatten(2).transpose(1, 2)
+    patches = function.conv2d(read_pixels(golden).flatten(0, 1), weight, bias, stride=patch).flatten(2).transpose(1, 2)
     x = torch.cat([states["cls_token"].expand(len(patches), -1, -1), patches], dim=1) + states["pos_embed"]
     found = [x]
     for index in range(blocks):
