@@ -112,7 +112,9 @@ class FrontEnd(nn.Module):
         try:
             part = cls(Site(inputs, self.llm_width, *widths), **bound)
         except ValueError as error:
-            raise UserError(where, str(error)) from error
+            undecided = node.prompt is None and len(self.prompts.sources) > 1
+            hint = f"prompt: {' or '.join(self.prompts.sources)}" if undecided else None
+            raise UserError(where, str(error), hint=hint) from error
         self._check_needs(node, part.needs(), where)
         return part
 

@@ -5,17 +5,21 @@ One function, called by the tests over all registered parts and by `mmllm recipe
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmllm.configuration import MMLLMConfig
-from mmllm.contract.arguments import bind
+from mmllm.contract.arguments import bind, signature
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Encoder, Part, Site, TextSource, Tower
-from mmllm.contract.registry import find
+from mmllm.contract.registry import find, raised_at
 from mmllm.contract.types import Needs, PromptFeatures, TokenSpec, VisualTokens
 from mmllm.encoders.tokens import frame_tokens
 from mmllm.model import MMLLMPreTrainedModel
@@ -35,12 +39,30 @@ def check_part(kind: str, name: str) -> int:
     where = f"{kind} {name}"
     if Part.examples.__func__ is cls.examples.__func__:
         raise UserError(where, "gives no examples()", hint="yield (arguments, input specs) pairs")
-    examples = list(cls.examples())
+    for argument, (annotation, _) in signature(cls).items():
+        if annotation is Any:
+            raise UserError(where, f"argument {argument} has no type", hint=f"{argument}: int, or what it is")
+    with _blamed(cls, f"{where}, examples()"):
+        examples = list(cls.examples())
     if not examples:
         raise UserError(where, "gives no examples()", hint="yield (arguments, input specs) pairs")
     for number, (arguments, inputs) in enumerate(examples, start=1):
-        _check_example(cls, arguments, inputs, f"{where}, example {number} {arguments}")
+        at = f"{where}, example {number} {arguments}"
+        with _blamed(cls, at):
+            _check_example(cls, arguments, inputs, at)
     return len(examples)
+
+
+@contextlib.contextmanager
+def _blamed(cls: type, where: str) -> Iterator[None]:
+    """What a part raises is a finding about the part, with its line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        at = raised_at(error, Path(inspect.getfile(cls)))
+        raise UserError(where, f"{type(error).__name__}: {error}" + (f" ({at})" if at else "")) from error
 
 
 def _check_example(cls: type, arguments: dict[str, Any], inputs: tuple, where: str) -> None:
@@ -69,6 +91,7 @@ class _Run:
 
     def __init__(self, part: Part, inputs: tuple) -> None:
         self.part, self.inputs = part, inputs
+        self.read: list[Tensor] = []  # of the last call, what a gradient has to arrive at beside the weights
 
     def values(self, clips: list[int], part: nn.Module | None = None) -> Tensor:
         """[B, ...] that a gradient may enter by and that batches are compared by."""
@@ -190,7 +213,9 @@ class _ConnectorRun(_Run):
     def __call__(self, clips: list[int], part: nn.Module | None = None) -> VisualTokens:
         needs = self.part.needs()
         context = {"prompt": self._prompt(clips)} if needs.prompt or needs.prompt_levels else {}
-        return (part or self.part)(*self._tokens(clips), **context)
+        tokens = self._tokens(clips)
+        self.read = [tensor.requires_grad_() for given in tokens for tensor in (given.values, *given.extras.values())]
+        return (part or self.part)(*tokens, **context)
 
     def values(self, clips: list[int], part: nn.Module | None = None) -> Tensor:
         """[B, ...]: tokens, and the extras that a part has written."""
@@ -228,12 +253,15 @@ def _gradients_reach(part: Part, run: Any, where: str) -> None:
     values = run.values([1, 2], trained)
     weights = torch.randn(values.shape, generator=_generator(5))
     parameters = dict(trained.named_parameters())
-    if not parameters:
+    if not parameters and not run.read:
         return
-    (values * weights).sum().backward()
+    if values.requires_grad:
+        (values * weights).sum().backward()
+    if run.read and not any(_alive(tensor.grad) for tensor in run.read):
+        raise UserError(where, "no gradient reaches what it reads, so nothing before it would learn")
     dead = [name for name, value in parameters.items() if not _alive(value.grad)]
     # A tower read before its last layer leaves that layer without gradient; a whole part without any is a mistake.
-    if len(dead) == len(parameters) or (dead and not isinstance(part, Tower)):
+    if dead and (len(dead) == len(parameters) or not isinstance(part, Tower)):
         raise UserError(where, f"no gradient reaches {', '.join(dead[:3])}")
 
 
@@ -245,6 +273,8 @@ def _batch_is_single(part: Part, run: Any, where: str) -> None:
     part.eval()
     with torch.no_grad():
         together = run.values([1, 2, 3])
+        if not torch.equal(run.values([1, 2, 3]), together):
+            raise UserError(where, "not the same twice: it draws random numbers in eval mode")
         for row, clip in enumerate((1, 2, 3)):
             alone = run.values([clip])[0]
             worst = float((together[row] - alone).abs().max())

@@ -33,9 +33,12 @@ exit codes: 0 done, 1 a bug, 2 the input does not fit, 3 done with holes, 130 or
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a command line.
+
+    Raises:
+        SystemExit: it does not parse; says so on stderr.
+    """
     verb = next((word for word in arguments if not word.startswith("-")), None)
     parser = argparse.ArgumentParser(
         prog="mmllm",
@@ -56,6 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown: {' '.join(rest)}")
     if rest:
         options.overrides = [*options.overrides, *overrides]
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(options)
     except UserError as error:
@@ -65,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
-    except Exception:
-        return _crash(Path(getattr(options, "out", None) or "."))
+    except Exception as error:
+        return _crash(error, Path(getattr(options, "out", None) or "."))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -83,10 +92,14 @@ def _version() -> str:
     return f"mmllm {__version__}"
 
 
-def _crash(out: Path) -> int:
+def _crash(error: Exception, out: Path) -> int:
+    from mmllm.contract.registry import plugins, raised_at
+
     text = traceback.format_exc()
     folder = out if out.is_dir() else Path(".")
     (folder / "crash.txt").write_text(text)
     last = text.strip().splitlines()[-1]
-    print(f"error: {last}\nthis is a bug of mmllm; the traceback is in {folder / 'crash.txt'}", file=sys.stderr)
+    place = next(filter(None, (raised_at(error, plugin) for plugin in plugins())), None)
+    whose = f"raised below {place}" if place else "this is a bug of mmllm"
+    print(f"error: {last}\n{whose}; the traceback is in {folder / 'crash.txt'}", file=sys.stderr)
     return 1

@@ -89,7 +89,6 @@ def run_check(options: argparse.Namespace) -> int:
     from mmllm.recipe_checks import check_recipe
 
     recipe = load(options.recipe, options.overrides)
-    facts: dict[str, Any] = check_recipe(recipe)
     for kind, section in (
         ("encoder", recipe.model["encoders"].values()),
         ("text", (recipe.model.get("text") or {}).values()),
@@ -97,5 +96,6 @@ def run_check(options: argparse.Namespace) -> int:
     ):
         for name in sorted({part["type"] for part in section}):
             check_part(kind, name)
+    facts: dict[str, Any] = check_recipe(recipe)
     print_json(facts) if options.json else print(facts["says"])
     return 0

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,7 +62,10 @@ def find(kind: str, name: str, where: str = "") -> type:
     """
     known = parts(kind)
     if name not in known:
-        raise UserError(where or kind, f"no {kind} is called {name!r}", hint=nearest(name, list(known)))
+        hint = nearest(name, list(known))
+        if not _plugins:
+            hint += "; one of your own: --plugin FILE.py"
+        raise UserError(where or kind, f"no {kind} is called {name!r}", hint=hint)
     return known[name]
 
 
@@ -80,7 +84,7 @@ def load_plugin(path: str | Path) -> None:
     """Run a user's file so that the parts it registers can be named in recipes.
 
     Raises:
-        UserError: the file is missing or is not Python.
+        UserError: the file is missing, or it raises; names the line.
     """
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
@@ -89,7 +93,14 @@ def load_plugin(path: str | Path) -> None:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}:{error.lineno}", f"not Python: {error.msg}") from error
+    except Exception as error:
+        raise UserError(raised_at(error, path), f"{type(error).__name__}: {error}") from error
     if path.resolve() not in _plugins:
         _plugins.append(path.resolve())
 
@@ -97,6 +108,13 @@ def load_plugin(path: str | Path) -> None:
 def plugins() -> list[Path]:
     """The files that were loaded, for a worker process to load again."""
     return list(_plugins)
+
+
+def raised_at(error: BaseException, path: Path) -> str | None:
+    """`file:line` of the innermost line of a file that an exception went through; None where it did not."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    return f"{path}:{lines[-1]}" if lines else None
 
 
 def _source_digest(cls: type) -> str:

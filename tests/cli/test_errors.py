@@ -117,6 +117,21 @@ def test_commands(capsys, words, says):
     assert says in fails(capsys, *words)
 
 
+def test_a_crash_of_a_users_part_is_not_called_ours(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    part, recipe = tmp_path / "part.py", tmp_path / "mine.yaml"
+    part.write_text(
+        "from mmllm.contract.parts import Part\nfrom mmllm.contract.registry import register\n\n\n"
+        "@register('connector', 'crashes')\nclass Crashes(Part):\n"
+        "    def output_spec(self, *inputs):\n        return inputs[7]\n"
+    )
+    recipe.write_text("base: nano/base\nmodel: {connector: [mlp, {type: crashes}]}\n")
+    assert main(["recipe", "show", str(recipe), "--plugin", str(part)]) == 1
+    said = capsys.readouterr().err
+    assert "IndexError" in said and f"raised below {part}:8" in said and "bug of mmllm" not in said
+    assert "output_spec" in (tmp_path / "crash.txt").read_text()
+
+
 def test_data_that_is_wrong_names_file_and_line(capsys, tmp_path):
     data = tmp_path / "data.jsonl"
     good = {"id": "a", "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}

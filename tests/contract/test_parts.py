@@ -58,7 +58,59 @@ class Unwritten(Liar):
         yield {"lie": False}, (TokenSpec(MediaSpec("video", 2), 8, 4, Grid(2, 2, 2)),)
 
 
-@pytest.mark.parametrize(("cls", "says"), [(Liar, "declared is not real"), (Unwritten, "stays unwritten")])
+class Wide(Liar):
+    """Raises in its forward, as it declares what its input cannot give."""
+
+    def forward(self, *inputs):
+        return inputs[0].new(inputs[0].values[:, [99]], None, index=torch.zeros(1, dtype=torch.long))
+
+
+class Detached(Unwritten):
+    """Lets no gradient through to what stands before it."""
+
+    def __init__(self, site: Site, *, lie: bool = True) -> None:
+        super().__init__(site, lie=lie)
+        del self.weight
+
+    def forward(self, *inputs):
+        return inputs[0].new(inputs[0].values.detach(), None, index=torch.arange(inputs[0].values.shape[1]))
+
+
+class Random(Detached):
+    """Is another one at every call."""
+
+    def forward(self, *inputs):
+        values = inputs[0].values * torch.rand(())
+        return inputs[0].new(values, None, index=torch.arange(values.shape[1]))
+
+
+class Untyped(Unwritten):
+    """Takes an argument that nobody can read from a recipe."""
+
+    def __init__(self, site: Site, *, lie=False) -> None:
+        super().__init__(site, lie=lie)
+
+
+class NoExample(Unwritten):
+    """Has examples that cannot be made."""
+
+    @classmethod
+    def examples(cls):
+        yield {}, (TokenSpec(MediaSpec("video", 2), 9, 4, Grid(2, 2, 2)),)
+
+
+BROKEN = [
+    (Liar, "declared is not real"),
+    (Unwritten, "stays unwritten"),
+    (Wide, r"example 1 \{\}: IndexError: .*test_parts.py:\d+"),
+    (Detached, "no gradient reaches what it reads"),
+    (Random, "draws random numbers in eval mode"),
+    (Untyped, "argument lie has no type"),
+    (NoExample, r"ValueError: .*"),
+]
+
+
+@pytest.mark.parametrize(("cls", "says"), BROKEN, ids=lambda value: getattr(value, "__name__", ""))
 def test_the_check_finds_what_breaks_the_contract(cls, says, monkeypatch):
     registry.parts("connector")
     monkeypatch.setitem(registry._parts["connector"], "bad", cls)
@@ -84,6 +136,20 @@ def test_a_duplicate_is_an_error_and_the_same_source_is_not(tmp_path):
     registry.load_plugin(plugin)
     registry.load_plugin(plugin)
     del registry._parts["connector"]["twice"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("import torch\n\nclass X(:\n", r"mine.py:3: not Python: "),
+        ("import torch\nx = 1\nx.y\n", r"mine.py:3: AttributeError: "),
+    ],
+)
+def test_a_plug_in_that_cannot_be_loaded_is_named_with_its_line(tmp_path, text, says):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=says):
+        registry.load_plugin(tmp_path / "mine.py")
+    assert tmp_path / "mine.py" not in registry.plugins()
 
 
 def tokens(grid: Grid, width: int = 3, seed: int = 0) -> VisualTokens:
