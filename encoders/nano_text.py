@@ -41,6 +41,8 @@ class NanoText(TransformersText):
     ) -> None:
         if width % heads:
             raise ValueError(f"{heads} heads do not divide a width of {width}")
+        if length < 3:
+            raise ValueError(f"length: a token between the two that the tower puts around a text, not {length}")
         config = {
             "vocab_size": vocabulary,
             "hidden_size": width,

@@ -33,12 +33,12 @@ BENCHMARKS = {
 }
 
 
-def find_benchmark(name: str) -> Benchmark:
-    """The benchmark of that name.
+def find_benchmark(name: str, where: str = "--tasks") -> Benchmark:
+    """The benchmark of that name; `where` it is given, for the error.
 
     Raises:
         UserError: there is none; the nearest names are in the hint.
     """
     if name not in BENCHMARKS:
-        raise UserError("--tasks", f"unknown benchmark {name!r}", hint=nearest(name, list(BENCHMARKS)))
+        raise UserError(where, f"unknown benchmark {name!r}", hint=nearest(name, list(BENCHMARKS)))
     return BENCHMARKS[name]

@@ -69,7 +69,7 @@ def _check_key(here: Any, parents: list[str], last: str, where: str) -> None:
         from mmllm.contract.registry import find
 
         kind, beside = PARTS[parents[1]] if parents[0] == "model" else ("objective", ())
-        known = [*signature(find(kind, here["type"], where)), *beside, *known]
+        known = list(dict.fromkeys([*signature(find(kind, here["type"], where)), *beside, *known]))
     if last not in known:
         raise UserError(where, "unknown key", hint=nearest(last, known))
 

@@ -178,7 +178,9 @@ class MMLLMProcessor(ProcessorMixin):
                     name or "conversation",
                     f"{len(example.ids)} tokens, {visual} of them visual",
                     expected=f"at most {self.max_length}",
-                    hint="fewer frames, or a connector that pools more",
+                    hint="fewer frames, or a connector that pools more"
+                    if 2 * visual > len(example.ids)
+                    else "a shorter text",
                 )
             messages = shorter
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -39,7 +40,7 @@ def configure(verbs: Any) -> None:
     scores = parser.add_mutually_exclusive_group(required=True)
     scores.add_argument("--pair", metavar="NAME", help="image-text model that scores: a hub id, a folder, a run")
     scores.add_argument("--scores", type=Path, metavar="FILE", help="scores made elsewhere, a number a line")
-    parser.add_argument("--levels", type=int, default=8, help="how many levels, of equal size (default 8)")
+    parser.add_argument("--levels", type=int, help="how many levels, of equal size (default 8)")
     parser.add_argument("--edges", type=Path, metavar="FILE", help="levels of other data instead: their edges.json")
     parser.add_argument("--frames", type=int, default=8, help="frames of a video to score (default 8; a run: its own)")
     parser.add_argument("--root", type=Path, help="folder that media paths are relative to (default: the file's own)")
@@ -54,14 +55,17 @@ def run(options: argparse.Namespace) -> int:
 
     if options.out.exists() and options.out.samefile(options.data):
         raise UserError(options.out, "the data would be overwritten", hint="--out another.jsonl")
-    known = _read_edges(options.edges) if options.edges else None
+    known = _read_edges(options) if options.edges else None
+    count = options.levels or 8
     source = open_source(options.data, options.root)
     names, pairs = zip(*((sample.id, pair_of(sample)) for sample in source), strict=True)
     places = [index for index, pair in enumerate(pairs) if pair is not None]
     wanted = [(names[index], *pairs[index]) for index in places]
+    if not places:
+        raise UserError(options.data, "no record has a medium, so there is nothing to compare its text with")
     scores = _given(options.scores, len(places)) if options.scores else _scored(wanted, options)
-    found = levels_by_rank(scores, options.levels) if known is None else levels_by_edges(scores, known)
-    edges = level_edges(scores, options.levels).tolist() if known is None else known
+    found = levels_by_rank(scores, count) if known is None else levels_by_edges(scores, known)
+    edges = level_edges(scores, count).tolist() if known is None else known
     levels: list[int | None] = [None] * len(pairs)
     for index, level in zip(places, found.tolist(), strict=True):
         levels[index] = level
@@ -70,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         for record in with_levels(_records(source, options.out.parent), levels):
             file.write(_line(record, options.data))
     if known is None:
-        about = {"levels": options.levels, "edges": edges, "pair": options.pair}
+        about = {"levels": count, "edges": edges, "pair": options.pair}
         options.out.with_suffix(".edges.json").write_text(json.dumps(about, indent=1))
     sizes = Counter(found.tolist())
     shown = ", ".join(f"{level}: {sizes[level]}" for level in range(len(edges) + 1))
@@ -87,11 +91,19 @@ def _records(source: Source, folder: Path) -> Iterator[dict[str, Any]]:
         yield source.records[index][0] if stay else as_record(source[index])
 
 
-def _read_edges(path: Path) -> list[float]:
+def _read_edges(options: argparse.Namespace) -> list[float]:
+    path = options.edges
     try:
-        return [float(edge) for edge in json.loads(path.read_text(encoding="utf-8"))["edges"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        edges, pair = [float(edge) for edge in about["edges"]], about.get("pair")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(path, "no edges of levels", hint="the .edges.json that align-levels wrote") from error
+    if options.levels not in (None, len(edges) + 1):
+        raise UserError(f"--levels {options.levels}", f"{path} makes {len(edges) + 1} levels", hint="leave it out")
+    if pair != options.pair:
+        theirs, ours = (f"of {name}" if name else "made elsewhere" for name in (pair, options.pair))
+        print(f"warning: the edges are of scores {theirs}, these are {ours}", file=sys.stderr)
+    return edges
 
 
 def _given(path: Path, count: int) -> list[float]:

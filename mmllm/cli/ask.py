@@ -77,6 +77,8 @@ def run(options: argparse.Namespace) -> int:
         print_json({"answer": answer, "visual_tokens": visual, "seconds": seconds})
     else:
         print()
+    if not answer:
+        print("warning: the answer is empty: the first token ends it", file=sys.stderr)
     return 0
 
 

@@ -124,12 +124,14 @@ def _print(path: str, reports: dict[str, Any], out: Path, options: argparse.Name
 def _roots(model: str, names: list[str], given: list[str] | None) -> dict[str, str]:
     """Folders of the benchmarks: from the flags, else from the recipe beside the model."""
     from mmllm.api import model_folder
+    from mmllm.eval.benchmarks import find_benchmark
     from mmllm.recipe import load as load_recipe
 
     roots = pairs(given, "--root")
     file = model_folder(model) / "recipe.yaml"
     known = load_recipe(file).eval_roots if file.is_file() else {}
     for name in names:
+        find_benchmark(name)
         if name not in roots and name not in known:
             raise UserError(f"--tasks {name}", "where are its files?", hint=f"--root {name}=DIR")
     return {**known, **roots}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def run_fusion(options: argparse.Namespace) -> int:
     ]
     if options.out is not None:
         _draw(rows, streams, options.out)
+        print(f"wrote {options.out}", file=sys.stderr)
     print_json(rows) if options.json else print(_render(rows, streams))
     return 0
 

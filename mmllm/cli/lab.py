@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run a study, or say what it would run."""
     calm_libraries()
-    from mmllm.lab.runs import Lab
+    from mmllm.lab.runs import Lab, Terminated
     from mmllm.lab.study import StudyFile
     from mmllm.lab.table import results
 
@@ -63,9 +63,9 @@ def run(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     try:
         failed = lab.run_all()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; the same command continues", file=sys.stderr)
-        raise
+        return 143 if isinstance(stop, Terminated) else 130
     if rows := results(lab, facts):
         _report(rows, file, out, as_json=options.json)
     if failed:

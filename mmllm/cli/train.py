@@ -89,5 +89,6 @@ def run(options: argparse.Namespace) -> int:
         print_json({"out": str(out), "model": str(finished.model), **finished.status})
     else:
         print(finished.model)
-    print(f'next: mmllm ask --model {out} --video <clip>.mp4 "What happens?"', file=sys.stderr)
+    plugins = "".join(f" --plugin {plugin}" for plugin in options.plugin or [])
+    print(f'next: mmllm ask --model {out}{plugins} --video <clip>.mp4 "What happens?"', file=sys.stderr)
     return 0

@@ -34,17 +34,21 @@ def signature(target: Callable) -> dict[str, tuple[Any, Any]]:
 def bind(target: Callable, values: dict[str, Any], where: str) -> dict[str, Any]:
     """The arguments of `target` out of `values`, each parsed by its annotation.
 
+    Args:
+        where: what the keys stand in, for errors: a key path, or a file and a colon.
+
     Raises:
         UserError: an unknown key (with the nearest known one), a missing one, or a value of the wrong type.
     """
     known = signature(target)
+    where = where if where.endswith(":") else f"{where}."
     for name in values:
         if name not in known:
-            raise UserError(f"{where}.{name}", "unknown key", hint=nearest(name, list(known)))
+            raise UserError(f"{where}{name}", "unknown key", hint=nearest(name, list(known)))
     for name, (annotation, default) in known.items():
         if name not in values and default is inspect.Parameter.empty:
-            raise UserError(f"{where}.{name}", "missing", expected=describe(annotation))
-    return {name: parse(value, known[name][0], f"{where}.{name}") for name, value in values.items()}
+            raise UserError(f"{where}{name}", "missing", expected=describe(annotation))
+    return {name: parse(value, known[name][0], f"{where}{name}") for name, value in values.items()}
 
 
 def parse(value: Any, annotation: Any, where: str) -> Any:

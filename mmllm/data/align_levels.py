@@ -97,9 +97,8 @@ class Pair:
                 AutoTokenizer.from_pretrained(name),
             )
         except (OSError, ValueError) as error:
-            raise UserError(
-                name, f"cannot be loaded ({error.__class__.__name__})", hint=f"hf download {name}"
-            ) from error
+            what = f"no such folder, and as a hub id it cannot be loaded ({error.__class__.__name__})"
+            raise UserError(name, what, hint=f"hf download {name}") from error
         if not hasattr(self.model, "get_image_features"):
             raise UserError(name, "no image-text model", expected="CLIP, SigLIP or another with a joint space")
         self.length = self.model.config.text_config.max_position_embeddings
@@ -142,7 +141,9 @@ def pair_of(sample: Sample) -> tuple[MediaRef, str] | None:
 
 def _checked(scores: Sequence[float] | np.ndarray, levels: int) -> np.ndarray:
     scores = _numbers(scores)
-    if levels < 2 or len(scores) < levels:
+    if levels < 2:
+        raise UserError("align-levels: levels", "too few to tell apart", expected="2 or more", got=levels)
+    if len(scores) < levels:
         raise UserError("align-levels", f"{len(scores)} scores for {levels} levels", expected="a score a level or more")
     return scores
 
@@ -153,5 +154,5 @@ def _numbers(scores: Sequence[float] | np.ndarray) -> np.ndarray:
     scores = np.asarray(scores, np.float64)
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
-        raise UserError(f"align-levels: record {bad[0]}", f"its score is {scores[bad[0]]}", expected="a number")
+        raise UserError(f"align-levels: score {bad[0] + 1}", f"it is {scores[bad[0]]}", expected="a number")
     return scores

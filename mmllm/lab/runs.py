@@ -29,6 +29,10 @@ THEN = "then.txt"
 """In the run folder of what comes first: the command that followed it, once it has ended well."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, taken as Ctrl-C is."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One arm, or what comes first, with one seed, in a folder of its own."""
@@ -225,7 +229,7 @@ def _terminated_as_interrupt() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,34 +112,65 @@ class StudyFile:
             load_plugin(plugin)
         self.first = {name: self._entry(First, "first", name, value) for name, value in self.study.first.items()}
         self.arms = {name: self._entry(Arm, "arms", name, value) for name, value in self.study.arms.items()}
+        for name in self.first:
+            if name in self.arms:
+                raise UserError(f"{path}:first.{name}", "an arm has this name too")
         self.recipes = {name: self.load(name) for name in {**self.first, **self.arms}}
         self.then = {name: self._command(name, entry.then) for name, entry in self.first.items() if entry.then}
-        self._refuse_taken_names()
+        self._check_roots()
+        self._check_tasks()
         self.baseline = self.study.baseline or next(iter(self.arms))
         if self.baseline not in self.arms:
             hint = nearest(self.baseline, list(self.arms))
             raise UserError(f"{path}:baseline", f"no arm is called {self.baseline!r}", hint=hint)
 
-    def _refuse_taken_names(self) -> None:
-        """What comes first is a root of the arms, and has a folder beside theirs."""
-        roots = {root for name in self.arms for root in self.recipes[name].data.get("roots") or {}}
-        for name in self.first:
+    def _check_roots(self) -> None:
+        """What comes first is a root of the arms; a path below none would be found out after hours only."""
+        for name, recipe in self.recipes.items():
+            known = {*(recipe.data.get("roots") or {}), "media"}
             if name in self.arms:
-                raise UserError(f"{self.path}:first.{name}", "an arm has this name too")
-            if name in roots | {"media"}:
-                raise UserError(f"{self.path}:first.{name}", "recipes of the arms have a root of this name")
+                if taken := known & set(self.first):
+                    raise UserError(f"{self.path}:first.{min(taken)}", "recipes of the arms have a root of this name")
+                known |= set(self.first)
+            for stage, values in recipe.stages.items():
+                init = values.init.values() if isinstance(values.init, dict) else [values.init or ""]
+                data = [values.data] if isinstance(values.data, str) else values.data
+                for key, paths in (("init", init), ("data", data)):
+                    for path in paths:
+                        _check_root(path, known, f"{self._where(name)}: stages.{stage}.{key}")
+            for word in self.then.get(name, []):
+                _check_root(word.rpartition("=")[2], {*known, name}, f"{self._where(name)}.then")
+
+    def _check_tasks(self) -> None:
+        """Benchmarks that there are, whose files every arm names."""
+        from mmllm.eval.benchmarks import find_benchmark
+
+        for task in self.study.tasks:
+            find_benchmark(task, f"{self.path}:tasks")
+            for name in self.arms:
+                if task not in self.recipes[name].eval_roots:
+                    raise UserError(f"{self._where(name)}: eval.{task}", "missing", expected="the folder of its files")
+
+    def _where(self, name: str) -> str:
+        return f"{self.path}:{'first' if name in self.first else 'arms'}.{name}"
 
     def _command(self, name: str, then: str) -> list[str]:
         """The words of a command that follows what comes first."""
-        from mmllm.cli import VERBS
+        from mmllm.cli import VERBS, parse
 
-        where = f"{self.path}:first.{name}.then"
+        where = f"{self._where(name)}.then"
         try:
             words = shlex.split(then)
         except ValueError as error:
             raise UserError(where, f"not a command: {error}", got=then) from error
         if not words or words[0] not in VERBS:
             raise UserError(where, "starts with a verb of mmllm", got=then, hint=", ".join(VERBS))
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+                parse(words)
+        except SystemExit as error:
+            raise UserError(where, (said.getvalue().strip().splitlines() or ["not a command"])[-1]) from error
         return words
 
     def then_of(self, name: str, out: Path) -> list[str]:
@@ -153,7 +186,11 @@ class StudyFile:
 
     def load(self, name: str) -> Recipe:
         """The recipe of an arm or of what comes first, with its overrides."""
-        return load(self.recipe_of(name), self.overrides_of(name))
+        try:
+            return load(self.recipe_of(name), self.overrides_of(name))
+        except UserError as error:
+            where = f"{self._where(name)}: {error.where}"
+            raise UserError(where, error.what, expected=error.expected, got=error.got, hint=error.hint) from error
 
     def recipe_of(self, name: str) -> str:
         """Its recipe's name, or the recipe's file beside the study."""
@@ -176,12 +213,24 @@ class StudyFile:
 
         found = {}
         for name, recipe in self.recipes.items():
+            self._check_parts(name)
             rows = walk(recipe)
             parameters, macs = sum(row.parameters for row in rows), sum(row.macs for row in rows)
             found[name] = Facts(rows[-1].tokens, parameters, macs)
         arms = {name: found[name] for name in self.arms}
         self._refuse_unequal(arms)
         return arms
+
+    def _check_parts(self, name: str) -> None:
+        """Refuse names in `trains` and `init` that the model has not."""
+        from mmllm.build import check_shapes
+        from mmllm.train.stage import freeze_names
+
+        recipe, front = self.recipes[name], check_shapes(self.recipes[name])
+        for stage, values in recipe.stages.items():
+            taken = tuple(values.init) if isinstance(values.init, dict) else ()
+            for key, names in (("trains", values.trains), ("init", taken)):
+                freeze_names(front, names, f"{self._where(name)}: stages.{stage}.{key}")
 
     def _refuse_unequal(self, found: dict[str, Facts]) -> None:
         kind = self.study.equal
@@ -206,6 +255,13 @@ class StudyFile:
         return str(beside) if beside.is_file() else name
 
 
+def _check_root(path: str, known: set[str], where: str) -> None:
+    """Refuse `clp:model` where nothing is called `clp`."""
+    root, _, rest = path.partition(":")
+    if rest and not rest.startswith("/") and root.isidentifier() and root not in known:
+        raise UserError(where, f"no root is called {root!r}", got=path, hint=nearest(root, sorted(known)))
+
+
 def _read(path: Path) -> Study:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -215,7 +271,7 @@ def _read(path: Path) -> Study:
         raise UserError(path, f"not YAML: {error}") from error
     if not isinstance(data, dict) or not isinstance(data.get("arms"), dict) or not data["arms"]:
         raise UserError(f"{path}:arms", "missing", expected="{name: recipe}")
-    study = Study(**bind(Study, data, str(path)))
+    study = Study(**bind(Study, data, f"{path}:"))
     if not study.seeds or len(set(study.seeds)) < len(study.seeds):
         raise UserError(f"{path}:seeds", "no seed, or one twice", got=list(study.seeds))
     return study

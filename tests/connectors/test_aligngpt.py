@@ -136,9 +136,9 @@ def test_equal_scores_are_ranked_in_their_order():
 
 
 def test_bad_scores_are_refused_by_their_record():
-    with pytest.raises(UserError, match="record 1"):
+    with pytest.raises(UserError, match="score 2: it is nan"):
         levels_by_rank([0.1, float("nan"), 0.3], 2)
-    with pytest.raises(UserError, match="record 1"):
+    with pytest.raises(UserError, match="score 2: it is nan"):
         levels_by_edges([0.1, float("nan")], [0.2])
     with pytest.raises(UserError, match="2 scores for 3 levels"):
         levels_by_rank([0.1, 0.2], 3)
@@ -212,6 +212,12 @@ def test_given_scores_become_levels_and_edges_serve_new_data(tmp_path, capsys):
     command = ["data", "align-levels", str(data), "--scores", str(scores), "--edges", str(edges)]
     assert main([*command, "--out", str(tmp_path / "new.jsonl")]) == 0
     assert [record.get("level") for record in read(tmp_path / "new.jsonl")] == [2, 2, None, 2, 2, 2, 1]
+    assert "warning" not in capsys.readouterr().err
+    edges.write_text(json.dumps({"edges": [0.3, 0.5], "pair": "runs/clip"}))
+    assert main([*command, "--out", str(tmp_path / "new.jsonl")]) == 0
+    assert "the edges are of scores of runs/clip, these are made elsewhere" in capsys.readouterr().err
+    assert main([*command, "--levels", "7", "--out", str(tmp_path / "new.jsonl")]) == 2
+    assert "--levels 7: " in (said := capsys.readouterr().err) and "makes 3 levels" in said
 
 
 def test_levels_written_elsewhere_still_find_their_media(tmp_path):
@@ -268,6 +274,9 @@ def test_mistakes_of_the_command_are_named(tmp_path, capsys):
     assert "would be overwritten" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "a.jsonl"), "--pair", str(tmp_path / "none")]) == 2
     assert "cannot be loaded" in capsys.readouterr().err
+    data.write_text(data.read_text().splitlines()[2] + "\n")
+    assert main([*command, str(tmp_path / "a.jsonl"), "--scores", str(scores)]) == 2
+    assert "no record has a medium" in capsys.readouterr().err
     assert not (tmp_path / "a.jsonl").exists()
 
 

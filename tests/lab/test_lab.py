@@ -51,9 +51,33 @@ def test_mistakes_are_named(tmp_path):
     assert "first.llava: an arm has this name too" in problem(study(tmp_path, first={"llava": "nano/clip"}))
     assert "first.world: recipes of the arms have a root" in problem(study(tmp_path, first={"world": "nano/clip"}))
     assert "first.c.free: unknown key" in problem(study(tmp_path, first={"c": {"recipe": "nano/clip", "free": True}}))
-    for then, said in (("data 'x", "not a command: No closing"), ("mmllm data check x", "a verb of mmllm")):
+    for then, said in (
+        ("data 'x", "not a command: No closing"),
+        ("mmllm data check x", "a verb of mmllm"),
+        ("data chek x", "invalid choice: 'chek'"),
+        ("data check x --levle 3", "unknown: --levle 3"),
+        ("data check cc:x.jsonl", "first.c.then: no root is called 'cc', got cc:x.jsonl. Try: c"),
+    ):
         assert said in problem(study(tmp_path, first={"c": {"recipe": "nano/clip", "then": then}}))
+    assert "arms.a: gone.yaml: no such file" in problem(study(tmp_path, arms={"a": "gone.yaml"}))
+    assert "mine.yaml:equall: unknown key. Try: equal" in problem(study(tmp_path, equall="tokens"))
+    assert "mine.yaml:tasks: unknown benchmark 'mvbenhc'" in problem(study(tmp_path, tasks=["mvbenhc"]))
     assert "arms.a.x: unknown key" in problem(study(tmp_path, arms={"a": {"recipe": "nano/llava", "x": 1}}))
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("init={encoders: clp:model}", "init: no root is called 'clp', got clp:model. Try: clip"),
+        ("init={encodrs: clip:model}", "init: the model has no 'encodrs'. Try: encoders"),
+        ("trains=[conector]", "trains: the model has no 'conector'. Try: connector"),
+        ("data=wrld:x.jsonl", "data: no root is called 'wrld', got wrld:x.jsonl. Try: world"),
+    ],
+)
+def test_what_would_be_found_out_after_hours_is_found_out_before(tmp_path, override, says):
+    changes = {"first": {"clip": "nano/clip"}, "arms": {"a": "nano/llava"}}
+    said = problem(study(tmp_path, **changes, set=[f"stages.caption.{override}"]))
+    assert f"mine.yaml:arms.a: stages.caption.{says}" in said
 
 
 def test_unequal_arms_are_refused_unless_free(tmp_path):
@@ -199,16 +223,16 @@ def test_a_command_that_fails_is_repeated_and_can_be_mended(tmp_path, calls, mon
 
     def fails(self: Lab, run: Run, command: list[str], environment: dict[str, str]) -> None:
         real(self, run, command, environment)
-        if command[:2] == ["data", "chek"]:
-            raise UserError(run.label, "mmllm data ended with 2: unknown: chek")
+        if command[-1].endswith("absent.jsonl"):
+            raise UserError(run.label, "mmllm data ended with 2: absent.jsonl: no such data file")
 
     monkeypatch.setattr(Lab, "_call", fails)
-    first = {"recipe": "nano/clip", "then": "data chek clip:x.jsonl"}
+    first = {"recipe": "nano/clip", "then": "data check clip:absent.jsonl"}
     changes = {"first": {"clip": first}, "arms": {"llava": "nano/llava"}, "seeds": [0]}
     words = ["lab", str(study(tmp_path, **changes)), "--out", str(tmp_path / "out"), "--quiet", "--device", "cpu"]
     for _ in range(2):
         calls.clear()
-        assert main(words) == 2 and "unknown: chek" in capsys.readouterr().err
+        assert main(words) == 2 and "no such data file" in capsys.readouterr().err
         assert [command[0] for command in calls] == ["train", "data"]
     first["then"] = "data check clip:x.jsonl"
     study(tmp_path, **changes)
@@ -281,7 +305,7 @@ def test_a_signal_ends_runs_side_by_side(tmp_path, monkeypatch, capsys, number):
     killer.start()
     words = ["lab", str(study(tmp_path)), "--out", str(tmp_path / "out"), "--quiet", "--device", "cpu", "--jobs", "2"]
     try:
-        assert main(words) == 130
+        assert main(words) == (143 if number == signal.SIGTERM else 130)
     finally:
         signal.signal(number, ours)
     killer.join()
