@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,12 +115,16 @@ def load_weights(model: Any, path: str | Path, modules: list[Any] | None = None)
 def _refuse_holes(folder: Path, info: dict[str, Any]) -> None:
     problems = []
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(map(str, info[kind]))
+        keys = sorted(key if isinstance(key, str) else _shapes(*key) for key in info[kind])
         if keys:
             more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
             problems.append(f"{len(keys)} {kind.split('_')[0]}: {', '.join(keys[:4])}{more}")
     if problems:
         raise UserError(folder, "checkpoint of another recipe; " + "; ".join(problems))
+
+
+def _shapes(key: str, found: Sequence[int], own: Sequence[int]) -> str:
+    return f"{key} is {list(found)}, expected {list(own)}"
 
 
 def generate(
