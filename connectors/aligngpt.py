@@ -42,9 +42,7 @@ class LevelGate(Part):
         width = site.inputs[0].width
         if levels < 2:
             raise ValueError(f"levels: a global one and at least one other, not {levels}")
-        if site.prompt_width is None:
-            raise ValueError("reads the prompt: give it a text source")
-        if site.prompt_width != width:
+        if site.text_width() != width:
             raise ValueError(f"compares tokens of width {width} with a prompt of width {site.prompt_width}")
         self.levels, self.length, self.similarity = levels, length, similarity
         self.table = nn.Parameter(torch.empty(levels, width))

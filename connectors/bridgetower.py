@@ -73,13 +73,11 @@ class Bridge(Part):
         std: float = 0.02,
     ) -> None:
         super().__init__(site)
-        if site.prompt_width is None:
-            raise ValueError("reads the prompt: give it a text source")
         sizes = Sizes(width, depth, heads, feed_forward or 4 * width, bridge, dropout=dropout)
         self.levels = _chosen(levels, sizes.levels, "levels", empty=True)
         self.text_levels = _chosen(text_levels, sizes.levels, "text_levels")
         self.tower, self.start, self.relevance, self.drop, self.std = tower, gate, relevance, drop, std
-        seen, read, plain = site.inputs[0].width, site.prompt_width, site.inputs[-1].width
+        seen, read, plain = site.inputs[0].width, site.text_width(), site.inputs[-1].width
         self.norm = nn.LayerNorm(seen) if norm else nn.Identity()
         self.text_norm = nn.LayerNorm(read) if text_norm else nn.Identity()
         self.moment = nn.Linear(width, width, bias=False)

@@ -64,9 +64,8 @@ class PromptRelevance(Part):
     ) -> None:
         super().__init__(site)
         width, joint = site.inputs[0].width, site.prompt_joint
-        if site.prompt_width is None:
-            raise ValueError("reads the prompt: give it a text source")
         if joint is None:
+            site.text_width()  # where there is no text source at all, that is what is wrong
             raise ValueError("the text source has no space that it shares with an image tower")
         if head == "siglip" and joint != width:
             raise ValueError(f"a SigLIP head keeps the width of {width}, the text source's space has {joint}")

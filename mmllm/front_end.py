@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmllm.contract.arguments import bind
 from mmllm.contract.errors import UserError
-from mmllm.contract.parts import Part, Site
+from mmllm.contract.parts import NoPrompt, Part, Site
 from mmllm.contract.registry import find
 from mmllm.contract.types import Geometry, MediaSpec, Needs, PromptFeatures, TokenSpec, VisualTokens
 from mmllm.data.sampling import Sampling
@@ -111,10 +111,10 @@ class FrontEnd(nn.Module):
         widths = (source.width, source.joint) if source is not None else (None, None)
         try:
             part = cls(Site(inputs, self.llm_width, *widths), **bound)
+        except NoPrompt as error:
+            raise self._no_prompt(where) from error
         except ValueError as error:
-            undecided = node.prompt is None and len(self.prompts.sources) > 1
-            hint = f"prompt: {' or '.join(self.prompts.sources)}" if undecided else None
-            raise UserError(where, str(error), hint=hint) from error
+            raise UserError(where, str(error)) from error
         self._check_needs(node, part.needs(), where)
         return part
 
@@ -122,9 +122,12 @@ class FrontEnd(nn.Module):
         if any(getattr(needs, name) for name in LAYERED) and node.inputs[0] not in self.bank.encoders:
             raise UserError(where, "needs layers of an encoder", expected="in: an encoder", got=node.inputs[0])
         if (needs.prompt or needs.prompt_levels) and node.prompt is None:
-            known = list(self.prompts.sources)
-            hint = f"prompt: {' or '.join(known)}" if known else "model.text: {name: {type: clip_text, ...}}"
-            raise UserError(where, "needs the prompt, and no text source is named for it", hint=hint)
+            raise self._no_prompt(where)
+
+    def _no_prompt(self, where: str) -> UserError:
+        known = list(self.prompts.sources)
+        hint = f"prompt: {' or '.join(known)}" if known else "model.text: {name: {type: clip_text, ...}}"
+        return UserError(where, "needs the prompt, and no text source is named for it", hint=hint)
 
     def _guided(self, node: Node) -> bool:
         needs = self.parts[node.name].needs()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ def check_part(kind: str, name: str) -> int:
     where = f"{kind} {name}"
     if Part.examples.__func__ is cls.examples.__func__:
         raise UserError(where, "gives no examples()", hint="yield (arguments, input specs) pairs")
-    for argument, (annotation, _) in signature(cls).items():
-        if annotation is Any:
+    with _blamed(cls, f"{where}, arguments"):
+        parameters, known = inspect.signature(cls.__init__).parameters, signature(cls)
+    for argument in known:
+        if parameters[argument].annotation is inspect.Parameter.empty:
             raise UserError(where, f"argument {argument} has no type", hint=f"{argument}: int, or what it is")
     with _blamed(cls, f"{where}, examples()"):
         examples = list(cls.examples())
@@ -61,8 +64,14 @@ def _blamed(cls: type, where: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        at = raised_at(error, Path(inspect.getfile(cls)))
-        raise UserError(where, f"{type(error).__name__}: {error}" + (f" ({at})" if at else "")) from error
+        try:
+            at = raised_at(error, Path(inspect.getfile(cls)))
+        except (OSError, TypeError):  # made in a notebook
+            at = None
+        if at is None:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            at = f"{last.filename}:{last.lineno}"
+        raise UserError(where, f"{type(error).__name__}: {error} ({at})") from error
 
 
 def _check_example(cls: type, arguments: dict[str, Any], inputs: tuple, where: str) -> None:
@@ -91,11 +100,13 @@ class _Run:
 
     def __init__(self, part: Part, inputs: tuple) -> None:
         self.part, self.inputs = part, inputs
-        self.read: list[Tensor] = []  # of the last call, what a gradient has to arrive at beside the weights
 
     def values(self, clips: list[int], part: nn.Module | None = None) -> Tensor:
         """[B, ...] that a gradient may enter by and that batches are compared by."""
         return self(clips, part).values
+
+    def check_gradients(self, where: str) -> None:
+        """What is read gets a gradient, where anything is read that could learn."""
 
     def check_declared(self, where: str) -> None:
         """Declared = real."""
@@ -211,18 +222,41 @@ class _ConnectorRun(_Run):
         return PromptFeatures(mask, mask, present=torch.ones(len(clips), dtype=torch.bool), **said)
 
     def __call__(self, clips: list[int], part: nn.Module | None = None) -> VisualTokens:
+        return self._run(self._tokens(clips), clips, part)
+
+    def _run(self, tokens: list[VisualTokens], clips: list[int], part: nn.Module | None = None) -> VisualTokens:
         needs = self.part.needs()
         context = {"prompt": self._prompt(clips)} if needs.prompt or needs.prompt_levels else {}
-        tokens = self._tokens(clips)
-        self.read = [tensor.requires_grad_() for given in tokens for tensor in (given.values, *given.extras.values())]
         return (part or self.part)(*tokens, **context)
 
     def values(self, clips: list[int], part: nn.Module | None = None) -> Tensor:
         """[B, ...]: tokens, and the extras that a part has written."""
-        out = self(clips, part)
-        given = set(self._tokens(clips)[0].extras)
+        tokens = self._tokens(clips)
+        return self._flat(self._run(tokens, clips, part), tokens)
+
+    def _flat(self, out: VisualTokens, tokens: list[VisualTokens]) -> Tensor:
+        given = set(tokens[0].extras)
         written = [value.float().flatten(1) for name, value in out.extras.items() if name not in given]
         return torch.cat([out.values.flatten(1), *written], dim=1)
+
+    def check_gradients(self, where: str) -> None:
+        """Every input that changes what comes out gets a gradient, or what stands before it would never learn."""
+        tokens, leaves = self._tokens([1]), []
+        for given in tokens:
+            read = {"values": given.values, **given.extras}
+            leaves.append([tensor.requires_grad_() for tensor in read.values()])
+            copies = {name: tensor.clone() for name, tensor in read.items()}  # a part may write into what it gets
+            given.values, given.extras = copies.pop("values"), copies
+        out = self._flat(self._run(tokens, [1]), tokens)
+        if out.requires_grad:
+            (out * torch.randn(out.shape, generator=_generator(5))).sum().backward()
+        with torch.no_grad():
+            for place, read in enumerate(leaves):
+                other = self._tokens([1])
+                other[place] = self._tokens([2])[place]
+                moved = not torch.equal(self._flat(self._run(other, [1]), other), out)
+                if moved and not any(_alive(tensor.grad) for tensor in read):
+                    raise UserError(where, f"no gradient reaches input {place + 1}: nothing before it would learn")
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -253,12 +287,10 @@ def _gradients_reach(part: Part, run: Any, where: str) -> None:
     values = run.values([1, 2], trained)
     weights = torch.randn(values.shape, generator=_generator(5))
     parameters = dict(trained.named_parameters())
-    if not parameters and not run.read:
+    run.check_gradients(where)
+    if not parameters:
         return
-    if values.requires_grad:
-        (values * weights).sum().backward()
-    if run.read and not any(_alive(tensor.grad) for tensor in run.read):
-        raise UserError(where, "no gradient reaches what it reads, so nothing before it would learn")
+    (values * weights).sum().backward()
     dead = [name for name, value in parameters.items() if not _alive(value.grad)]
     # A tower read before its last layer leaves that layer without gradient; a whole part without any is a mistake.
     if dead and (len(dead) == len(parameters) or not isinstance(part, Tower)):
@@ -273,8 +305,10 @@ def _batch_is_single(part: Part, run: Any, where: str) -> None:
     part.eval()
     with torch.no_grad():
         together = run.values([1, 2, 3])
-        if not torch.equal(run.values([1, 2, 3]), together):
-            raise UserError(where, "not the same twice: it draws random numbers in eval mode")
+        if not together.isfinite().all():
+            raise UserError(where, "gives numbers that are not finite")
+        if not (worst := float((run.values([1, 2, 3]) - together).abs().max())) <= 1e-5:
+            raise UserError(where, f"not the same twice in eval mode, by {worst:.1e}: random numbers, or a state?")
         for row, clip in enumerate((1, 2, 3)):
             alone = run.values([clip])[0]
             worst = float((together[row] - alone).abs().max())

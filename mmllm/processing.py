@@ -163,12 +163,13 @@ class MMLLMProcessor(ProcessorMixin):
         Raises:
             UserError: a medium cannot be read, or even the first turn is longer than `max_length`.
         """
+        level = _checked_level(level, self.front_end.alignment_levels, name)
         known: dict[Any, Medium] = {}  # by its entry's identity: read once, however many turns have to go
         while True:
             rendered = render(self.tokenizer, messages, prompt=prompt, continued=continued)
             example = self._expand(rendered, answers, sampling, name, known)
             example.prompt = self.front_end.prompts.encode(said_by_user(messages))
-            example.level = _checked_level(level, self.front_end.alignment_levels, name)
+            example.level = level
             if self.max_length is None or len(example.ids) <= self.max_length:
                 return example
             shorter = _without_last_turn(messages) if answers else None

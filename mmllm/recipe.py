@@ -74,6 +74,9 @@ class Recipe:
         stage = Stage(**bind(Stage, section, where))
         if (stage.steps is None) == (stage.epochs is None):
             raise UserError(where, "a stage is as long as either steps or epochs say", hint=f"stages.{name}.steps=1000")
+        for part, folder in stage.init.items() if isinstance(stage.init, dict) else ():
+            if not isinstance(folder, str):
+                raise UserError(f"{where}.init.{part}", "not a folder", expected="a run folder", got=folder)
         if not stage.data:
             raise UserError(f"{where}.data", "missing", expected="a .jsonl file of conversations")
         return stage

@@ -103,7 +103,7 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
         _check_vocabulary(model, processor, recipe)
         set_stop_tokens(model, processor.tokenizer)
     for name, stage in todo.items():  # and so is a name that the model has not
-        check_names(model.model.front_end, name, stage, recipe)
+        check_names(model.model.front_end, stage, recipe.where(f"stages.{name}"))
     order = {name: index for index, name in enumerate(recipe.stages, start=1)}
     for name, stage in todo.items():
         start = time.perf_counter()
@@ -131,7 +131,7 @@ def check(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
     from mmllm.build import build_processor, check_shapes
     from mmllm.data.loading import MediaLoader
     from mmllm.train.machine import micro_batch
-    from mmllm.train.stage import check_names, load_data
+    from mmllm.train.stage import check_names, load_data, starts
 
     chosen = _chosen(recipe, stages)
     front = check_shapes(recipe)
@@ -141,7 +141,8 @@ def check(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
     facts: dict[str, Any] = {"recipe": recipe.name, "out": str(out)}
     for name, stage in chosen.items():
         objective = build_objective(stage.objective, recipe.where(f"stages.{name}.objective"))
-        check_names(front, name, stage, recipe)
+        check_names(front, stage, recipe.where(f"stages.{name}"))
+        starts(name, stage, recipe)
         data = load_data(stage, recipe)
         micro, accumulation = micro_batch(name, stage, recipe, 1)
         batch = objective.prepare([data[0]], processor)

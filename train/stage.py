@@ -91,15 +91,14 @@ def starts(name: str, stage: Stage, recipe: Recipe) -> list[tuple[str | None, Pa
     return found
 
 
-def check_names(front: FrontEnd, name: str, stage: Stage, recipe: Recipe) -> None:
-    """Refuse names in `trains` and `init` that the model has not.
+def check_names(front: FrontEnd, stage: Stage, where: str) -> None:
+    """Refuse names in `trains` and `init` that the model has not; `where` the stage stands, for the error.
 
     Raises:
         UserError: names the key.
     """
-    freeze_names(front, stage.trains, recipe.where(f"stages.{name}.trains"))
-    parts = tuple(part for part, _ in starts(name, stage, recipe) if part is not None)
-    freeze_names(front, parts, recipe.where(f"stages.{name}.init"))
+    freeze_names(front, stage.trains, f"{where}.trains")
+    freeze_names(front, tuple(stage.init) if isinstance(stage.init, dict) else (), f"{where}.init")
 
 
 def start_from(model: nn.Module, part: str | None, folder: Path, where: str) -> None:

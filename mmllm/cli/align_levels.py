@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
     if options.out.exists() and options.out.samefile(options.data):
         raise UserError(options.out, "the data would be overwritten", hint="--out another.jsonl")
     known = _read_edges(options) if options.edges else None
-    count = options.levels or 8
+    count = 8 if options.levels is None else options.levels
     source = open_source(options.data, options.root)
     names, pairs = zip(*((sample.id, pair_of(sample)) for sample in source), strict=True)
     places = [index for index, pair in enumerate(pairs) if pair is not None]
@@ -100,10 +100,15 @@ def _read_edges(options: argparse.Namespace) -> list[float]:
         raise UserError(path, "no edges of levels", hint="the .edges.json that align-levels wrote") from error
     if options.levels not in (None, len(edges) + 1):
         raise UserError(f"--levels {options.levels}", f"{path} makes {len(edges) + 1} levels", hint="leave it out")
-    if pair != options.pair:
+    if not _same(pair, options.pair):
         theirs, ours = (f"of {name}" if name else "made elsewhere" for name in (pair, options.pair))
         print(f"warning: the edges are of scores {theirs}, these are {ours}", file=sys.stderr)
     return edges
+
+
+def _same(one: str | None, other: str | None) -> bool:
+    """Whether two names of image-text models are one: hub ids, or paths of the same folder."""
+    return one == other or (None not in (one, other) and Path(one).resolve() == Path(other).resolve())
 
 
 def _given(path: Path, count: int) -> list[float]:

@@ -60,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
             )
         print(f"{runs} runs, {runs - len(lab.todo())} finished, into {out}")
         return 0
+    file.check_tasks()
     out.mkdir(parents=True, exist_ok=True)
     try:
         failed = lab.run_all()

@@ -84,12 +84,16 @@ def _size(options: argparse.Namespace) -> tuple[int, int] | None:
 def run_check(options: argparse.Namespace) -> int:
     """Check every part of a recipe and the recipe as a whole."""
     calm_libraries()
+    from mmllm.contract.registry import find
     from mmllm.part_checks import check_part
-    from mmllm.recipe import load
+    from mmllm.recipe import load, resolve_encoders
     from mmllm.recipe_checks import check_recipe
 
     recipe = load(options.recipe, options.overrides)
-    for kind, section in (
+    resolve_encoders(recipe)
+    for node in recipe.model["connector"]:
+        find("connector", node["type"], recipe.where(f"model.connector.{node['name']}.type"))
+    for kind, section in (  # before the whole: what is wrong with a part is then said of the part
         ("encoder", recipe.model["encoders"].values()),
         ("text", (recipe.model.get("text") or {}).values()),
         ("connector", recipe.model["connector"]),

@@ -48,5 +48,5 @@ def nearest(name: str, known: list[str]) -> str:
     """A hint for an unknown name: the nearest known ones, or the whole list where none is near."""
     from difflib import get_close_matches
 
-    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    close = get_close_matches(str(name), known, n=3, cutoff=0.5)
     return " or ".join(close) if close else "one of " + ", ".join(sorted(known))

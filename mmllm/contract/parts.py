@@ -16,6 +16,10 @@ from mmllm.contract.arguments import signature
 from mmllm.contract.types import Geometry, MediaSpec, Needs, PromptFeatures, Term, TokenSpec, VisualTokens
 
 
+class NoPrompt(ValueError):
+    """A part reads the prompt, and no text source is named for it."""
+
+
 @dataclass(frozen=True)
 class Site:
     """Where a part stands: what it is built from.
@@ -42,6 +46,16 @@ class Site:
         if isinstance(width, str):
             raise ValueError(f'width is a number or "llm", not {width!r}')
         return width
+
+    def text_width(self) -> int:
+        """Width of the prompt's tokens, for a part that cannot do without.
+
+        Raises:
+            NoPrompt: no text source is named for it.
+        """
+        if self.prompt_width is None:
+            raise NoPrompt("reads the prompt: give it a text source")
+        return self.prompt_width
 
 
 class Part(nn.Module):

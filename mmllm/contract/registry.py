@@ -64,7 +64,7 @@ def find(kind: str, name: str, where: str = "") -> type:
     if name not in known:
         hint = nearest(name, list(known))
         if not _plugins:
-            hint += "; one of your own: --plugin FILE.py"
+            hint += ", or a plug-in that has it"
         raise UserError(where or kind, f"no {kind} is called {name!r}", hint=hint)
     return known[name]
 
@@ -98,9 +98,10 @@ def load_plugin(path: str | Path) -> None:
     except UserError:
         raise
     except SyntaxError as error:
-        raise UserError(f"{error.filename}:{error.lineno}", f"not Python: {error.msg}") from error
+        at = f"{error.filename}:{error.lineno}" if error.lineno else path
+        raise UserError(at, f"not Python: {error.msg}") from error
     except Exception as error:
-        raise UserError(raised_at(error, path), f"{type(error).__name__}: {error}") from error
+        raise UserError(raised_at(error, path) or path, f"{type(error).__name__}: {error}") from error
     if path.resolve() not in _plugins:
         _plugins.append(path.resolve())
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +16,7 @@ import yaml
 from mmllm.contract.arguments import bind
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.registry import load_plugin
+from mmllm.eval.benchmarks import find_benchmark
 from mmllm.recipe import Recipe, load
 
 CLOSE = 0.05
@@ -105,6 +108,8 @@ class StudyFile:
     def __init__(self, path: Path, overrides: tuple[str, ...] = ()) -> None:
         self.path = path
         self.study = _read(path)
+        for task in self.study.tasks:
+            find_benchmark(task, f"{path}:tasks")
         self.overrides = (*self.study.set, *overrides)
         named = (self.study.plugin,) if isinstance(self.study.plugin, str) else self.study.plugin
         self.plugins = [self._beside(name) for name in named]
@@ -118,7 +123,6 @@ class StudyFile:
         self.recipes = {name: self.load(name) for name in {**self.first, **self.arms}}
         self.then = {name: self._command(name, entry.then) for name, entry in self.first.items() if entry.then}
         self._check_roots()
-        self._check_tasks()
         self.baseline = self.study.baseline or next(iter(self.arms))
         if self.baseline not in self.arms:
             hint = nearest(self.baseline, list(self.arms))
@@ -127,29 +131,44 @@ class StudyFile:
     def _check_roots(self) -> None:
         """What comes first is a root of the arms; a path below none would be found out after hours only."""
         for name, recipe in self.recipes.items():
-            known = {*(recipe.data.get("roots") or {}), "media"}
+            known = set(recipe.data.get("roots") or {})
             if name in self.arms:
-                if taken := known & set(self.first):
+                if taken := (known | {"media"}) & set(self.first):
                     raise UserError(f"{self.path}:first.{min(taken)}", "recipes of the arms have a root of this name")
                 known |= set(self.first)
+            paths = {f"eval.{task}": [recipe.data["eval"].get(task) or ""] for task in self.study.tasks}
             for stage, values in recipe.stages.items():
                 init = values.init.values() if isinstance(values.init, dict) else [values.init or ""]
                 data = [values.data] if isinstance(values.data, str) else values.data
-                for key, paths in (("init", init), ("data", data)):
-                    for path in paths:
-                        _check_root(path, known, f"{self._where(name)}: stages.{stage}.{key}")
-            for word in self.then.get(name, []):
-                _check_root(word.rpartition("=")[2], {*known, name}, f"{self._where(name)}.then")
+                paths |= {f"stages.{stage}.init": init, f"stages.{stage}.data": data}
+            for key, found in paths.items():
+                for path in found:
+                    _check_root(path, known, f"{self._where(name)}: {key}")
+            for word in self.then.get(name, []):  # most words of a command are no paths
+                path = word.rpartition("=")[2]
+                if get_close_matches(path.partition(":")[0], [*known, name]):
+                    _check_root(path, {*known, name}, f"{self._where(name)}.then")
 
-    def _check_tasks(self) -> None:
-        """Benchmarks that there are, whose files every arm names."""
-        from mmllm.eval.benchmarks import find_benchmark
+    def check_tasks(self) -> None:
+        """Every arm names the folder of every benchmark.
 
+        Raises:
+            UserError: one does not.
+        """
         for task in self.study.tasks:
-            find_benchmark(task, f"{self.path}:tasks")
             for name in self.arms:
                 if task not in self.recipes[name].eval_roots:
-                    raise UserError(f"{self._where(name)}: eval.{task}", "missing", expected="the folder of its files")
+                    hint = f"set: [eval.{task}=DIR]"
+                    raise UserError(f"{self._where(name)}: eval.{task}", "where are its files?", hint=hint)
+
+    @contextlib.contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Errors of an arm's recipe say whose it is."""
+        try:
+            yield
+        except UserError as error:
+            where = f"{self._where(name)}: {error.where}"
+            raise UserError(where, error.what, expected=error.expected, got=error.got, hint=error.hint) from error
 
     def _where(self, name: str) -> str:
         return f"{self.path}:{'first' if name in self.first else 'arms'}.{name}"
@@ -186,11 +205,8 @@ class StudyFile:
 
     def load(self, name: str) -> Recipe:
         """The recipe of an arm or of what comes first, with its overrides."""
-        try:
+        with self._named(name):
             return load(self.recipe_of(name), self.overrides_of(name))
-        except UserError as error:
-            where = f"{self._where(name)}: {error.where}"
-            raise UserError(where, error.what, expected=error.expected, got=error.got, hint=error.hint) from error
 
     def recipe_of(self, name: str) -> str:
         """Its recipe's name, or the recipe's file beside the study."""
@@ -209,28 +225,22 @@ class StudyFile:
         Raises:
             UserError: what the study wants to be equal is not; says the figures.
         """
+        from mmllm.build import check_shapes
+        from mmllm.train.stage import check_names
         from mmllm.walk import walk
 
         found = {}
         for name, recipe in self.recipes.items():
-            self._check_parts(name)
-            rows = walk(recipe)
+            with self._named(name):
+                front = check_shapes(recipe)
+                for stage, values in recipe.stages.items():
+                    check_names(front, values, recipe.where(f"stages.{stage}"))
+                rows = walk(recipe)
             parameters, macs = sum(row.parameters for row in rows), sum(row.macs for row in rows)
             found[name] = Facts(rows[-1].tokens, parameters, macs)
         arms = {name: found[name] for name in self.arms}
         self._refuse_unequal(arms)
         return arms
-
-    def _check_parts(self, name: str) -> None:
-        """Refuse names in `trains` and `init` that the model has not."""
-        from mmllm.build import check_shapes
-        from mmllm.train.stage import freeze_names
-
-        recipe, front = self.recipes[name], check_shapes(self.recipes[name])
-        for stage, values in recipe.stages.items():
-            taken = tuple(values.init) if isinstance(values.init, dict) else ()
-            for key, names in (("trains", values.trains), ("init", taken)):
-                freeze_names(front, names, f"{self._where(name)}: stages.{stage}.{key}")
 
     def _refuse_unequal(self, found: dict[str, Facts]) -> None:
         kind = self.study.equal

@@ -117,6 +117,19 @@ def test_commands(capsys, words, says):
     assert says in fails(capsys, *words)
 
 
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("{encoders: {nano: {type: null}}}", "model.encoders.nano.type: no encoder is called None"),
+        ("{connector: [mpl]}", "model.connector.mpl.type: no connector is called 'mpl'. Try: mlp"),
+    ],
+)
+def test_a_check_names_what_is_wrong_with_the_recipe(capsys, tmp_path, monkeypatch, model, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(f"base: nano/base\nmodel: {model}\n")
+    assert says in fails(capsys, "recipe", "check", tmp_path / "mine.yaml")
+
+
 def test_a_crash_of_a_users_part_is_not_called_ours(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     part, recipe = tmp_path / "part.py", tmp_path / "mine.yaml"

@@ -267,6 +267,8 @@ def test_a_record_whose_level_the_table_has_not_is_named_when_it_is_read():
 def test_mistakes_of_the_command_are_named(tmp_path, capsys):
     data, scores = records(tmp_path), tmp_path / "scores.txt"
     scores.write_text("0.1\n")
+    six = tmp_path / "six.txt"
+    six.write_text("0.1\n" * 6)
     command = ["data", "align-levels", str(data), "--out"]
     assert main([*command, str(tmp_path / "a.jsonl"), "--scores", str(scores)]) == 2
     assert "1 scores for 6 records with a medium" in capsys.readouterr().err
@@ -274,6 +276,9 @@ def test_mistakes_of_the_command_are_named(tmp_path, capsys):
     assert "would be overwritten" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "a.jsonl"), "--pair", str(tmp_path / "none")]) == 2
     assert "cannot be loaded" in capsys.readouterr().err
+    for levels in ("0", "1"):
+        assert main([*command, str(tmp_path / "a.jsonl"), "--scores", str(six), "--levels", levels]) == 2
+        assert f"levels: too few to tell apart, expected 2 or more, got {levels}" in capsys.readouterr().err
     data.write_text(data.read_text().splitlines()[2] + "\n")
     assert main([*command, str(tmp_path / "a.jsonl"), "--scores", str(scores)]) == 2
     assert "no record has a medium" in capsys.readouterr().err

@@ -58,7 +58,7 @@ class Unwritten(Liar):
         yield {"lie": False}, (TokenSpec(MediaSpec("video", 2), 8, 4, Grid(2, 2, 2)),)
 
 
-class Wide(Liar):
+class Wide(Unwritten):
     """Raises in its forward, as it declares what its input cannot give."""
 
     def forward(self, *inputs):
@@ -76,6 +76,27 @@ class Detached(Unwritten):
         return inputs[0].new(inputs[0].values.detach(), None, index=torch.arange(inputs[0].values.shape[1]))
 
 
+class HalfDetached(Detached):
+    """Lets none through to one of two that it joins."""
+
+    def forward(self, *inputs):
+        values = inputs[0].values + inputs[1].values.detach()
+        return inputs[0].new(values, None, index=torch.arange(values.shape[1]))
+
+    @classmethod
+    def examples(cls):
+        spec = TokenSpec(MediaSpec("video", 2), 8, 4, Grid(2, 2, 2))
+        yield {"lie": False}, (spec, spec)
+
+
+class Endless(Detached):
+    """Gives numbers that are none."""
+
+    def forward(self, *inputs):
+        values = inputs[0].values * 0 - inputs[0].values / 0
+        return inputs[0].new(values, None, index=torch.arange(values.shape[1]))
+
+
 class Random(Detached):
     """Is another one at every call."""
 
@@ -91,6 +112,13 @@ class Untyped(Unwritten):
         super().__init__(site, lie=lie)
 
 
+class Unnamed(Unwritten):
+    """Takes an argument of a type that its file does not have."""
+
+    def __init__(self, site: Site, *, lie: Nobody = False) -> None:  # noqa: F821
+        super().__init__(site, lie=lie)
+
+
 class NoExample(Unwritten):
     """Has examples that cannot be made."""
 
@@ -102,11 +130,14 @@ class NoExample(Unwritten):
 BROKEN = [
     (Liar, "declared is not real"),
     (Unwritten, "stays unwritten"),
-    (Wide, r"example 1 \{\}: IndexError: .*test_parts.py:\d+"),
-    (Detached, "no gradient reaches what it reads"),
-    (Random, "draws random numbers in eval mode"),
+    (Wide, r"example 1 \{'lie': False\}: IndexError: .*test_parts.py:\d+"),
+    (Detached, "no gradient reaches input 1"),
+    (HalfDetached, "no gradient reaches input 2"),
+    (Random, "not the same twice in eval mode"),
+    (Endless, "not finite"),
     (Untyped, "argument lie has no type"),
-    (NoExample, r"ValueError: .*"),
+    (Unnamed, "arguments: NameError: name 'Nobody' is not defined"),
+    (NoExample, r"examples\(\): ValueError: .*test_parts.py:\d+"),
 ]
 
 
@@ -149,7 +180,39 @@ def test_a_plug_in_that_cannot_be_loaded_is_named_with_its_line(tmp_path, text, 
     (tmp_path / "mine.py").write_text(text)
     with pytest.raises(UserError, match=says):
         registry.load_plugin(tmp_path / "mine.py")
-    assert tmp_path / "mine.py" not in registry.plugins()
+    assert (tmp_path / "mine.py").resolve() not in registry.plugins()
+
+
+class Learned(Unwritten):
+    """Gives tokens of its own, whatever it reads: no gradient has to reach that."""
+
+    def __init__(self, site: Site, *, lie: bool = True) -> None:
+        super().__init__(site, lie=lie)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        from transformers import initialization as init
+
+        init.constant_(self.weight, 2.0)
+
+    def forward(self, *inputs):
+        values = torch.ones_like(inputs[0].values) * self.weight
+        return inputs[0].new(values, None, index=torch.arange(values.shape[1]))
+
+
+class InPlace(Learned):
+    """Writes into what it gets."""
+
+    def forward(self, *inputs):
+        values = inputs[0].values.mul_(self.weight)
+        return inputs[0].new(values, None, index=torch.arange(values.shape[1]))
+
+
+@pytest.mark.parametrize("cls", [Learned, InPlace])
+def test_the_check_lets_be_what_is_unusual_and_right(cls, monkeypatch):
+    registry.parts("connector")
+    monkeypatch.setitem(registry._parts["connector"], "good", cls)
+    assert check_part("connector", "good") == 1
 
 
 def tokens(grid: Grid, width: int = 3, seed: int = 0) -> VisualTokens:

@@ -1,4 +1,4 @@
-"""Studies: fair or refused, continued, and counted right."""
+"""Running studies: each thing once, continued, and counted right."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import shutil
 import signal
 import threading
 import time
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import yaml
+from lab.studies import study
 
 from mmllm.cli import main
 from mmllm.contract.errors import UserError
@@ -23,105 +21,18 @@ from mmllm.lab.runs import Lab, Run, _places, _terminated_as_interrupt
 from mmllm.lab.study import StudyFile
 from mmllm.lab.table import estimate, render, results
 
-SHIPPED = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
-ARMS = {"llava": "nano/llava", "means": {"recipe": "nano/video_chatgpt", "set": ["stages.instruct.lr=1e-4"]}}
 SCORES = {("llava", 0): 50.0, ("llava", 1): 54.0, ("means", 0): 47.0, ("means", 1): 49.0}
 
 
-def study(folder: Path, **changes: Any) -> Path:
-    path = folder / "mine.yaml"
-    data = {"arms": ARMS, "seeds": [0, 1], "summary": "Are means enough?", **changes}
-    path.write_text(yaml.safe_dump({key: value for key, value in data.items() if value is not None}))
-    return path
-
-
-def problem(path: Path) -> str:
-    with pytest.raises(UserError) as error:
-        StudyFile(path).facts()
-    return str(error.value)
-
-
-def test_mistakes_are_named(tmp_path):
-    assert "no such study" in problem(tmp_path / "absent.yaml")
-    assert "arms: missing" in problem(study(tmp_path, arms={}))
-    assert "seed" in problem(study(tmp_path, seed=[1])) and "Try: seeds" in problem(study(tmp_path, seed=[1]))
-    assert "one twice" in problem(study(tmp_path, seeds=[1, 1]))
-    assert "no arm is called 'lava'. Try: llava" in problem(study(tmp_path, baseline="lava"))
-    assert "no such recipe" in problem(study(tmp_path, arms={"a": "nano/lava"}))
-    assert "first.llava: an arm has this name too" in problem(study(tmp_path, first={"llava": "nano/clip"}))
-    assert "first.world: recipes of the arms have a root" in problem(study(tmp_path, first={"world": "nano/clip"}))
-    assert "first.c.free: unknown key" in problem(study(tmp_path, first={"c": {"recipe": "nano/clip", "free": True}}))
-    for then, said in (
-        ("data 'x", "not a command: No closing"),
-        ("mmllm data check x", "a verb of mmllm"),
-        ("data chek x", "invalid choice: 'chek'"),
-        ("data check x --levle 3", "unknown: --levle 3"),
-        ("data check cc:x.jsonl", "first.c.then: no root is called 'cc', got cc:x.jsonl. Try: c"),
-    ):
-        assert said in problem(study(tmp_path, first={"c": {"recipe": "nano/clip", "then": then}}))
-    assert "arms.a: gone.yaml: no such file" in problem(study(tmp_path, arms={"a": "gone.yaml"}))
-    assert "mine.yaml:equall: unknown key. Try: equal" in problem(study(tmp_path, equall="tokens"))
-    assert "mine.yaml:tasks: unknown benchmark 'mvbenhc'" in problem(study(tmp_path, tasks=["mvbenhc"]))
-    assert "arms.a.x: unknown key" in problem(study(tmp_path, arms={"a": {"recipe": "nano/llava", "x": 1}}))
-
-
-@pytest.mark.parametrize(
-    ("override", "says"),
-    [
-        ("init={encoders: clp:model}", "init: no root is called 'clp', got clp:model. Try: clip"),
-        ("init={encodrs: clip:model}", "init: the model has no 'encodrs'. Try: encoders"),
-        ("trains=[conector]", "trains: the model has no 'conector'. Try: connector"),
-        ("data=wrld:x.jsonl", "data: no root is called 'wrld', got wrld:x.jsonl. Try: world"),
-    ],
-)
-def test_what_would_be_found_out_after_hours_is_found_out_before(tmp_path, override, says):
-    changes = {"first": {"clip": "nano/clip"}, "arms": {"a": "nano/llava"}}
-    said = problem(study(tmp_path, **changes, set=[f"stages.caption.{override}"]))
-    assert f"mine.yaml:arms.a: stages.caption.{says}" in said
-
-
-def test_unequal_arms_are_refused_unless_free(tmp_path):
-    said = problem(study(tmp_path, equal="tokens"))
-    assert "the arms differ in tokens" in said and "llava 72, means 17" in said
-    free = {**ARMS, "means": {**ARMS["means"], "free": True}}
-    facts = StudyFile(study(tmp_path, arms=free, equal="tokens")).facts()
-    assert (facts["llava"].tokens, facts["means"].tokens) == (72, 17)
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_studies_are_fair(path):
-    file = StudyFile(path)
-    assert len(file.study.seeds) >= 3 and file.study.summary and set(file.facts()) == set(file.arms)
-
-
-@pytest.mark.parametrize(
-    ("name", "taken"),
-    [
-        ("prompt_pooling", {"ppllava": ("encoders", "prompts", "relevance.head"), "means": ("encoders",)}),
-        ("prompt_fronts", {"llava": ("encoders",), "bridgetower": ("encoders", "prompts")}),
-    ],
-)
-def test_what_shipped_studies_train_first_fits_their_arms(tmp_path, name, taken):
-    from mmllm.build import build_model
-    from mmllm.train.stage import start_from
-
-    file = StudyFile(next(path for path in SHIPPED if path.stem == name))
-    clip, arms = build_model(file.recipes["clip"]), {arm: build_model(file.recipes[arm]) for arm in file.arms}
-    clip.save_pretrained(tmp_path / "model")
-    for arm, model in arms.items():
-        for part in file.recipes[arm].stages["caption"].init:
-            start_from(model, part, tmp_path / "model", arm)
-    met = clip.state_dict()
-    for arm, parts in taken.items():
-        keys = [key for key in arms[arm].state_dict() if any(f".{part}." in key for part in parts)]
-        assert len(keys) > 5 and all(torch.equal(arms[arm].state_dict()[key], met[key]) for key in keys)
-
-
-def test_overrides_reach_every_arm(tmp_path):
-    file = StudyFile(study(tmp_path, set=["stages.instruct.steps=7"]), ("stages.text.steps=3",))
-    assert [recipe.stages["instruct"].steps for recipe in file.recipes.values()] == [7, 7]
-    assert [recipe.stages["text"].steps for recipe in file.recipes.values()] == [3, 3]
-    assert [recipe.stages["instruct"].lr for recipe in file.recipes.values()] == [1e-3, 1e-4]
+def test_files_of_benchmarks_are_asked_for_before_anything_runs(tmp_path, calls, capsys):
+    words = ["--out", str(tmp_path / "out"), "--quiet", "--device", "cpu"]
+    path = study(tmp_path, arms={"a": "nano/llava"}, set=["eval.mvbench=wrld:eval/mvbench"])
+    assert main(["lab", str(path), *words]) == 2
+    assert "arms.a: eval.mvbench: no root is called 'wrld'" in capsys.readouterr().err
+    path = study(tmp_path, arms={"a": "llava"})  # a recipe that names none
+    assert main(["lab", str(path), *words, "--dry-run"]) == 0
+    assert main(["lab", str(path), *words]) == 2 and not calls
+    assert "arms.a: eval.mvbench: where are its files?" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -238,15 +149,6 @@ def test_a_command_that_fails_is_repeated_and_can_be_mended(tmp_path, calls, mon
     study(tmp_path, **changes)
     calls.clear()
     assert main(words) == 0 and [command[0] for command in calls] == ["train", "data", "train", "eval"]
-
-
-def test_the_levels_of_the_shipped_study_are_those_that_its_arm_reads():
-    file = StudyFile(next(path for path in SHIPPED if path.stem == "prompt_fronts"))
-    command, recipe = file.then_of("clip", Path("run")), file.recipes["aligngpt"]
-    given = dict(pairwise(command))
-    gate = next(node for node in recipe.model["connector"] if node["type"] == "level_gate")
-    assert int(given["--levels"]) == gate["levels"]
-    assert given["--out"] == "run/levels.jsonl" and "clip:levels.jsonl" in recipe.stages["caption"].data
 
 
 def test_a_run_waits_for_what_comes_first(tmp_path, calls, monkeypatch):

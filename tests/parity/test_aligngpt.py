@@ -141,6 +141,9 @@ def test_instruction_alone_gives_the_same_token_in_training_and_inference(golden
     trained, labels, mask = whole[same], golden["finetune_labels_in"][same], golden["finetune_attention_mask_in"][same]
     ours = part(images(tokens), prompt=said_in(golden, trained, labels, mask)).values
     close(ours, level)
+    if part.levels > 2:  # of a single local level the weight is always 1
+        leaked = part(images(tokens), prompt=said_in(golden, trained, None, mask)).values
+        assert not torch.equal(leaked, level)
 
 
 @pytest.mark.golden("aligngpt_bucketing")

@@ -57,7 +57,7 @@ def test_every_shipped_stage_trains_what_is_there(name):
     recipe = recipes.load(name)
     front = check_shapes(recipe)
     for stage, settings in recipe.stages.items():
-        check_names(front, stage, settings, recipe)
+        check_names(front, settings, recipe.where(f"stages.{stage}"))
 
 
 @pytest.mark.parametrize("name", MODELS)
