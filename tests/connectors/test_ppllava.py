@@ -16,7 +16,7 @@ from mmllm.connectors.patch_heads import ClipHead, cosine
 from mmllm.connectors.ppllava import PromptPool, PromptRelevance
 from mmllm.connectors.windows import distance_from_mean, resolve_windows, window_weights, windowed_softmax_pool
 from mmllm.contract.errors import UserError
-from mmllm.contract.parts import Site
+from mmllm.contract.parts import NoPrompt, Site
 from mmllm.contract.types import Grid, MediaSpec, PromptFeatures, VisualTokens
 from mmllm.encoders.tokens import at_times, frame_tokens
 from mmllm.front_end import FrontEnd
@@ -298,8 +298,10 @@ def test_scores_may_be_left_to_the_windows():
 
 def test_heads_that_do_not_fit_are_refused():
     given = tokens(Grid(2, 2, 2), relevance=False)
-    with pytest.raises(ValueError, match="no space"):
+    with pytest.raises(NoPrompt, match="give it a text source"):
         relevance(given, None)
+    with pytest.raises(ValueError, match="no space that it shares with an image tower"):
+        PromptRelevance(Site((given.spec,), 0, 6, None))
     with pytest.raises(ValueError, match="keeps the width of 5, the text source's space has 4"):
         relevance(given, head="siglip")
     with pytest.raises(ValueError, match="only a SigLIP head"):
