@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmllm.connectors.cross_modal import CrossModalStack, Sizes
 from mmllm.contract.errors import UserError
+from mmllm.contract.library import pretrained
 
 LINKS = {"add": "add_norm", "scaled_add": "scaled_add", "interpolate": "interpolate"}
 """Names of the bridges in transformers, and here."""
@@ -185,7 +186,7 @@ class ImageTextModel(nn.Module):
 
         library = getattr(transformers, TASKS[task])
         try:
-            model, info = library.from_pretrained(name, output_loading_info=True, **options)
+            model, info = pretrained(library, name, output_loading_info=True, **options)
         except (OSError, ValueError) as error:
             raise UserError(name, "cannot fetch the weights", hint=f"hf download {name}") from error
         missing = sorted(info["missing_keys"])

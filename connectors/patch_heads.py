@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmllm.connectors.precision import without_autocast
 from mmllm.connectors.projectors import Projector
 from mmllm.contract.errors import UserError
+from mmllm.contract.library import pretrained
 from mmllm.contract.parts import Site
 from mmllm.contract.registry import register
 
@@ -136,7 +137,7 @@ def take_head(head: ClipPatchHead | SiglipPatchHead, name: str, where: str) -> T
     from transformers import AutoModel
 
     try:
-        pair = AutoModel.from_pretrained(name)
+        pair = pretrained(AutoModel, name)
         head.take(pair)
         return pair.logit_scale.detach().reshape(())
     except OSError as error:

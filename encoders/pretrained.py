@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmllm.contract.errors import UserError
+from mmllm.contract.library import check_attention, pretrained
 
 NOT_SHAPES = ("architectures", "id2label", "label2id", "transformers_version", "dtype", "_name_or_path")
 """Keys of a config that do not say how the tower is built."""
@@ -23,16 +24,16 @@ def tower_config(config: dict[str, Any], model_type: str | None = None) -> Any:
     Raises:
         ValueError: no such model type, or a value that it does not take.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    check_attention(config, "config")
     kind = model_type or config.get("model_type")
     if kind is None:
         raise ValueError("config.model_type: missing, a name's own config is filled in when its recipe is resolved")
     values = {key: value for key, value in config.items() if key not in ("model_type", *NOT_SHAPES)}
     try:
         return AutoConfig.for_model(kind, **values)
-    except (StrictDataclassError, TypeError, ValueError) as error:
+    except Exception as error:  # the library checks values in its own ways, with errors of many types
         raise ValueError(f"config of a {kind}: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -45,7 +46,7 @@ def fetch_config(name: str, part: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = pretrained(AutoConfig, name)
     except (OSError, ValueError) as error:
         raise UserError(name, f"no such tower ({error.__class__.__name__})", hint="a hub id or a folder") from error
     config = getattr(config, part, config)
@@ -65,7 +66,7 @@ def fetch_transform(name: str, size: int | None) -> dict[str, Any]:
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(name)
+        processor = pretrained(AutoImageProcessor, name)
     except (OSError, ValueError) as error:
         hint = "give mean, std, size, fit and interpolation"
         raise UserError(name, f"no image processor ({error.__class__.__name__})", hint=hint) from error
@@ -170,9 +171,9 @@ def _published(tower: nn.Module, name: str) -> tuple[dict[str, Tensor], set[str]
     from transformers import AutoConfig, AutoModel
 
     # A tower alone is loaded as itself; one of several with its neighbours, or the library would list all of them.
-    alone = AutoConfig.from_pretrained(name).model_type == tower.config.model_type
+    alone = pretrained(AutoConfig, name).model_type == tower.config.model_type
     options = {"dtype": next(tower.parameters()).dtype, "output_loading_info": True}
-    loaded, info = (type(tower) if alone else AutoModel).from_pretrained(name, **options)
+    loaded, info = pretrained(type(tower) if alone else AutoModel, name, **options)
     prefix = next((f"{place}." for place, part in loaded.named_modules() if place and type(part) is type(tower)), "")
     states = {key.removeprefix(prefix): value for key, value in loaded.state_dict().items() if key.startswith(prefix)}
     return states, {str(key).removeprefix(prefix) for key in info["missing_keys"]}

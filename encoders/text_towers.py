@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.contract.errors import UserError
+from mmllm.contract.library import pretrained
 from mmllm.contract.parts import Site, TextSource
 from mmllm.contract.registry import register
 from mmllm.contract.types import PromptFeatures
@@ -96,7 +97,7 @@ class TransformersText(TextSource):
             if self.tokenizer_name is None:
                 raise UserError(where, "neither a tokenizer nor a name")
             try:
-                self.__dict__["_tokenizer"] = AutoTokenizer.from_pretrained(self.tokenizer_name)
+                self.__dict__["_tokenizer"] = pretrained(AutoTokenizer, self.tokenizer_name)
             except (OSError, ValueError) as error:
                 raise UserError(where, f"no tokenizer at {self.tokenizer_name}") from error
         return self.__dict__["_tokenizer"]

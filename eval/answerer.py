@@ -13,11 +13,16 @@ import torch
 from torch import nn
 
 from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.files import held, read_record, write_json
 from mmllm.contract.parts import tensor_bytes
+from mmllm.contract.registry import plugins
 from mmllm.eval.benchmarks import find_benchmark
 from mmllm.eval.protocol import PROTOCOLS, Protocol
 from mmllm.eval.report import Report
 from mmllm.eval.runner import run_benchmark
+
+SUBJECT = "subject.json"
+"""File that says whose answers a folder holds."""
 
 
 class ModelAnswerer:
@@ -82,27 +87,60 @@ def evaluate_model(
 ) -> Report:
     """Evaluate below `out/BENCHMARK/PROTOCOL-HASH/`; an interrupted evaluation continues.
 
+    Another number of frames or another root has a folder of its own beside it.
+
     Raises:
-        UserError: unknown benchmark or protocol, or the folder holds answers of other weights or frames.
+        UserError: unknown benchmark or protocol, the folder holds answers of another model, or is in use.
     """
-    chosen = find_protocol(protocol)
-    folder = out / benchmark / chosen.folder
-    section = json.dumps(processor.model_section, sort_keys=True)
-    subject = {"weights": weights_digest(model), "frames": frames}
-    _same_subject(folder, {**subject, "front_end": hashlib.sha256(section.encode()).hexdigest()[:16]})
-    answer = ModelAnswerer(model, processor, chosen.sampler, frames)
-    return run_benchmark(
-        find_benchmark(benchmark),
-        root,
-        answer,
-        folder,
-        chosen,
-        baselines=baselines,
-        limit=limit,
-        missing=missing,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    chosen, items = find_protocol(protocol), find_benchmark(benchmark)
+    setting = {"frames": frames, "root": str(root.resolve())}
+    subject = {**subject_of(model, processor), **setting}
+    folder = _folder(out / benchmark / chosen.folder, setting)
+    with held(folder):
+        _same_subject(folder, subject)
+        return run_benchmark(
+            items,
+            root,
+            ModelAnswerer(model, processor, chosen.sampler, frames),
+            folder,
+            chosen,
+            baselines=baselines,
+            limit=limit,
+            missing=missing,
+            batch_size=batch_size,
+            progress=progress,
+            subject=subject,
+        )
+
+
+def subject_of(model: nn.Module, processor: Any) -> dict[str, Any]:
+    """What answers depend on beside the question: weights, number format, front end, tokenizer, decoding, reader."""
+    tokenizer = processor.tokenizer
+    decoding = model.generation_config.to_dict()
+    return {
+        "weights": weights_digest(model),
+        "dtype": str(model.dtype),
+        "front_end": _digest(processor.model_section),
+        "tokenizer": _digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]),
+        "decoding": _digest({key: value for key, value in decoding.items() if key != "transformers_version"}),
+        "reader": processor.loader.reader.backend,
+        "plugins": sorted(_digest(path.read_text(encoding="utf-8")) for path in plugins()),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _folder(base: Path, setting: dict[str, Any]) -> Path:
+    """Where answers with this setting lie: the first one of a protocol has its folder, others have one beside it."""
+    path = base / SUBJECT
+    if not path.is_file():
+        return base
+    known = read_record(path)
+    if all(known.get(key) == value for key, value in setting.items()):
+        return base
+    return base.with_name(f"{base.name}-{_digest(setting)[:8]}")
 
 
 def find_protocol(name: str) -> Protocol:
@@ -126,14 +164,13 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _same_subject(folder: Path, subject: dict[str, Any]) -> None:
-    path = folder / "subject.json"
+    path = folder / SUBJECT
     if path.is_file():
-        old = json.loads(path.read_text())
+        old = read_record(path)
         different = [key for key in subject if old.get(key) != subject[key]]
         if different:
             raise UserError(
                 folder, f"holds answers of another run; these differ: {', '.join(different)}", hint="--out NEW"
             )
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(subject))
+    write_json(path, subject)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,17 @@ def defect(item: Item) -> str | None:
     if not item.answer.strip():
         return "the answer is empty"
     return None if item.gold else "the answer is not among the options"
+
+
+def misplaced(item: Item) -> str | None:
+    """Why no clip can be meant by an item's path or bound, or None where one can."""
+    # an absolute path takes the place of the folders before it
+    if "//" in item.video or ".." in Path(item.video).parts:
+        return f"its path {item.video} leaves the benchmark's folder"
+    start, end = item.start if item.start is not None else 0.0, item.end
+    if not 0 <= start < math.inf or (end is not None and not start < end < math.inf):
+        return f"its bound is {item.start} to {item.end} s"
+    return None
 
 
 def item_id(benchmark: str, task_key: str, index: int, *content: object) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.contract.errors import UserError
+from mmllm.contract.files import append_lines
 
 logger = logging.getLogger(__name__)
 FIELDS = ("id", "task", "condition", "response", "letter", "gold", "correct")
@@ -50,10 +51,7 @@ class Predictions:
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Append rows (with the keys of `FIELDS`) and flush them to the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
+        append_lines(self.path, [json.dumps(row, ensure_ascii=False) for row in rows])
         for row in rows:
             self.responses[row["id"], row["condition"]] = row["response"]
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from mmllm.contract.errors import UserError
+from mmllm.contract.files import read_record, write_json, write_text, writing
 
 SCHEMA = "mmllm.eval.report/1"
 FLOORS = ("chance", "blind", "single_frame")
@@ -16,9 +19,10 @@ FLOORS = ("chance", "blind", "single_frame")
 class TaskScore:
     """One task: accuracies in percent (None where nothing was answered) and counts of items.
 
-    `items` were scored; `total` adds the missing and the excluded ones. `unparsed` answers (empty ones too) are
-    part of `items` and wrong. `words`: answers that say the text of the right option, whatever letter stands beside it;
-    None, and in no file, where the model says letters alone.
+    `items` were scored; `total` adds the missing, the broken and the excluded ones. `unparsed` answers (empty ones
+    too) are part of `items` and wrong. `broken`: the clip is there and cannot be read as the item wants it.
+    `words`: answers that say the text of the right option, whatever letter stands beside it; None, and in no file,
+    where the model says letters alone.
     """
 
     score: float | None
@@ -30,6 +34,7 @@ class TaskScore:
     missing: int
     unparsed: int
     words: float | None = None
+    broken: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As part of ``report.json``."""
@@ -46,9 +51,12 @@ class Report:
         headline: which mean `average`, `chance`, `blind` and `single_frame` are: "micro" or "macro".
         tasks: scores by task.
         empty: empty responses, counted as wrong.
-        excluded: unsound items, each with id, task and reason.
+        excluded: unsound items, each with id, task and reason; broken: items whose clip cannot be read, likewise.
         not_scored: tasks left out as a whole, with the reason.
         warnings: sentences a reader must see.
+        root: the benchmark's folder. limit: items of each task that were asked at most, None = all.
+        subject: what else the answers depend on: weights, frames, template, ...
+        folder: where it is written.
     """
 
     benchmark: str
@@ -60,6 +68,11 @@ class Report:
     excluded: list[dict[str, str]] = field(default_factory=list)
     not_scored: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    broken: list[dict[str, str]] = field(default_factory=list)
+    root: str = ""
+    limit: int | None = None
+    subject: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     def mean(self, key: str, how: str | None = None) -> float | None:
         """Mean over tasks of one of score, words, chance, blind, single_frame: "micro" weights tasks by their items.
@@ -99,6 +112,11 @@ class Report:
         return sum(task.missing for task in self.tasks.values())
 
     @property
+    def unreadable(self) -> int:
+        """Number of items left out because their clip cannot be read as they want it."""
+        return sum(task.broken for task in self.tasks.values())
+
+    @property
     def unparsed(self) -> int:
         """Number of answers from which no letter could be read; they are wrong."""
         return sum(task.unparsed for task in self.tasks.values())
@@ -118,13 +136,33 @@ class Report:
             "items": self.scored,
             "total": self.total,
             "missing": self.missing,
+            "broken": self.broken,
             "unparsed": self.unparsed,
             "empty": self.empty,
+            "root": self.root,
+            "limit": self.limit,
+            "subject": self.subject,
             "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
             "excluded": self.excluded,
             "not_scored": self.not_scored,
             "warnings": self.warnings,
         }
+
+    @classmethod
+    def read(cls, folder: Path) -> Report:
+        """The report that was written into a folder.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        data = read_record(folder / "report.json")
+        plain = ("benchmark", "protocol", "protocol_hash", "headline", "empty", "excluded", "not_scored", "warnings")
+        try:
+            tasks = {name: TaskScore(**task) for name, task in data["tasks"].items()}
+            rest = {key: data[key] for key in ("broken", "root", "limit", "subject") if key in data}
+            return cls(**{key: data[key] for key in plain}, **rest, tasks=tasks, folder=folder)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(folder / "report.json", "damaged", hint="delete it, and evaluate again") from error
 
 
 def percent(value: float | None) -> str:
@@ -144,14 +182,16 @@ def summary(report: Report) -> str:
 def _rows(report: Report) -> list[list[str]]:
     """Header, one row per task, and the micro and macro rows."""
     measured = [key.replace("_", " ") for key in report.measured]
-    rows = [["task", *measured, "n/all", "missing", "unparsed"]]
+    counted = ["missing", *(["broken"] if report.unreadable else []), "unparsed"]
+    rows = [["task", *measured, "n/all", *counted]]
     for name, task in report.tasks.items():
         values = [percent(getattr(task, key)) for key in report.measured]
-        rows.append([name, *values, f"{task.items}/{task.total}", str(task.missing), str(task.unparsed)])
+        rows.append([name, *values, f"{task.items}/{task.total}", *(str(getattr(task, key)) for key in counted)])
     for how in ("micro", "macro"):
         name = f"average, {how}" + (" (headline)" if how == report.headline else "")
         values = [percent(report.mean(key, how)) for key in report.measured]
-        counts = [f"{report.scored}/{report.total}", str(report.missing), str(report.unparsed)]
+        totals = {"missing": report.missing, "broken": report.unreadable, "unparsed": report.unparsed}
+        counts = [f"{report.scored}/{report.total}", *(str(totals[key]) for key in counted)]
         rows.append([name, *values, *counts])
     return rows
 
@@ -160,6 +200,7 @@ def _notes(report: Report) -> list[str]:
     """Warnings, tasks without a score and excluded items, one sentence each."""
     notes = [f"WARNING: {warning}" for warning in report.warnings]
     notes += [f"{task}: {reason}" for task, reason in report.not_scored.items()]
+    notes += [f"broken {row['id']}: {row['reason']}" for row in report.broken]
     return notes + [f"excluded {row['id']}: {row['reason']}" for row in report.excluded]
 
 
@@ -183,51 +224,69 @@ def write_report(report: Report, out: Path) -> None:
     """Write ``report.json``, ``report.md`` and ``tasks.png`` into `out`."""
     from mmllm.eval.charts import tasks_chart
 
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "report.json", report.to_dict())
+    report.folder = out
+    write_json(out / "report.json", report.to_dict())
     lines = [f"# {report.benchmark}, protocol {report.protocol}-{report.protocol_hash}", "", summary(report), ""]
     lines += [*_markdown_table(_rows(report)), "", *(f"* {note}" for note in _notes(report))]
     _write_lines(out / "report.md", [*lines, "", "![accuracy per task](tasks.png)"])
-    tasks_chart(report, out / "tasks.png")
+    with writing(out):
+        tasks_chart(report, out / "tasks.png")
 
 
-def run_report(benchmarks: dict[str, Report], seconds: dict[str, float], out: Path) -> dict[str, Any]:
+def report_name(limit: int | None) -> str:
+    """What a run's report is called; one over some items of each task has a name of its own."""
+    return "report" if limit is None else f"report-limit-{limit}"
+
+
+def _earlier(benchmarks: dict[str, Report], path: Path, out: Path) -> dict[str, Report]:
+    """Reports of other benchmarks that the run's report holds so far, if they are of the same weights."""
+    if not path.is_file():
+        return {}
+    folders = read_record(path).get("folders", {})
+    found = {name: Report.read(out / folder) for name, folder in folders.items() if name not in benchmarks}
+    weights = {report.subject.get("weights") for report in benchmarks.values()}
+    return {name: report for name, report in found.items() if {report.subject.get("weights")} == weights}
+
+
+def run_report(
+    benchmarks: dict[str, Report], seconds: dict[str, float], out: Path, limit: int | None = None
+) -> dict[str, Any]:
     """Write the report of a whole run: ``report.json``, ``report.md`` and ``report.png`` in the folder `out`.
 
     Args:
-        benchmarks: report by benchmark name.
+        benchmarks: report by benchmark name; others that the run's report holds of the same model stay in it.
         seconds: wall time by step.
         out: folder of the run.
+        limit: items of each task at most; such a report has files of its own (``report-limit-5.json``, ...).
 
     Returns:
         the content of ``report.json``; scores in percent.
     """
     from mmllm.eval.charts import run_chart
 
-    out.mkdir(parents=True, exist_ok=True)
+    files = report_name(limit)
+    benchmarks = _earlier(benchmarks, out / f"{files}.json", out) | benchmarks
     keys = ("average", "words", *FLOORS, "items", "tasks")
     full = {name: report.to_dict() for name, report in benchmarks.items()}
     short = {name: {key: row[key] for key in keys if key in row} for name, row in full.items()}
-    content = {"benchmarks": short, "seconds": seconds}
-    _write_json(out / "report.json", content)
+    folders = {name: os.path.relpath(report.folder, out) for name, report in benchmarks.items() if report.folder}
+    content = {"benchmarks": short, "seconds": seconds, "limit": limit, "folders": folders}
+    write_json(out / f"{files}.json", content)
     rows = [["benchmark", "average", "mean", "chance", "blind", "single frame", "n/all"]]
     for name, report in benchmarks.items():
         floors = [percent(report.mean(floor)) for floor in FLOORS]
         rows.append([name, percent(report.average), report.headline, *floors, f"{report.scored}/{report.total}"])
-    lines = ["# Report", "", "Accuracy in %.", "", *_markdown_table(rows), "", "![benchmarks](report.png)", ""]
+    lines = ["# Report", "", "Accuracy in %.", "", *_markdown_table(rows), "", f"![benchmarks]({files}.png)", ""]
     for name, report in benchmarks.items():
         lines += [f"## {name}", "", *_markdown_table(_rows(report)), "", *(f"* {note}" for note in _notes(report)), ""]
     if seconds:
         steps = [["step", "seconds"], *([step, f"{value:.1f}"] for step, value in seconds.items())]
         lines += ["## Time", "", *_markdown_table([*steps, ["all", f"{sum(seconds.values()):.1f}"]])]
-    _write_lines(out / "report.md", lines)
-    run_chart(benchmarks, out / "report.png")
+    _write_lines(out / f"{files}.md", lines)
+    with writing(out):
+        run_chart(benchmarks, out / f"{files}.png")
     return content
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines).rstrip() + "\n")

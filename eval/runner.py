@@ -15,7 +15,7 @@ from mmllm.eval.predictions import Predictions
 from mmllm.eval.protocol import PROMPTS, Protocol, messages
 from mmllm.eval.report import Report, write_report
 from mmllm.eval.scoring import letter_of, score
-from mmllm.eval.selection import select, settle_missing
+from mmllm.eval.selection import Selection, select, settle_broken, settle_missing
 
 Conversation = list[dict[str, Any]]
 
@@ -58,6 +58,7 @@ def run_benchmark(
     missing: Literal["error", "skip"] = "error",
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
+    subject: dict[str, Any] | None = None,
 ) -> Report:
     """Answer the items of a benchmark, or what an earlier run left of them, and write the report.
 
@@ -66,13 +67,16 @@ def run_benchmark(
         root: its folder on disk.
         answer: the model.
         out: folder of this benchmark and protocol (``.../mvbench/canonical-<hash>``): gets ``predictions.jsonl``,
-            ``report.json``, ``report.md``, ``tasks.png`` and, where clips are absent, ``missing.txt``.
+            ``report.json``, ``report.md``, ``tasks.png`` and, where clips are absent, ``missing.txt``; with a `limit`
+            all but the predictions go into ``limit-N/``.
         protocol: how questions are put and read.
-        baselines: conditions beside "model": any of "blind", "single_frame".
+        baselines: conditions beside "model": any of "blind", "single_frame"; those answered before are reported too.
         limit: only the first items of each task.
-        missing: "error" stops before the first answer where clips are absent, "skip" leaves their items out.
+        missing: "error" stops before the first answer where clips are absent, and at one that cannot be read; "skip"
+            leaves their items out and counts them.
         batch_size: conversations per call of `answer`.
         progress: called with (answers done, answers in all), first with those of earlier runs.
+        subject: what the answers depend on beside the items, for the report.
 
     Raises:
         UserError: unknown baseline, broken annotation file, clips missing, or one raised by `answer`; what was
@@ -80,21 +84,34 @@ def run_benchmark(
     """
     conditions = _conditions(baselines)
     chosen = select(benchmark.load(Path(root)), limit)
-    settle_missing(chosen, benchmark.name, out, missing)
+    reports = out if limit is None else out / f"limit-{limit}"
+    settle_missing(chosen, benchmark.name, reports, missing)
+    settle_broken(chosen, benchmark.name, missing)
     predictions = Predictions(out / "predictions.jsonl")
-    keys = [(item.id, condition) for condition in conditions for item in chosen.scored]
     report_progress = progress or (lambda done, total: None)
-    report_progress(done := sum(key in predictions for key in keys), len(keys))
+    skip = missing == "skip"
     for condition in conditions:
         batches = list(_batches(_pending(chosen.scored, condition, predictions, protocol), batch_size))
+        report_progress(*_count(chosen, conditions, predictions))
         for batch, following in zip(batches, [*batches[1:], []], strict=False):
             if following and hasattr(answer, "prefetch"):
                 answer.prefetch(_asked(following, condition, protocol), frames=CONDITIONS[condition].frames)
-            done += _answer_batch(batch, condition, answer, predictions, protocol)
-            report_progress(done, len(keys))
-    report = score(benchmark, protocol, chosen, predictions, conditions)
-    write_report(report, out)
+            chosen.set_aside(_answer_batch(batch, condition, answer, predictions, protocol, skip))
+            report_progress(*_count(chosen, conditions, predictions))
+    if not chosen.scored:
+        item, reason = chosen.broken[0]
+        raise UserError(f"{benchmark.name} {item.id}", f"no clip can be read; the first: {reason}")
+    known = [name for name in CONDITIONS if all((item.id, name) in predictions for item in chosen.scored)]
+    report = score(benchmark, protocol, chosen, predictions, tuple(known))
+    report.root, report.limit, report.subject = str(root), limit, subject or {}
+    write_report(report, reports)
     return report
+
+
+def _count(chosen: Selection, conditions: tuple[str, ...], predictions: Predictions) -> tuple[int, int]:
+    """(answers that are there, answers in all)."""
+    keys = [(item.id, condition) for condition in conditions for item in chosen.scored]
+    return sum(key in predictions for key in keys), len(keys)
 
 
 def _conditions(baselines: tuple[str, ...]) -> tuple[str, ...]:
@@ -141,19 +158,47 @@ def _answer_batch(
     answer: Answerer,
     predictions: Predictions,
     protocol: Protocol,
-) -> int:
-    """Answer one batch of groups and write its lines; returns the number of lines."""
+    skip: bool,
+) -> list[tuple[Item, str]]:
+    """Answer one batch of groups and write its lines.
+
+    Args:
+        skip: leave out items that cannot be read.
+
+    Returns:
+        what was left out: (item, reason).
+    """
     frames, asked = CONDITIONS[condition].frames, _asked(batch, condition, protocol)
-    fresh = answer(asked, frames=frames, max_new_tokens=protocol.max_new_tokens) if asked else []
-    if len(fresh) != len(asked):
-        raise ValueError(f"the answerer returned {len(fresh)} responses to {len(asked)} conversations")
-    responses = iter(fresh)
-    rows = []
+
+    def ask(conversations: list[Conversation]) -> list[str]:
+        fresh = answer(conversations, frames=frames, max_new_tokens=protocol.max_new_tokens) if conversations else []
+        if len(fresh) != len(conversations):
+            raise ValueError(f"the answerer returned {len(fresh)} responses to {len(conversations)} conversations")
+        return fresh
+
+    try:
+        responses: Iterator[str | UserError] = iter(ask(asked))
+    except UserError:
+        if not skip:
+            raise
+        responses = iter([_one(ask, conversation) for conversation in asked])
+    rows, broken = [], []
     for items, known in batch:
         response = next(responses) if known is None else known
-        rows += [_row(item, condition, response, protocol) for item in items]
+        if isinstance(response, UserError):
+            broken += [(item, str(response)) for item in items]
+        else:
+            rows += [_row(item, condition, response, protocol) for item in items]
     predictions.add(rows)
-    return len(rows)
+    return broken
+
+
+def _one(ask: Callable[[list[Conversation]], list[str]], conversation: Conversation) -> str | UserError:
+    """The response to one conversation, or why there is none."""
+    try:
+        return ask([conversation])[0]
+    except UserError as error:
+        return error
 
 
 def _row(item: Item, condition: str, response: str, protocol: Protocol) -> dict[str, Any]:

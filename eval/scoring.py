@@ -44,7 +44,8 @@ def score(
         right["words"] = {i.id: i.is_right(said[i.id]) for i in chosen.scored}
     unparsed = {i.id for i in chosen.scored if letter_of(protocol, predictions[i.id, "model"], i) is None}
     empty = sum(not predictions[item.id, "model"].strip() for item in chosen.scored)
-    names = dict.fromkeys(i.task for i in [*chosen.scored, *chosen.missing, *(item for item, _ in chosen.excluded)])
+    aside = [item for item, _ in [*chosen.excluded, *chosen.broken]]
+    names = dict.fromkeys(item.task for item in [*chosen.scored, *chosen.missing, *aside])
     tasks = {name: _task_score(name, chosen, right, unparsed) for name in names}
     report = Report(
         benchmark=benchmark.name,
@@ -54,6 +55,7 @@ def score(
         tasks=tasks,
         empty=empty,
         excluded=[{"id": item.id, "task": item.task, "reason": reason} for item, reason in chosen.excluded],
+        broken=[{"id": item.id, "task": item.task, "reason": reason} for item, reason in chosen.broken],
         not_scored=dict(chosen.not_scored),
     )
     report.warnings = _warnings(report)
@@ -66,6 +68,7 @@ def _task_score(name: str, chosen: Selection, right: dict[str, dict[str, bool]],
     items = [item for item in chosen.scored if item.task == name]
     missing = sum(item.task == name for item in chosen.missing)
     excluded = sum(item.task == name for item, _ in chosen.excluded)
+    broken = sum(item.task == name for item, _ in chosen.broken)
 
     def percent(condition: str) -> float | None:
         verdicts = right.get(condition)
@@ -77,8 +80,9 @@ def _task_score(name: str, chosen: Selection, right: dict[str, dict[str, bool]],
         blind=percent("blind"),
         single_frame=percent("single_frame"),
         items=len(items),
-        total=len(items) + missing + excluded,
+        total=len(items) + missing + excluded + broken,
         missing=missing,
+        broken=broken,
         words=percent("words"),
         unparsed=sum(item.id in unparsed for item in items),
     )

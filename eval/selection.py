@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from mmllm.contract.errors import UserError
-from mmllm.eval.items import Item, defect, media_exists
+from mmllm.contract.files import write_text
+from mmllm.eval.items import Item, defect, media_exists, misplaced
 
 logger = logging.getLogger(__name__)
 NEEDS_JUDGE = "not scored: needs a judge"
@@ -22,14 +23,22 @@ class Selection:
     Attributes:
         scored: items that are answered.
         missing: sound items whose clip is absent.
+        broken: (item, reason) of items whose clip cannot be read as they want it.
         excluded: (item, reason) of items that nobody could answer.
         not_scored: tasks left out as a whole, with the reason.
     """
 
     scored: list[Item] = field(default_factory=list)
     missing: list[Item] = field(default_factory=list)
+    broken: list[tuple[Item, str]] = field(default_factory=list)
     excluded: list[tuple[Item, str]] = field(default_factory=list)
     not_scored: dict[str, str] = field(default_factory=dict)
+
+    def set_aside(self, broken: list[tuple[Item, str]]) -> None:
+        """Leave out items that turned out to be unreadable."""
+        ids = {item.id for item, _ in broken}
+        self.scored = [item for item in self.scored if item.id not in ids]
+        self.broken += broken
 
 
 def select(items: list[Item], limit: int | None = None) -> Selection:
@@ -49,11 +58,28 @@ def select(items: list[Item], limit: int | None = None) -> Selection:
             chosen.not_scored[item.task] = NEEDS_JUDGE
         elif reason is not None:
             chosen.excluded.append((item, reason))
+        elif (wrong := misplaced(item)) is not None:
+            chosen.broken.append((item, wrong))
         elif not media_exists(item):
             chosen.missing.append(item)
         else:
             chosen.scored.append(item)
     return chosen
+
+
+def settle_broken(chosen: Selection, benchmark: str, missing: Literal["error", "skip"]) -> None:
+    """Go on without items whose path or bound is unsound, or stop.
+
+    Raises:
+        UserError: there are some and `missing` is "error"; names the first.
+    """
+    if not chosen.broken:
+        return
+    item, reason = chosen.broken[0]
+    what = f"{len(chosen.broken)} items cannot be read; first {item.id}: {reason}"
+    if missing == "error":
+        raise UserError(benchmark, what, hint="--missing skip, which leaves these items out and counts them apart")
+    logger.warning("%s: %s; these items are left out", benchmark, what)
 
 
 def missing_by_task(chosen: Selection) -> dict[str, tuple[int, int]]:
@@ -79,9 +105,8 @@ def settle_missing(chosen: Selection, benchmark: str, out: Path, missing: Litera
     if not chosen.missing:
         listing.unlink(missing_ok=True)
     else:
-        out.mkdir(parents=True, exist_ok=True)
         paths = dict.fromkeys(str(item.media_path) for item in chosen.missing)
-        listing.write_text("".join(f"{path}\n" for path in paths), encoding="utf-8")
+        write_text(listing, "".join(f"{path}\n" for path in paths))
         counts = ", ".join(f"{task} {n} of {total}" for task, (n, total) in missing_by_task(chosen).items())
         what = f"clips missing for {len(chosen.missing)} items ({counts}); first {next(iter(paths))}, all in {listing}"
         if missing == "error":

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmllm.contract.errors import UserError
+from mmllm.contract.library import pretrained
+from mmllm.model_folder import check_model_folder, model_folder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,43 +48,39 @@ class Image:
         return {"type": "image", "path": self.path}
 
 
-def model_folder(path: str | Path) -> Path:
-    """The model folder that a run folder or a model folder means.
-
-    Raises:
-        UserError: there is no model.
-    """
-    path = Path(path)
-    for folder in (path, path / "model"):
-        if (folder / "config.json").is_file():
-            return folder
-    what = "no model in this folder" if path.is_dir() else "no such folder"
-    raise UserError(
-        path, what, expected="a run folder or a model folder", hint="mmllm train nano/llava --out runs/mine"
-    )
-
-
 def load(path: str | Path, *, device: str | None = None, dtype: Any = "auto") -> tuple[Any, Any]:
     """(model, processor) of a run folder or a model folder, ready to answer.
 
     Raises:
-        UserError: no model there, or its weights are not exactly those that its config needs.
+        UserError: no model there, a damaged file, or weights that are not exactly those that its config needs.
     """
+    import torch
+
     from mmllm.model import MMLLMForConditionalGeneration
     from mmllm.processing import MMLLMProcessor
 
     folder = model_folder(path)
-    model, info = MMLLMForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-    )
+    check_model_folder(folder)
+    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = pretrained(MMLLMForConditionalGeneration, str(folder), **options)
+        processor = pretrained(MMLLMProcessor, str(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(folder, f"cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     _refuse_holes(folder, info)
-    processor = MMLLMProcessor.from_pretrained(folder)
     if processor.model_section != model.config.model_section:
         from mmllm.recipe import differences
 
         keys = differences(processor.model_section, model.config.model_section)
         raise UserError(folder, f"config.json and processor_config.json differ at {', '.join(keys[:5])}")
-    return model.eval().to(device) if device else model.eval(), processor
+    model = model.eval().to(device) if device else model.eval()
+    # sums, since they pass over the weights once and copy nothing
+    bad = [name for name, value in model.named_parameters() if not bool(value.sum(dtype=torch.float32).isfinite())]
+    if bad:
+        logger.warning(
+            "%s: %d of its weights are not finite (%s ...): its answers mean nothing", folder, len(bad), bad[0]
+        )
+    return model, processor
 
 
 def load_weights(model: Any, path: str | Path, modules: list[Any] | None = None) -> None:
@@ -90,6 +92,7 @@ def load_weights(model: Any, path: str | Path, modules: list[Any] | None = None)
     from safetensors.torch import load_file
 
     folder = model_folder(path)
+    check_model_folder(folder)
     state: dict[str, Any] = {}
     for file in sorted(folder.glob("*.safetensors")):
         state |= load_file(file)
@@ -131,7 +134,7 @@ def generate(
     model: Any,
     processor: Any,
     question: str,
-    *media: Video | Image,
+    *media: Video | Image | str | os.PathLike,
     max_new_tokens: int = 64,
     stream: bool = False,
     **options: Any,
@@ -139,9 +142,10 @@ def generate(
     """The answer to a question about media; with `stream` its pieces as they come.
 
     Args:
+        media: a path is a video or an image by how it ends; `clip.mp4#t=3,8` are seconds 3 to 8.
         options: passed on to the model's `generate` (`num_beams`, `do_sample`, ...).
     """
-    content = [*(item.content() for item in media), {"type": "text", "text": question}]
+    content = [*(_medium(item).content() for item in media), {"type": "text", "text": question}]
     batch = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
     ).to(model.device)
@@ -150,6 +154,21 @@ def generate(
         return stream_answer(model, processor, batch, **options)
     output = model.generate(**batch, **options)
     return processor.tokenizer.decode(output[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def _medium(given: Video | Image | str | os.PathLike) -> Video | Image:
+    """What a path means."""
+    if isinstance(given, Video | Image):
+        return given
+    if not isinstance(given, str | os.PathLike):
+        raise UserError("media", "wrong type", expected="a path, Video(...) or Image(...)", got=type(given).__name__)
+    from mmllm.data.media import IMAGE_SUFFIXES, MediaRef
+
+    text = os.fspath(given)
+    if Path(text).suffix.lower() in IMAGE_SUFFIXES:
+        return Image(text)
+    ref = MediaRef.parse("video", text)
+    return Video(ref.path, ref.start, ref.end)
 
 
 def stream_answer(model: Any, processor: Any, batch: Any, **options: Any) -> Iterator[str]:

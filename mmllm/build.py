@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmllm.configuration import MMLLMConfig
-from mmllm.contract.errors import UserError
+from mmllm.contract.errors import UserError, shown
+from mmllm.contract.library import check_attention, pretrained
 from mmllm.front_end import FrontEnd
 from mmllm.located import llm_source
 from mmllm.model import MMLLMForConditionalGeneration
 from mmllm.processing import MMLLMProcessor
-from mmllm.recipe import Recipe, resolve_encoders
+from mmllm.recipe import Recipe, fetch_llm_config, resolve_encoders
 
+MOST = {"layers": 1000, "heads": 2**16, "_size": 2**24, "head_dim": 2**16, "experts": 2**16}
+"""The largest size of an LLM's config, by how its key ends; the smallest is 1."""
 SECTION_KEYS = ("media", "encoders", "text", "connector", "output", "place")
 
 
@@ -23,17 +31,56 @@ def text_config(recipe: Recipe) -> Any:
     Raises:
         UserError: no such model type or a key it does not take.
     """
-    from transformers import AutoConfig
-
-    config = dict(recipe.llm.config or {})
+    values = dict(recipe.llm.config or {})
     where = recipe.where("model.llm.config")
-    kind = config.pop("model_type", None)
-    if kind is None:
-        raise UserError(f"{where}.model_type", "missing", expected="llama, qwen2, qwen3 or another causal LM")
+    kind = values.pop("model_type", None)
+    expected = "llama, qwen2, qwen3 or another causal LM"
+    if not isinstance(kind, str):
+        raise UserError(f"{where}.model_type", "missing", expected=expected)
+    check_sizes(values, where)
+    check_attention(values, where)
     try:
-        return AutoConfig.for_model(kind, **config)
-    except (ValueError, TypeError) as error:
-        raise UserError(where, str(error).splitlines()[0]) from error
+        return copy.deepcopy(_causal_config(kind, json.dumps(values)))
+    except LookupError:
+        raise UserError(f"{where}.model_type", "not a causal LM", expected=expected, got=kind) from None
+    except Exception as error:  # the library checks a config's values in its own ways, with errors of many types
+        raise UserError(where, f"not a {kind}: {' '.join(str(error).split())[:200]}") from error
+
+
+@lru_cache(maxsize=8)
+def _causal_config(kind: str, values: str) -> Any:
+    """The library's config object, once a model has been made of it that takes no memory.
+
+    Args:
+        values: the config's values as JSON, so that equal ones are checked once.
+
+    Raises:
+        LookupError: no causal LM is of this kind.
+        Exception: of any type, where sizes do not divide or multiply.
+    """
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise LookupError(kind)
+    config = AutoConfig.for_model(kind, **json.loads(values))
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
+    return config
+
+
+def check_sizes(values: dict[str, Any], where: str) -> None:
+    """Refuse sizes that no LLM has, before anything is made of them.
+
+    Raises:
+        UserError: names the key.
+    """
+    for key, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        most = next((most for name, most in MOST.items() if key.endswith(name)), 2**31)
+        least = 1 if key.endswith(tuple(MOST)) else -(2**31)
+        if not least <= value <= most:
+            raise UserError(f"{where}.{key}", "out of range", expected=f">= {least} and <= {most}", got=shown(value))
 
 
 def build_config(recipe: Recipe) -> MMLLMConfig:
@@ -46,6 +93,7 @@ def build_config(recipe: Recipe) -> MMLLMConfig:
 def check_shapes(recipe: Recipe) -> FrontEnd:
     """The front end on the meta device: every part, every argument, every shape, with the recipe's file in errors."""
     resolve_encoders(recipe)
+    _compare_llm(recipe)
     with torch.device("meta"):
         return FrontEnd(recipe.model, text_config(recipe).hidden_size, recipe.where("model"))
 
@@ -57,7 +105,9 @@ def build_model(recipe: Recipe, *, weights: bool = True) -> MMLLMForConditionalG
         weights: fetch pretrained weights; False leaves everything random.
     """
     check_shapes(recipe)
-    model = MMLLMForConditionalGeneration(build_config(recipe))
+    config = build_config(recipe)
+    _check_memory(config, recipe.where("model"))
+    model = MMLLMForConditionalGeneration(config)
     if weights:
         front = model.model.front_end
         for part in (*front.bank.encoders.values(), *front.prompts.sources.values(), *front.parts.values()):
@@ -70,13 +120,59 @@ def build_model(recipe: Recipe, *, weights: bool = True) -> MMLLMForConditionalG
     return model
 
 
+def _check_memory(config: MMLLMConfig, where: str) -> None:
+    """Refuse a model whose weights alone do not fit into this machine: the system would kill us half-way."""
+    with torch.device("meta"):
+        model = MMLLMForConditionalGeneration(config)
+    needed = sum(value.numel() for value in model.parameters()) * 4
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        got = f"{needed / 1e9:.0f} GB of float32, {there / 1e9:.0f} GB of memory"
+        raise UserError(where, "its weights do not fit into this machine", got=got, hint="smaller sizes")
+
+
+SAME = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters"),
+)
+"""What an inline config has to have in common with the weights that its recipe names."""
+
+
+def _compare_llm(recipe: Recipe) -> None:
+    """Refuse an inline config that is not that of the folder or package which the LLM's name means."""
+    llm, where = recipe.llm, recipe.where("model.llm.config")
+    if llm.name is None or llm.config is None:
+        return
+    place, options = llm_source(llm, recipe.where("model.llm.name"))
+    if Path(place).is_dir():
+        _same_config(fetch_llm_config(recipe, place, options), text_config(recipe), where, llm.name)
+
+
+def _same_config(theirs: Any, ours: Any, where: str, name: str) -> None:
+    for field in SAME:
+        one, other = (getattr(config, field, None) for config in (theirs, ours))
+        if one != other:
+            raise UserError(f"{where}.{field}", f"differs from {name}", expected=one, got=other)
+
+
+def llm_facts(recipe: Recipe, tokenizer: Any = None) -> str:
+    """Name, source and template of a recipe's LLM, in a line."""
+    llm = recipe.llm
+    name = llm.name or f"a fresh {(llm.config or {}).get('model_type')}"
+    weights = "random weights" if llm.name is None else f"weights of {llm.gguf or llm.name}"
+    tokens = f"tokenizer of {llm.tokenizer or llm.name}"
+    own = "none" if tokenizer is not None and tokenizer.chat_template is None else "the tokenizer's own"
+    template = "the recipe's" if llm.template else own
+    return f"{name}; {weights}; {tokens}; chat template: {template}"
+
+
 def _load_llm(model: MMLLMForConditionalGeneration, recipe: Recipe) -> None:
     from transformers import AutoModelForCausalLM
 
     name, options = llm_source(recipe.llm, recipe.where("model.llm.name"))
     try:
-        llm = AutoModelForCausalLM.from_pretrained(name, dtype=model.dtype, **options)
-    except OSError as error:
+        llm = pretrained(AutoModelForCausalLM, name, dtype=model.dtype, **options)
+    except (OSError, ValueError) as error:
         raise UserError(recipe.where("model.llm.name"), f"cannot fetch {name}", hint=f"hf download {name}") from error
     body, head = llm.base_model, llm.get_output_embeddings()
     ours = model.model.language_model.state_dict()
@@ -85,10 +181,7 @@ def _load_llm(model: MMLLMForConditionalGeneration, recipe: Recipe) -> None:
         sizes = [list(state[key].shape) if key in state else "nothing" for state in (theirs, ours)]
         if sizes[0] != sizes[1]:
             raise UserError(where, f"{key} differs from {name}", expected=sizes[0], got=sizes[1])
-    for field in ("num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_parameters"):
-        one, other = (getattr(config, field, None) for config in (llm.config, model.config.text_config))
-        if one != other:
-            raise UserError(f"{where}.{field}", f"differs from {name}", expected=one, got=other)
+    _same_config(llm.config, model.config.text_config, where, name)
     model.generation_config = llm.generation_config
     model.model.language_model.load_state_dict(body.state_dict())
     if not model.config.tie_word_embeddings:
@@ -122,7 +215,7 @@ def build_tokenizer(recipe: Recipe) -> Any:
     else:
         place, options = recipe.path(llm.tokenizer), {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        tokenizer = pretrained(AutoTokenizer, place, **options)
     except (OSError, ValueError) as error:
         hint = "mmllm world make --out runs/world --level nano" if (llm.tokenizer or "").startswith("world:") else None
         raise UserError(recipe.where("model.llm.tokenizer"), f"no tokenizer at {place}", hint=hint) from error

@@ -7,15 +7,16 @@ earlier turns, and text that a user types is never read as a part of the templat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from mmllm.contract.errors import UserError
+from mmllm.content import PLACEHOLDERS, MediumEntry, entries_of
+from mmllm.contract.errors import UserError, shown
+from mmllm.templates import Template
 
-PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 MARK = "\ue000{}\ue001"
-LOCATORS = ("path", "url", "image", "video")
 
 
 @dataclass
@@ -24,16 +25,26 @@ class Rendered:
 
     Attributes:
         text: the text, with one placeholder for every medium.
-        media: the media entries in the order of their placeholders.
+        media: the media in the order of their placeholders.
         answers: (start, end) characters of what the assistant says, end markers included.
+        typed: (start, end) characters of the texts in the messages: what spells a control token there is text.
     """
 
     text: str
-    media: list[dict[str, Any]] = field(default_factory=list)
+    media: list[MediumEntry] = field(default_factory=list)
     answers: list[tuple[int, int]] = field(default_factory=list)
+    typed: list[tuple[int, int]] = field(default_factory=list)
 
 
-def render(tokenizer: Any, messages: list[dict[str, Any]], *, prompt: bool, continued: bool = False) -> Rendered:
+def render(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    *,
+    prompt: bool,
+    continued: bool = False,
+    template: str | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> Rendered:
     """The text of a conversation.
 
     Args:
@@ -41,18 +52,18 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], *, prompt: bool, cont
         messages: `[{"role": ..., "content": text or [{"type": "video", "path": ...}, {"type": "text", ...}]}]`.
         prompt: end with the opening of an assistant's turn.
         continued: leave the last turn open, to be continued.
+        template: another chat template than the tokenizer's. variables: of the template.
 
     Raises:
-        UserError: a malformed message, no chat template, or a placeholder typed in a text.
+        UserError: a malformed message, no chat template or a broken one, or a placeholder typed in a text.
     """
     roles = tuple(_role(message) for message in messages)
-    pieces, opening = _frame(_Template(tokenizer), roles, prompt)
+    frame = Template(tokenizer, template, tuple(sorted((variables or {}).items())))
+    pieces, opening = _frame(frame, roles, prompt)
     result = Rendered(pieces[0])
     for index, (message, piece) in enumerate(zip(messages, pieces[1:], strict=True)):
         start = len(result.text)
-        content, media = _content(message)
-        result.text += content
-        result.media += media
+        _write_content(message, result)
         if roles[index] == "assistant":
             start -= _written_first(pieces[index], opening)
             end_marker = tokenizer.eos_token or ""
@@ -65,7 +76,9 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], *, prompt: bool, cont
 
 def _role(message: dict[str, Any]) -> str:
     if not isinstance(message, dict) or "role" not in message or "content" not in message:
-        raise UserError("conversation", "a message needs role and content", got=str(message)[:80])
+        raise UserError("conversation", "a message needs role and content", got=shown(message))
+    if not isinstance(message["role"], str):
+        raise UserError("message: role", "wrong type", expected="user, assistant or system", got=shown(message["role"]))
     return message["role"]
 
 
@@ -75,56 +88,24 @@ def _written_first(piece: str, opening: str) -> int:
     return len(piece) - place - len(opening) if place >= 0 else 0
 
 
-def _content(message: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    content = message["content"]
-    entries = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError("content", "wrong type", expected="a text or a list of entries", got=str(content)[:60])
-    text, media = "", []
-    for entry in entries:
-        kind = entry.get("type")
-        if kind == "text":
-            if not isinstance(entry.get("text"), str):
-                raise UserError("text entry", "has no text", got=str(entry)[:60])
-            for placeholder in PLACEHOLDERS.values():
-                if placeholder in entry["text"]:
-                    raise UserError(
-                        f"text {entry['text'][:40]!r}",
-                        f"more placeholders than media: it contains {placeholder}",
-                        hint='{"type": "video", "path": ...} as a content entry',
-                    )
-            text += entry["text"]
-        elif kind in PLACEHOLDERS:
-            if not any(entry.get(key) is not None for key in LOCATORS):
-                raise UserError(f"{kind} entry", "more placeholders than media: it names no file", expected="path")
-            text += PLACEHOLDERS[kind]
-            media.append(entry)
-        else:
-            raise UserError("content entry", "unknown type", expected="text, image or video", got=kind)
-    return text, media
-
-
-class _Template:
-    """A tokenizer as a cache key: two with the same template render alike."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.key = (tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
-        if tokenizer.chat_template is None:
-            raise UserError("tokenizer", "it has no chat template", hint="model.llm.template, a Jinja text")
-
-    def __hash__(self) -> int:
-        return hash(str(self.key))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Template) and self.key == other.key
-
-    def __call__(self, messages: list[dict[str, str]], prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+def _write_content(message: dict[str, Any], result: Rendered) -> None:
+    """Append what a message says to the text, a placeholder for each of its media."""
+    for entry in entries_of(message):
+        if isinstance(entry, MediumEntry):
+            result.text += PLACEHOLDERS[entry.kind]
+            result.media.append(entry)
+            continue
+        for placeholder in PLACEHOLDERS.values():
+            if placeholder in entry:
+                what = f"more placeholders than media: it contains {placeholder}"
+                hint = '{"type": "video", "path": ...} as a content entry'
+                raise UserError(f"text {entry[:40]!r}", what, hint=hint)
+        result.typed.append((len(result.text), len(result.text) + len(entry)))
+        result.text += entry
 
 
 @lru_cache(maxsize=4096)
-def _frame(template: _Template, roles: tuple[str, ...], prompt: bool) -> tuple[list[str], str]:
+def _frame(template: Template, roles: tuple[str, ...], prompt: bool) -> tuple[list[str], str]:
     """What the template writes around the contents: before the first, and after each; and how a turn opens."""
     marked = [{"role": role, "content": MARK.format(index)} for index, role in enumerate(roles)]
     text = template(marked, prompt)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.errors import UserError, nearest, shown
 from mmllm.contract.types import MediaSpec, Needs, PromptFeatures, VisualTokens
 
 KINDS = ("video", "image")
@@ -57,12 +57,18 @@ def read_output(output: Any, known: list[str], where: str) -> dict[str, list[str
         UserError: a kind without output, or an unknown name.
     """
     per_kind = output if isinstance(output, dict) else dict.fromkeys(KINDS, output)
+    for kind in per_kind:
+        if kind not in KINDS:
+            raise UserError(f"{where}.{kind}", "unknown kind of media", hint=nearest(str(kind), list(KINDS)))
     result = {}
     for kind in KINDS:
         if kind not in per_kind:
             raise UserError(f"{where}.{kind}", "missing")
         streams = per_kind[kind]
-        result[kind] = [streams] if isinstance(streams, str) else list(streams)
+        streams = [streams] if isinstance(streams, str) else streams
+        if not isinstance(streams, list | tuple) or not streams or not all(isinstance(name, str) for name in streams):
+            raise UserError(where, "wrong type", expected="a name or a list of names", got=shown(streams))
+        result[kind] = list(streams)
         for name in result[kind]:
             if name not in known:
                 raise UserError(where, f"nothing is called {name!r}", hint=nearest(name, known))

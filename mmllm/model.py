@@ -218,6 +218,8 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
         """
         if objective is not None:
             batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "visual": visual}
+            if position_ids is not None:
+                batch["position_ids"] = position_ids
             return objective(self, {**batch, **kwargs})
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, visual, **kwargs)
         hidden = outputs.last_hidden_state

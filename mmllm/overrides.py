@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 from mmllm.contract.arguments import signature
+from mmllm.contract.documents import parse_yaml
 from mmllm.contract.errors import UserError, nearest
 from mmllm.data.sampling import Sampling
+from mmllm.recipe_sections import renamed
 from mmllm.sections import LLM, Stage
 
+NAME = "model.llm.name="
 PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "encoders": ("encoder", ()),
     "text": ("text", ("turns",)),
     "connector": ("connector", ("only", "prompt")),
 }
 """Kind of the parts in a section of `model`, and what may stand beside their arguments."""
+
+
+def override_all(data: dict[str, Any], lines: Sequence[str], file: str) -> None:
+    """Set values in a recipe's maps, one `key.path=value` after the other; see `override`.
+
+    Another name of the LLM comes first: it drops what the recipe says of the old one, unless it is given again.
+    """
+    for line in sorted(lines, key=lambda line: not line.startswith(NAME)):
+        before = dict(data["model"]["llm"]) if line.startswith(NAME) else {}
+        override(data, line, file)
+        if before and renamed(before, data["model"]["llm"]):
+            data["model"]["llm"] = {"name": data["model"]["llm"]["name"]}
 
 
 def override(data: dict[str, Any], line: str, file: str) -> None:
@@ -68,7 +82,7 @@ def _check_key(here: Any, parents: list[str], last: str, where: str) -> None:
     elif "type" in here:
         from mmllm.contract.registry import find
 
-        kind, beside = PARTS[parents[1]] if parents[0] == "model" else ("objective", ())
+        kind, beside = PARTS.get(parents[1], ("objective", ()))
         known = list(dict.fromkeys([*signature(find(kind, here["type"], where)), *beside, *known]))
     if last not in known:
         raise UserError(where, "unknown key", hint=nearest(last, known))
@@ -79,6 +93,6 @@ def _typed(old: Any, value: str) -> Any:
     if isinstance(old, str):
         return value
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        return parse_yaml(value, value)
+    except UserError:
         return value

@@ -9,12 +9,14 @@ import numpy as np
 from transformers import AutoProcessor, ProcessorMixin
 
 from mmllm.batch import Example, Medium, VisualBatch, collate
-from mmllm.chat import LOCATORS, PLACEHOLDERS, Rendered, render
+from mmllm.chat import Rendered, render
+from mmllm.content import PLACEHOLDERS, MediumEntry, entries_of
 from mmllm.contract.errors import UserError
 from mmllm.data.loading import Loaded, MediaLoader, resized
-from mmllm.data.media import Clip, MediaRef
+from mmllm.data.media import Clip
 from mmllm.data.sampling import Sampling
 from mmllm.front_end import FrontEnd, shape_copy
+from mmllm.processor_options import SAMPLING, read_options, refuse_unknown
 from mmllm.prompts import said_by_user
 
 
@@ -79,25 +81,26 @@ class MMLLMProcessor(ProcessorMixin):
         """Text, or with `tokenize` a batch, of one conversation or of a list of them; media are read here.
 
         Args:
-            processor_kwargs: `padding_side`, and `frames`, `fps`, `sampler` (see `sampling`).
+            chat_template: another one than the tokenizer's.
+            processor_kwargs: `padding_side`, and `frames` (or `num_frames`), `fps`, `max_frames`, `sampler`, see
+                `sampling`. They may also stand among `kwargs`, beside variables of the template.
+
+        Raises:
+            UserError: an argument that nobody reads, a malformed message, a medium that cannot be read.
         """
+        options, variables = read_options({**(processor_kwargs or {}), "return_tensors": return_tensors, **kwargs})
+        refuse_unknown([name for name in processor_kwargs or {} if name in variables], "processor_kwargs")
         single = bool(conversation) and isinstance(conversation[0], dict)
         conversations = [conversation] if single else conversation
         conversations = [getattr(item, "messages", item) for item in conversations]
+        how = {"prompt": add_generation_prompt, "continued": continue_final_message}
+        how |= {"template": chat_template, "variables": variables}
         if not tokenize:
-            options = {"prompt": add_generation_prompt, "continued": continue_final_message}
-            texts = [render(self.tokenizer, item, **options).text for item in conversations]
+            texts = [render(self.tokenizer, item, **how).text for item in conversations]
             return texts[0] if single else texts
-        options = dict(processor_kwargs or {})
-        side = options.pop("padding_side", "left")
-        sampling = self.sampling(**{key: options.get(key) for key in ("frames", "fps", "sampler")})
-        examples = [
-            self.encode(
-                item, answers=False, prompt=add_generation_prompt, continued=continue_final_message, sampling=sampling
-            )
-            for item in conversations
-        ]
-        batch = self.collate(examples, padding_side=side)
+        sampling = self.sampling(**{name: options[name] for name in SAMPLING})
+        examples = [self.encode(item, answers=False, sampling=sampling, **how) for item in conversations]
+        batch = self.collate(examples, padding_side=options["padding_side"] or "left")
         return batch if return_dict else batch["input_ids"]
 
     def __call__(
@@ -105,8 +108,6 @@ class MMLLMProcessor(ProcessorMixin):
         images: Any = None,
         text: str | list[str] | None = None,
         videos: Any = None,
-        padding_side: str = "left",
-        return_tensors: str = "pt",
         **kwargs: Any,
     ) -> VisualBatch:
         """A batch of plain texts with `<image>` and `<video>` where the media stand, in order.
@@ -114,10 +115,14 @@ class MMLLMProcessor(ProcessorMixin):
         Args:
             images, videos: media of all texts in order (paths, PIL images, uint8 arrays [T, H, W, 3]), or a list
                 for each text.
+            kwargs: as `processor_kwargs` of `apply_chat_template`.
 
         Raises:
-            UserError: more media than placeholders or the reverse.
+            UserError: more media than placeholders or the reverse, or an argument that nobody reads.
         """
+        options, unknown = read_options(kwargs)
+        refuse_unknown(list(unknown), "processor")
+        sampling = self.sampling(**{name: options[name] for name in SAMPLING})
         if self.front_end.text_needs:
             what = "this model is guided by what the user says, which a plain text does not mark"
             raise UserError("text", what, hint="apply_chat_template(..., tokenize=True)")
@@ -129,9 +134,10 @@ class MMLLMProcessor(ProcessorMixin):
                 raise UserError(
                     f"{kind}s", f"more media than placeholders: {len(rest)} left over", hint=f"add <{kind}>"
                 )
-        return self.collate([self._expand(item) for item in rendered], padding_side=padding_side)
+        examples = [self._expand(item, sampling=sampling) for item in rendered]
+        return self.collate(examples, padding_side=options["padding_side"] or "left")
 
-    def _take(self, text: str, queues: dict[str, list]) -> list[dict[str, Any]]:
+    def _take(self, text: str, queues: dict[str, list]) -> list[MediumEntry]:
         taken = []
         for piece in text.split("<")[1:]:
             for kind, placeholder in PLACEHOLDERS.items():
@@ -140,7 +146,7 @@ class MMLLMProcessor(ProcessorMixin):
                         raise UserError(
                             f"text {text[:40]!r}", f"more placeholders than media: no {kind} for {placeholder}"
                         )
-                    taken.append({"type": kind, kind: queues[kind].pop(0)})
+                    taken.append(MediumEntry(kind, queues[kind].pop(0)))
         return taken
 
     def encode(
@@ -150,6 +156,8 @@ class MMLLMProcessor(ProcessorMixin):
         answers: bool = True,
         prompt: bool = False,
         continued: bool = False,
+        template: str | None = None,
+        variables: dict[str, Any] | None = None,
         sampling: Sampling | None = None,
         name: str = "",
         level: int | None = None,
@@ -157,16 +165,17 @@ class MMLLMProcessor(ProcessorMixin):
         """One conversation: media read, tokens expanded, labels on the assistant's turns.
 
         Args:
-            answers: whether to make labels. prompt, continued: see `mmllm.chat.render`.
+            answers: whether to make labels. prompt, continued, template, variables: see `mmllm.chat.render`.
             sampling: another than the recipe's, for this conversation. level: how completely text and media fit.
 
         Raises:
             UserError: a medium cannot be read, or even the first turn is longer than `max_length`.
         """
         level = _checked_level(level, self.front_end.alignment_levels, name)
-        known: dict[Any, Medium] = {}  # by its entry's identity: read once, however many turns have to go
+        how = {"prompt": prompt, "continued": continued, "template": template, "variables": variables}
+        known: dict[Any, Medium] = {}  # by their place: read once, however many of the last turns have to go
         while True:
-            rendered = render(self.tokenizer, messages, prompt=prompt, continued=continued)
+            rendered = render(self.tokenizer, messages, **how)
             example = self._expand(rendered, answers, sampling, name, known)
             example.prompt = self.front_end.prompts.encode(said_by_user(messages))
             example.level = level
@@ -193,24 +202,39 @@ class MMLLMProcessor(ProcessorMixin):
         name: str = "",
         known: dict[Any, Medium] | None = None,
     ) -> Example:
-        encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=answers)
-        offsets = encoded["offset_mapping"] if answers else None
+        typed = self._typed_tokens(rendered)
+        placed = answers or bool(typed)
+        encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=placed)
+        offsets = encoded["offset_mapping"] if placed else None
         example = Example([], [] if answers else None, name=name)
         for position, token in enumerate(encoded["input_ids"]):
             if token in self.placeholder_ids:
                 self._append_medium(example, rendered, sampling, {} if known is None else known)
                 continue
-            example.ids.append(token)
+            ids = typed.get(offsets[position], [token]) if typed else [token]
+            example.ids += ids
             if answers:
                 # Overlap, not inclusion: many tokenizers join a word with the blank before it.
                 first, last = offsets[position]
                 learnt = any(last > start and first < end for start, end in rendered.answers)
-                example.labels.append(token if learnt else -100)
+                example.labels += ids if learnt else [-100] * len(ids)
         if len(example.media) != len(rendered.media):
             raise UserError(name or "text", "a placeholder was lost in tokenisation")
         if self.front_end.first:
             self._put_first(example)
         return example
+
+    def _typed_tokens(self, rendered: Rendered) -> dict[tuple[int, int], list[int]]:
+        """{(start, end) characters of a control token that somebody typed: ids of its text}."""
+        found = {}
+        for start, end in rendered.typed:
+            for token in self.tokenizer.all_special_tokens:
+                at = rendered.text.find(token, start, end)
+                while at >= 0:
+                    ids = self.tokenizer(token, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                    found[at, at + len(token)] = ids
+                    at = rendered.text.find(token, at + len(token), end)
+        return found
 
     def _put_first(self, example: Example) -> None:
         """The streams that stand at the start of the sequence, after BOS, whatever the place of their medium."""
@@ -232,12 +256,12 @@ class MMLLMProcessor(ProcessorMixin):
     ) -> None:
         if len(example.media) >= len(rendered.media):
             raise UserError(example.name or "text", "more placeholders than media")
-        entry = rendered.media[len(example.media)]
+        place = len(example.media)
         # one image alone is worth its details; with others, each is one view (LLaVA-OneVision)
         alone = len(rendered.media) == 1
-        if (id(entry), alone) not in known:
-            known[id(entry), alone] = self.read(entry, sampling, tiled=alone)
-        medium = known[id(entry), alone]
+        if (place, alone) not in known:
+            known[place, alone] = self.read(rendered.media[place], sampling, tiled=alone)
+        medium = known[place, alone]
         for stream, node in enumerate(self.front_end.output[medium.spec.kind]):
             if node in self.front_end.first:
                 continue  # put in when all is known
@@ -250,30 +274,39 @@ class MMLLMProcessor(ProcessorMixin):
     def _length(self, medium: Medium, stream: int) -> int:
         return self.front_end.streams(medium.spec)[stream].tokens
 
-    def read(self, entry: dict[str, Any], sampling: Sampling | None = None, tiled: bool = True) -> Medium:
+    def read(self, entry: MediumEntry | dict[str, Any], sampling: Sampling | None = None, tiled: bool = True) -> Medium:
         """Decode one content entry and resize it for every encoder.
 
         Args:
-            entry: `{"type", "path", "start", "end", "frames", "fps"}`, or an array or PIL image instead of a path.
+            entry: a content entry of a medium (see `mmllm.content`).
+            sampling: how, where the entry does not say it itself; default: the recipe's.
             tiled: cut an image into tiles, where the recipe does that.
+
+        Raises:
+            UserError: the entry is malformed, or the medium cannot be read.
         """
-        kind = entry["type"]
-        source = next(entry[key] for key in LOCATORS if entry.get(key) is not None)
-        sampling = sampling or self.front_end.sampling
-        if entry.get("frames") is not None:
-            sampling = Sampling(frames=entry["frames"], sampler=sampling.sampler)
+        if isinstance(entry, dict):
+            (entry,) = entries_of({"content": [entry]})
+        sampling = entry.sampled(sampling or self.front_end.sampling)
         wanted = self.front_end.geometries
-        tiling = self.front_end.tiling if tiled and kind == "image" else None
-        if isinstance(source, str) or hasattr(source, "__fspath__"):
-            ref = MediaRef(kind, str(source), entry.get("start"), entry.get("end"), entry.get("fps"))
+        tiling = self.front_end.tiling if tiled and entry.kind == "image" else None
+        ref = entry.ref
+        if ref is not None:
             loaded, key = self.loader.load(ref, sampling, wanted, tiling), (ref, sampling, tiling)
         else:
-            clip = _in_memory(source, kind, sampling)
-            loaded, key = resized(clip, kind, tuple(wanted.values()), tiling), (kind, id(source), sampling, tiling)
-        return _medium(key, loaded, source)
+            clip, kind = _in_memory(entry.source, entry.kind, sampling), entry.kind
+            loaded = resized(clip, kind, tuple(wanted.values()), tiling)
+            key = (kind, id(entry.source), sampling, tiling)
+        return _medium(key, loaded, entry.source)
 
-    def sampling(self, frames: int | None = None, fps: float | None = None, sampler: str | None = None) -> Sampling:
-        """The model's own sampling with a number of frames, a rate or a sampler of its own.
+    def sampling(
+        self,
+        frames: int | None = None,
+        fps: float | None = None,
+        sampler: str | None = None,
+        max_frames: int | None = None,
+    ) -> Sampling:
+        """The model's own sampling with a number of frames, a rate, a limit or a sampler of its own.
 
         Raises:
             UserError: both frames and fps, or an unknown sampler.
@@ -282,7 +315,9 @@ class MMLLMProcessor(ProcessorMixin):
         sampler = sampler or own.sampler
         if frames is None and fps is None:
             frames, fps = own.frames, own.fps
-        return Sampling(frames=frames, fps=fps, max_frames=own.max_frames if fps else None, sampler=sampler)
+            frames = min(frames, max_frames) if frames and max_frames else frames
+        most = (max_frames or own.max_frames) if fps else None
+        return Sampling(frames=frames, fps=fps, max_frames=most, sampler=sampler)
 
     def collate(self, examples: list[Example], padding_side: str = "right") -> VisualBatch:
         """A batch: padded ids, mask, labels, and the `visual` dict in which equal media appear once."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmllm.content import texts_of
 from mmllm.contract.arguments import bind, parse
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site, TextSource
@@ -94,13 +95,8 @@ class PromptBank(nn.Module):
 
 def said_by_user(messages: list[dict[str, Any]]) -> list[str]:
     """The text of each of the user's turns."""
-    said = []
-    for message in messages:
-        if message["role"] == "user":
-            content = message["content"]
-            entries = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            said.append(" ".join(entry["text"].strip() for entry in entries if entry.get("type") == "text"))
-    return said
+    users = (message for message in messages if message["role"] == "user")
+    return [" ".join(text.strip() for text in texts_of(message)) for message in users]
 
 
 def build_source(section: dict[str, Any], where: str, llm_width: int = 0) -> TextSource:

@@ -11,14 +11,17 @@ from typing import Any
 import yaml
 
 from mmllm.contract.arguments import bind
-from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.documents import read_yaml
+from mmllm.contract.errors import UserError, nearest, shown
+from mmllm.contract.library import pretrained
 from mmllm.located import llm_source
-from mmllm.overrides import override
+from mmllm.overrides import override_all
+from mmllm.recipe_sections import merge, normalise
 from mmllm.sections import LLM, Stage
 
 SHIPPED = Path(__file__).parent / "recipes"
-MODEL_KEYS = ("media", "encoders", "text", "connector", "output", "place", "llm")
-TOP_KEYS = ("summary", "paper", "roots", "model", "stages", "eval")
+BASES = 20
+"""So many recipes may stand above each other."""
 
 
 @dataclass
@@ -97,120 +100,49 @@ def load(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         UserError: no such recipe, not YAML, an unknown key, a wrong type.
     """
     path = _find(str(name))
-    data = _read(path, ())
+    data = copy.deepcopy(_read(path, ()))
     recipe = Recipe(str(name), path.name, data)
-    for key in data:
-        if key not in TOP_KEYS:
-            raise UserError(recipe.where(key), "unknown key", hint=nearest(key, list(TOP_KEYS)))
-    if not isinstance(data.get("model"), dict):
-        raise UserError(recipe.where("model"), "missing", expected="encoders, connector and llm")
+    normalise(data, path.name)  # before, so that overrides find every node and default; after, to check what they set
     for key in ("roots", "eval"):  # there to be overridden
-        data.setdefault(key, {})
-    _normalise(recipe)  # before, so that overrides find every node and default by name; after, to check what they set
-    for line in overrides:
-        override(recipe.data, line, recipe.file)
-    _normalise(recipe)
+        data[key] = data.get(key) or {}
+    override_all(data, overrides, path.name)
+    normalise(data, path.name)
     _ = recipe.llm, recipe.stages
     return recipe
 
 
 def _find(name: str) -> Path:
-    shipped = SHIPPED / f"{name}.yaml"
-    if shipped.is_file():
-        return shipped
-    path = Path(name)
-    if path.is_file():
-        return path
+    try:
+        shipped, path = SHIPPED / f"{name}.yaml", Path(name)
+        if shipped.is_file() and shipped.resolve().is_relative_to(SHIPPED.resolve()):
+            return shipped
+        if path.is_file():
+            return path
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+        raise UserError(shown(name), f"not a recipe ({error})", hint="mmllm recipe list") from None
     if path.suffix in (".yaml", ".yml"):
         raise UserError(name, "no such file", hint="mmllm recipe list")
     raise UserError(name, "no such recipe", hint=nearest(name, names()))
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe's file over its bases."""
     if path in above:
         raise UserError(f"{path.name}:base", "a recipe is its own base")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(path, f"not YAML: {error}") from error
+    if len(above) > BASES:
+        raise UserError(f"{above[0].name}:base", f"more than {BASES} recipes above each other")
+    data = read_yaml(path)
     if not isinstance(data, dict):
-        raise UserError(path, "not a recipe", expected="a map of model, stages and eval")
+        raise UserError(path, "not a recipe", expected="a map of model, stages and eval", got=shown(data))
     bases = data.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path.name}:base", "wrong type", expected="a recipe or a list of them", got=shown(bases))
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         beside = path.parent / base
-        merged = _merge(merged, _read(beside if beside.is_file() else _find(base), (*above, path)))
-    return _merge(merged, data)
-
-
-def _merge(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Maps are merged, everything else (lists too) is replaced; a key set to null is taken out."""
-    merged = copy.deepcopy(base)
-    for key, value in new.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        # Another type of part has other arguments: nothing of the old one is kept.
-        if both and value.get("type", merged[key].get("type")) == merged[key].get("type"):
-            merged[key] = _merge(merged[key], value)
-        elif value is None and key in merged:
-            del merged[key]
-        else:
-            merged[key] = copy.deepcopy(value)
-    return merged
-
-
-def _normalise(recipe: Recipe) -> None:
-    """Write defaults out: node names, inputs, the output, configs of towers and LLM."""
-    model = recipe.model
-    for key in model:
-        if key not in MODEL_KEYS:
-            raise UserError(recipe.where(f"model.{key}"), "unknown key", hint=nearest(key, list(MODEL_KEYS)))
-    for key in ("encoders", "connector", "llm"):
-        if not model.get(key):
-            raise UserError(recipe.where(f"model.{key}"), "missing")
-    if isinstance(model["llm"], str):
-        model["llm"] = {"name": model["llm"]}
-    model.setdefault("media", {"frames": 8})
-    for key, kind in (("media", dict), ("encoders", dict), ("llm", dict), ("connector", list)):
-        if not isinstance(model[key], kind):
-            words = {dict: "a map", list: "a list of parts"}
-            raise UserError(recipe.where(f"model.{key}"), "wrong type", expected=words[kind], got=model[key])
-    for key in ("roots", "stages", "eval"):
-        if not isinstance(recipe.data.get(key) or {}, dict):
-            raise UserError(recipe.where(key), "wrong type", expected="a map", got=recipe.data[key])
-    for name in model.get("text") or {}:
-        if name in model["encoders"]:
-            raise UserError(recipe.where(f"model.text.{name}"), "an encoder has this name", hint="another name")
-    names_so_far: list[str] = []
-    for index, node in enumerate(model["connector"]):
-        node = {"type": node} if isinstance(node, str) else node
-        if not isinstance(node, dict):
-            raise UserError(recipe.where("model.connector"), "a node is a map or a name", got=node)
-        model["connector"][index] = _node(recipe, node, names_so_far)
-    model.setdefault("output", names_so_far[-1])
-
-
-def _node(recipe: Recipe, node: dict[str, Any], above: list[str]) -> dict[str, Any]:
-    where = recipe.where("model.connector")
-    encoders = list(recipe.model["encoders"])
-    if "type" not in node:
-        raise UserError(where, "a node without a type", got=node)
-    name = node.get("name", node["type"])
-    if not isinstance(name, str) or "." in name:
-        raise UserError(f"{where}.{name}", "a name is a word without a dot", hint="name: another")
-    if name in above or name in encoders:
-        raise UserError(f"{where}.{name}", "two nodes of this name", hint="name: another")
-    inputs = node.get("in")
-    if inputs is None:
-        if not above and len(encoders) > 1:
-            raise UserError(f"{where}.{name}.in", "which encoder does it read?", hint="in: " + " or ".join(encoders))
-        inputs = above[-1] if above else encoders[0]
-    inputs = [inputs] if isinstance(inputs, str) else list(inputs)
-    for source in inputs:
-        if source not in above and source not in encoders:
-            hint = nearest(source, [*above, *encoders])
-            raise UserError(f"{where}.{name}.in", f"nothing above is called {source!r}", hint=hint)
-    above.append(name)
-    return {**node, "name": name, "in": inputs}
+        merged = merge(merged, _read(beside if beside.is_file() else _find(base), (*above, path)))
+    return merge(merged, data)
 
 
 def summaries() -> Iterator[tuple[str, str, str]]:
@@ -227,8 +159,6 @@ def resolve_encoders(recipe: Recipe) -> None:
     for kind, key in (("encoder", "encoders"), ("text", "text")):
         for name, section in (recipe.model.get(key) or {}).items():
             where = recipe.where(f"model.{key}.{name}")
-            if not isinstance(section, dict) or "type" not in section:
-                raise UserError(where, f"{kind} without a type")
             fixed = {name: section[name] for name in ("type", "turns") if name in section}
             arguments = {name: value for name, value in section.items() if name not in fixed}
             completed = find(kind, section["type"], f"{where}.type").resolve(arguments)
@@ -239,14 +169,26 @@ def resolve_encoders(recipe: Recipe) -> None:
     if llm.config is None:
         if llm.name is None:
             raise UserError(recipe.where("model.llm"), "neither name nor config")
-        from transformers import AutoConfig
-
-        place, options = llm_source(llm, recipe.where("model.llm.name"))
-        try:
-            config = AutoConfig.from_pretrained(place, **options)
-        except (OSError, ValueError) as error:
-            raise UserError(recipe.where("model.llm.name"), f"cannot fetch {llm.name}", hint="give config:") from error
+        config = fetch_llm_config(recipe, *llm_source(llm, recipe.where("model.llm.name")))
         recipe.model["llm"] = {**asdict(llm), "config": config.to_dict()}
+
+
+def fetch_llm_config(recipe: Recipe, place: str, options: dict[str, Any]) -> Any:
+    """The library's config of the LLM that a recipe names.
+
+    Args:
+        place, options: as `llm_source` gives them.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return pretrained(AutoConfig, place, **options)
+    except (OSError, ValueError) as error:
+        where = recipe.where("model.llm.name")
+        raise UserError(where, f"cannot fetch {recipe.llm.name}", hint="give config:") from error
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:

@@ -13,8 +13,15 @@ from typing import Any
 
 import yaml
 
+from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError
+from mmllm.contract.files import append_lines, read_record, write_json, write_text, writing
 from mmllm.recipe import Recipe, differences
+
+COMPLETE = "complete"
+"""File that is written last into a checkpoint; one without it is not used."""
+MODELS = ("model", "model.new", "model.old")
+"""Folders of the trained model: in place, being written, and being replaced."""
 
 
 class RunFolder:
@@ -28,31 +35,50 @@ class RunFolder:
         self.path = Path(path)
         self.model = self.path / "model"
 
-    def open(self, recipe: Recipe, seed: int, write: bool = True) -> None:
-        """Write what is asked for, or check that it is what was asked for before.
-
-        Args:
-            write: False in all processes but the main one, which only check.
+    def check(self, recipe: Recipe, seed: int) -> None:
+        """See that the folder is free, or holds this very run; writes nothing.
 
         Raises:
-            UserError: the folder holds a run of another recipe or seed; names the keys that differ.
+            UserError: it holds a run of another recipe or seed, of which something is trained (names the keys that
+                differ), or a model that is of no run.
         """
-        record = {**recipe.data, "seed": seed}
         known = self.path / "recipe.yaml"
-        if known.is_file():
-            old = yaml.safe_load(known.read_text(encoding="utf-8"))
-            different = sorted(set(differences(old, json.loads(json.dumps(record)))))
-            if different:
-                keys = ", ".join(different[:6])
-                raise UserError(self.path, f"holds a run of another recipe; these differ: {keys}", hint="another --out")
-        if not write:
+        if not known.is_file():
+            foreign = [name for name in (*MODELS, "stages") if (self.path / name).exists()]
+            if foreign and not (self.path / "status.json").is_file():
+                what = f"holds {foreign[0]}/, but no run (recipe.yaml)"
+                raise UserError(self.path, what, hint="another --out")
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        plain = json.loads(json.dumps(record))  # tuples as lists
-        self._replace_text("recipe.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-        with (self.path / "command.txt").open("a", encoding="utf-8") as file:
-            file.write(" ".join(sys.argv) + "\n")
-        (self.path / "environment.json").write_text(json.dumps(environment(), indent=1))
+        different = differences(read_yaml(known), _plain({**recipe.data, "seed": seed}))
+        if different and self._kept():
+            keys = ", ".join(sorted(set(different))[:6])
+            raise UserError(self.path, f"holds a run of another recipe; these differ: {keys}", hint="another --out")
+
+    def _kept(self) -> bool:
+        """Whether anything has been trained here: a stage, or a part of one."""
+        return bool(self.status["stages"]) or any(self.path.glob(f"stages/*/checkpoint-*/{COMPLETE}"))
+
+    def begin(self, recipe: Recipe, seed: int, threads: int | None = None) -> None:
+        """Write what is asked for. What an earlier recipe logged here before it had trained anything is dropped.
+
+        Args:
+            threads: of each process on the CPU.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        record, known = _plain({**recipe.data, "seed": seed}), self.path / "recipe.yaml"
+        if known.is_file() and differences(read_yaml(known), record):
+            (self.path / "log.jsonl").unlink(missing_ok=True)
+        write_text(known, yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+        append_lines(self.path / "command.txt", [" ".join(sys.argv)])
+        write_json(self.path / "environment.json", environment() | {"threads": threads})
+
+    @property
+    def threads(self) -> int | None:
+        """How many threads each process had on the CPU so far; None where nothing says so."""
+        path = self.path / "environment.json"
+        return read_record(path).get("threads") if path.is_file() else None
 
     def recover_model(self) -> None:
         """Put `model/` back where a kill fell between two renames.
@@ -70,13 +96,13 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """{"stages": {name: {"steps", "seconds"}}, ...} of what is finished."""
         path = self.path / "status.json"
-        return json.loads(path.read_text()) if path.is_file() else {"stages": {}}
+        return read_record(path) if path.is_file() else {"stages": {}}
 
     def finish_stage(self, name: str, **facts: Any) -> None:
         """Record that a stage is done and its weights are in `model/`."""
         status = self.status
         status["stages"][name] = facts
-        self._replace_text("status.json", json.dumps(status, indent=1))
+        write_json(self.path / "status.json", status)
 
     def add_seconds(self, step: str, seconds: float) -> None:
         """Count time of a step, over all the times it was continued."""
@@ -84,46 +110,56 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to log.jsonl."""
-        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+        append_lines(self.path / "log.jsonl", [json.dumps({"time": round(time.time(), 3), **record})])
 
     def log_event(self, stage: str, text: str) -> None:
         """Say something on stderr and in events.txt."""
         sys.stderr.write(f"{stage}: {text}\n")
-        with (self.path / "events.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{stage}: {text}\n")
+        append_lines(self.path / "events.txt", [f"{stage}: {text}"])
 
     def save_model(self, model: Any, processor: Any, recipe: Recipe, state: dict[str, Any] | None = None) -> None:
-        """`model/`: a folder for `from_pretrained`, complete or absent; `state` where the weights are sharded."""
+        """`model/`: a folder for `from_pretrained`, complete or absent; `state` where the weights are sharded.
+
+        Raises:
+            UserError: the disk is full, or may not be written to.
+        """
         fresh, old = self.path / "model.new", self.path / "model.old"
         for path in (fresh, old):
             shutil.rmtree(path, ignore_errors=True)
-        model.save_pretrained(fresh, state_dict=state)
-        processor.save_pretrained(fresh)
-        (fresh / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
-        if self.model.exists():
-            os.replace(self.model, old)
-        os.replace(fresh, self.model)
+        with writing(fresh):
+            model.save_pretrained(fresh, state_dict=state)
+            processor.save_pretrained(fresh)
+            (fresh / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+            if self.model.exists():
+                os.replace(self.model, old)
+            os.replace(fresh, self.model)
         shutil.rmtree(old, ignore_errors=True)
-
-    def _replace_text(self, name: str, text: str) -> None:
-        fresh = self.path / f"{name}.new"
-        fresh.write_text(text)
-        os.replace(fresh, self.path / name)
 
 
 def add_seconds(run: Path, step: str, seconds: float) -> None:
     """Add to `RUN/seconds/STEP`, a file with one number."""
     path = run / "seconds" / step
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = float(path.read_text()) if path.is_file() else 0.0
-    path.write_text(f"{before + seconds:.1f}\n")
+    write_text(path, f"{_number(path) + seconds:.1f}\n")
 
 
 def read_seconds(run: Path) -> dict[str, float]:
     """{step: seconds} of everything that was timed, in the order in which the steps began."""
     files = (run / "seconds").glob("*") if (run / "seconds").is_dir() else ()
-    return {path.name: float(path.read_text()) for path in sorted(files, key=lambda path: path.stat().st_mtime)}
+    ordered = sorted(files, key=lambda path: path.stat().st_mtime)
+    return {path.name: _number(path) for path in ordered if "." not in path.name}
+
+
+def _number(path: Path) -> float:
+    """What a file of seconds says; 0 where it is absent, or lost what it said: times are for information."""
+    try:
+        return float(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return 0.0
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: tuples as lists."""
+    return json.loads(json.dumps(value))
 
 
 def environment() -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mmllm.contract.arguments import Count, NotNegative, Positive, Share
+
 
 @dataclass(frozen=True)
 class LLM:
@@ -38,7 +40,7 @@ class Stage:
         checkpointing: compute layers again in the backward pass instead of keeping what they computed.
         optimizer: "adamw", or "muon": Muon on hidden matrices, AdamW on the rest. muon_lr: Muon's own peak.
         lr: peak learning rate. schedule: its shape after the warm-up. warmup: share of the steps.
-        weight_decay: on matrices only. clip: largest gradient norm.
+        weight_decay: on matrices only. clip: largest gradient norm; 0 = no clip.
         init: a run or model folder whose weights it starts from; default: the stage before. Or {name: folder} for
             single parts, named as in `trains`: what other recipes trained may be put together.
         share: keep what it trained in the cache, so that other recipes with an equal stage start from it.
@@ -47,17 +49,17 @@ class Stage:
     objective: str | dict = "language_modeling"
     data: str | tuple[str, ...] = ""
     trains: tuple[str, ...] = ("connector",)
-    steps: int | None = None
-    epochs: float | None = None
-    batch: int = 32
-    micro_batch: int | None = None
+    steps: Count | None = None
+    epochs: Positive | None = None
+    batch: Count = 32
+    micro_batch: Count | None = None
     checkpointing: bool = False
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-3
-    muon_lr: float = 1e-2
+    lr: NotNegative = 1e-3
+    muon_lr: NotNegative = 1e-2
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    clip: float = 1.0
+    warmup: Share = 0.03
+    weight_decay: NotNegative = 0.0
+    clip: NotNegative = 1.0
     init: str | dict | None = None
     share: bool = False

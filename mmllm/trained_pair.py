@@ -22,7 +22,8 @@ class TrainedPair:
     """
 
     def __init__(self, run: str, device: str = "cpu") -> None:
-        from mmllm.api import load, model_folder
+        from mmllm.api import load
+        from mmllm.model_folder import model_folder
         from mmllm.recipe import load as load_recipe
         from mmllm.train.objectives.contrastive import Contrastive
         from mmllm.train.run import build_objective
@@ -59,8 +60,8 @@ class TrainedPair:
 
 def is_run(name: str) -> bool:
     """Whether a name is a run folder or a model folder of ours, and not one of the library's."""
-    from mmllm.api import model_folder
     from mmllm.configuration import MMLLMConfig
+    from mmllm.model_folder import model_folder
 
     try:
         config = json.loads((model_folder(name) / "config.json").read_text(encoding="utf-8"))

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmllm.contract.errors import UserError
+from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.files import read_record
+from mmllm.device import check_device
 from mmllm.recipe import Recipe
 from mmllm.sections import Stage
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from mmllm.train.run import Options
+
+T = TypeVar("T")
 
 
 def training_arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, options: Options) -> Any:
     """The library's arguments for a stage."""
-    import torch
-    from accelerate import PartialState
     from transformers import TrainingArguments
 
-    processes = PartialState(cpu=options.device == "cpu").num_processes
-    micro, accumulation = micro_batch(name, stage, recipe, processes)
-    accelerated = options.device != "cpu" and torch.cuda.is_available()
+    micro, accumulation = micro_batch(name, stage, recipe, join(options).num_processes)
+    accelerated = _accelerated(options)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
@@ -35,9 +41,8 @@ def training_arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, op
         max_grad_norm=stage.clip,
         bf16=precision(options) == "bfloat16",
         fp16=precision(options) == "float16",
-        use_cpu=options.device == "cpu",
+        use_cpu=not accelerated,
         seed=options.seed,
-        data_seed=options.seed,
         dataloader_num_workers=options.jobs,
         dataloader_persistent_workers=options.jobs > 0,
         dataloader_pin_memory=accelerated,
@@ -46,7 +51,6 @@ def training_arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, op
         logging_first_step=True,
         logging_nan_inf_filter=False,
         save_steps=options.save_steps,
-        save_total_limit=2,
         report_to=options.report_to,
         deepspeed=deepspeed_config(options.deepspeed, stage),
         disable_tqdm=True,
@@ -60,32 +64,72 @@ def precision(options: Options) -> str:
     """The number format of the forward: the one asked for, else bfloat16 where an accelerator has it."""
     import torch
 
-    accelerated = options.device != "cpu" and torch.cuda.is_available()
-    return options.precision or ("bfloat16" if accelerated and torch.cuda.is_bf16_supported() else "float32")
+    bfloat16 = _accelerated(options) and torch.cuda.is_bf16_supported()
+    return options.precision or ("bfloat16" if bfloat16 else "float32")
 
 
-def whole_batches(samples: int, batch: int) -> int:
-    """How many samples an epoch has: whole global batches, so that its steps do not depend on the micro-batch."""
-    return max(samples // batch * batch, min(samples, batch))
+def _accelerated(options: Options) -> bool:
+    import torch
+
+    return options.device != "cpu" and torch.accelerator.is_available()
+
+
+def join(options: Options) -> PartialState:
+    """The processes of this run, joined: what torchrun has started would else train side by side in one folder.
+
+    Without an accelerator they join on the CPU.
+
+    Raises:
+        UserError: this machine does not have the device, or processes that were started together did not join.
+    """
+    from accelerate import PartialState
+
+    check_device(options.device)
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    hint = "torchrun --nproc-per-node N -m mmllm train ..., or unset WORLD_SIZE"
+    if started > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError("WORLD_SIZE", f"{started} processes are to train, and nothing says how they meet", hint=hint)
+    state = PartialState(cpu=not _accelerated(options))
+    if state.num_processes != started:
+        what = f"{started} processes were started together and {state.num_processes} joined"
+        raise UserError("WORLD_SIZE", what, hint=hint)
+    return state
+
+
+def from_main(state: PartialState, call: Callable[[], T]) -> T:
+    """What the main process's call returns or refuses, in all processes."""
+    from accelerate.utils import broadcast_object_list
+
+    found: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            found = [call(), None]
+        except UserError as error:
+            found = [None, error]
+    value, refused = broadcast_object_list(found)
+    if refused is not None:
+        raise refused
+    return value
 
 
 def deepspeed_config(name: str | None, stage: Stage) -> dict | str | None:
     """`zero1` or `zero2` as DeepSpeed's config, a JSON file as it is.
 
     Raises:
-        UserError: no such file, zero3, or a stage with an optimizer that cannot be sharded.
+        UserError: DeepSpeed is not installed, no such file, zero3, or an optimizer that cannot be sharded.
     """
     if name is None:
         return None
     if stage.optimizer == "muon":
         raise UserError(f"--deepspeed {name}", "Muon needs whole matrices", hint="stages.NAME.optimizer=adamw")
-    if name == "zero3":
+    given = _deepspeed_file(name)
+    if name == "zero3" or given.get("zero_optimization", {}).get("stage") == 3:
         # parameters are gathered part by part: processes whose media differ in kind or number would wait for ever
         what = "processes with unequal media do not run the same parts yet, and sharded parameters need that"
         raise UserError(f"--deepspeed {name}", what, hint="--deepspeed zero2")
-    if name not in ("zero1", "zero2"):
-        if not Path(name).is_file():
-            raise UserError(f"--deepspeed {name}", "no such file", expected="zero1, zero2 or a JSON file")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"--deepspeed {name}", "DeepSpeed is not installed", hint="pip install 'mmllm[deepspeed]'")
+    if given:
         return name
     return {
         "zero_optimization": {"stage": int(name[-1])},
@@ -95,6 +139,34 @@ def deepspeed_config(name: str | None, stage: Stage) -> dict | str | None:
         "train_micro_batch_size_per_gpu": "auto",
         "zero_allow_untested_optimizer": True,
     }
+
+
+def plan(name: str, stage: Stage, recipe: Recipe, options: Options, processes: int) -> tuple[int, int]:
+    """(samples of one forward, accumulation steps) of a stage, once all that it needs is there.
+
+    Raises:
+        UserError: the batch, the DeepSpeed config, a data file or what it starts from does not fit or is absent.
+    """
+    from mmllm.train.stage import data_files, starts
+
+    data_files(stage, recipe)
+    starts(name, stage, recipe)
+    deepspeed_config(options.deepspeed, stage)
+    return micro_batch(name, stage, recipe, processes)
+
+
+def _deepspeed_file(name: str) -> dict[str, Any]:
+    """What a JSON file of DeepSpeed says; nothing for a config of ours, by its name."""
+    if name in ("zero1", "zero2", "zero3"):
+        return {}
+    where = f"--deepspeed {name}"
+    if not Path(name).is_file():
+        hint = nearest(name, ["zero1", "zero2"])
+        raise UserError(where, "no such file", expected="zero1, zero2 or a JSON file", hint=hint)
+    given = read_record(Path(name))
+    if not isinstance(given.get("zero_optimization", {}), dict):
+        raise UserError(f"{where}: zero_optimization", "wrong type", expected="a map")
+    return given
 
 
 def micro_batch(name: str, stage: Stage, recipe: Recipe, processes: int) -> tuple[int, int]:

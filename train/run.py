@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmllm.contract.arguments import bind
 from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.files import held
 from mmllm.contract.parts import Objective
 from mmllm.contract.registry import find
 from mmllm.data.guard import GuardedReader
+from mmllm.device import check_device, choose_threads
 from mmllm.recipe import Recipe
 from mmllm.run_folder import RunFolder
 from mmllm.sections import Stage
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class Options:
 
     Attributes:
         seed: of weights, order and every draw.
-        jobs: loader processes.
+        jobs: loader processes. threads: of this process on the CPU; None = as many as there are free cores.
         device: "cpu" keeps off an accelerator; None takes what there is.
         precision: "float32", "bfloat16" or "float16"; None = bfloat16 where an accelerator has it.
         deepspeed: zero1, zero2 or a JSON file. report_to: tensorboard, wandb or none.
@@ -35,6 +42,7 @@ class Options:
 
     seed: int = 0
     jobs: int = 1
+    threads: int | None = None
     device: str | None = None
     precision: str | None = None
     deepspeed: str | None = None
@@ -69,86 +77,126 @@ def train(recipe: Recipe, out: str | Path, options: Options, stages: list[str] |
         UserError: something in the recipe, the data or the folder does not fit.
         Stopped: a signal came; the same command continues.
     """
+    from mmllm.train.machine import from_main, join
+
+    chosen, run = _chosen(recipe, stages), RunFolder(out)
+    state = join(options)
+    with _held(state, run.path):
+        from_main(state, lambda: run.check(recipe, options.seed))
+        from_main(state, run.recover_model)
+        todo = {name: stage for name, stage in chosen.items() if name not in run.status["stages"]}
+        if todo:
+            _train_stages(todo, recipe, run, options, state)
+    return run
+
+
+@contextmanager
+def _held(state: PartialState, folder: Path) -> Iterator[None]:
+    """Hold the run folder through the main process; all of them hear of it where another run has it."""
+    from mmllm.train.machine import from_main
+
+    with ExitStack() as stack:
+        from_main(state, lambda: stack.enter_context(held(folder)))
+        yield
+
+
+def _train_stages(
+    todo: dict[str, Stage], recipe: Recipe, run: RunFolder, options: Options, state: PartialState
+) -> None:
+    """Check all that can be checked, and only then write into the folder and train."""
     from transformers import set_seed
 
-    from mmllm.build import build_model, build_processor, set_stop_tokens
-    from mmllm.train.stage import check_names, data_files, starts
+    from mmllm.train.machine import from_main, plan
+    from mmllm.train.stage import check_names
 
-    chosen = _chosen(recipe, stages)
-    run = RunFolder(out)
-    processes = _processes(options)
-    with processes.main_process_first():
-        run.open(recipe, options.seed, write=processes.is_main_process)
-        if processes.is_main_process:
-            run.recover_model()
-    todo = {name: stage for name, stage in chosen.items() if name not in run.status["stages"]}
-    if not todo:
-        return run
-    for name, stage in todo.items():  # a file missing for the last stage is said before the first one runs
-        data_files(stage, recipe)
-        starts(name, stage, recipe)
-    if options.deepspeed and len(todo) > 1:
-        first, *others = todo
-        todo = {first: todo[first]}
-        if processes.is_main_process:
-            run.log_event(first, f"DeepSpeed serves one stage a process; the same command goes on with {others[0]}")
+    for name, stage in todo.items():  # what does not fit in the last stage is said before the first one runs
+        plan(name, stage, recipe, options, state.num_processes)
+    others = list(todo)[1:]
+    if options.deepspeed:
+        todo = dict(list(todo.items())[:1])
     set_seed(options.seed)
-    if run.model.is_dir() and run.status["stages"]:
-        from mmllm.api import load
-
-        model, processor = load(run.model)
-    else:
-        processor = build_processor(recipe)
-        model = build_model(recipe)
-        _check_vocabulary(model, processor, recipe)
-        set_stop_tokens(model, processor.tokenizer)
+    model, processor = _model(recipe, run)
     for name, stage in todo.items():  # and so is a name that the model has not
         check_names(model.model.front_end, stage, recipe.where(f"stages.{name}"))
+    threads = _use_threads(run, options, state)
+    from_main(state, lambda: run.begin(recipe, options.seed, threads))
+    if options.deepspeed and others and state.is_main_process:
+        run.log_event(*todo, f"DeepSpeed serves one stage a process; the same command goes on with {others[0]}")
     order = {name: index for index, name in enumerate(recipe.stages, start=1)}
     for name, stage in todo.items():
         start = time.perf_counter()
         try:
             _run_stage(name, order[name], stage, recipe, model, processor, run, options)
         finally:
-            if _processes(options).is_main_process:
+            if state.is_main_process:
                 run.add_seconds(name, time.perf_counter() - start)
-    return run
 
 
-def _processes(options: Options) -> Any:
-    """What accelerate knows of the processes of this run."""
-    from accelerate import PartialState
+def _model(recipe: Recipe, run: RunFolder) -> tuple[Any, Any]:
+    """The model and processor of the finished stages, or fresh ones.
 
-    return PartialState(cpu=options.device == "cpu")
+    Weights are float32 whatever they were saved in: what an optimizer adds to smaller numbers is lost in rounding.
+    """
+    from mmllm.api import load
+    from mmllm.build import build_model, build_processor, set_stop_tokens
+
+    if run.status["stages"]:
+        return load(run.model, dtype="float32")
+    processor = build_processor(recipe)
+    model = build_model(recipe)
+    _check_vocabulary(model, processor, recipe)
+    set_stop_tokens(model, processor.tokenizer)
+    return model, processor
 
 
-def check(recipe: Recipe, out: str | Path, options: Options, stages: list[str] | None = None) -> dict[str, Any]:
+def _use_threads(run: RunFolder, options: Options, state: PartialState) -> int | None:
+    """Set how many threads compute on the CPU, and say so; None on an accelerator, which leaves the CPU to others."""
+    import torch
+
+    if state.device.type != "cpu":
+        return None
+    threads, why = choose_threads(options.threads, run.threads)
+    torch.set_num_threads(threads)
+    if state.is_main_process and not options.quiet:
+        each = " per process" if state.num_processes > 1 else ""
+        print(f"{threads} thread{'s' * (threads > 1)}{each} ({why})", file=sys.stderr)
+    return threads
+
+
+def check(
+    recipe: Recipe, out: str | Path, options: Options, stages: list[str] | None = None, processes: int = 1
+) -> dict[str, Any]:
     """All that can be said before the first step: shapes, tokenizer, data, first samples, the batch; no weights.
+
+    Args:
+        processes: how many the run will have.
 
     Raises:
         UserError: something does not fit.
     """
-    from mmllm.build import build_processor, check_shapes
+    from mmllm.build import build_processor, check_shapes, llm_facts
     from mmllm.data.loading import MediaLoader
-    from mmllm.train.machine import micro_batch
-    from mmllm.train.stage import check_names, load_data, starts
+    from mmllm.train.machine import plan
+    from mmllm.train.stage import check_names, load_data
 
+    check_device(options.device)
     chosen = _chosen(recipe, stages)
     front = check_shapes(recipe)
     processor = build_processor(recipe)
     if options.reader is not None:
         processor.loader = MediaLoader(options.reader)
-    facts: dict[str, Any] = {"recipe": recipe.name, "out": str(out)}
+    RunFolder(out).check(recipe, options.seed)
+    facts: dict[str, Any] = {"recipe": recipe.name, "out": str(out), "llm": llm_facts(recipe, processor.tokenizer)}
     for name, stage in chosen.items():
         objective = build_objective(stage.objective, recipe.where(f"stages.{name}.objective"))
         check_names(front, stage, recipe.where(f"stages.{name}"))
-        starts(name, stage, recipe)
+        micro, accumulation = plan(name, stage, recipe, options, processes)
         data = load_data(stage, recipe)
-        micro, accumulation = micro_batch(name, stage, recipe, 1)
         batch = objective.prepare([data[0]], processor)
         length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs:g} epochs"
+        parts = f"{micro} x {accumulation}" + (f" x {processes} processes" if processes > 1 else "")
         first = f"first sample {batch['input_ids'].shape[1]} tokens, {len(batch['visual']['media'])} media"
-        facts[f"stage {name}"] = f"{len(data)} samples, {length} of {micro} x {accumulation}; {first}"
+        facts[f"stage {name}"] = f"{len(data)} samples, {length} of {parts}; {first}"
     return facts
 
 
@@ -177,6 +225,7 @@ def _check_vocabulary(model: Any, processor: Any, recipe: Recipe) -> None:
 def _run_stage(
     name: str, number: int, stage: Stage, recipe: Recipe, model: Any, processor: Any, run: RunFolder, options: Options
 ) -> None:
+    from mmllm.train.machine import join
     from mmllm.train.shared import SharedStage
     from mmllm.train.stage import freeze, start_from, starts
 
@@ -184,11 +233,12 @@ def _run_stage(
         start_from(model, part, folder, recipe.where(f"stages.{name}.init"))
     freeze(model, stage.trains, recipe.where(f"stages.{name}.trains"))
     shared = SharedStage(name, recipe, processor, options) if stage.share else None
-    state, stopped, main = None, None, _processes(options).is_main_process
+    processes = join(options)
+    state, stopped, main = None, None, processes.is_main_process
     alone = nullcontext()
     if shared is not None and not shared.kept():
         what = "waits for a run that trains an equal stage"
-        alone = shared.turn(_processes(options), lambda: run.log_event(name, what))
+        alone = shared.turn(processes, lambda: run.log_event(name, what))
     with alone:
         if shared is not None and shared.kept():
             shared.load(model)
@@ -202,7 +252,7 @@ def _run_stage(
     if main:
         run.save_model(model, processor, recipe, state)
         run.finish_stage(name, steps=stage.steps, epochs=stage.epochs)
-    _processes(options).wait_for_everyone()
+    processes.wait_for_everyone()
     if stopped is not None:  # it came in the last step: the stage is finished, the next ones wait
         raise Stopped(stopped, run.model)
 

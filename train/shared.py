@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,15 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.contract.errors import UserError
+from mmllm.contract.files import replacing
 from mmllm.recipe import Recipe
 from mmllm.sections import Stage
+from mmllm.train.checkpoints import naming
+from mmllm.train.machine import precision
+
+VERSION = 1
+"""Of what training computes: a higher one makes every shared stage anew. Raise it where weights come out otherwise."""
 
 
 class SharedStage:
     """The kept weights of a stage that trains the LLM alone.
 
-    The hash covers the LLM's config and source, the tokenizer, the seed, and data and settings of this stage and of
-    those before it; not the front end, which such stages never run.
+    The hash covers the LLM's config and source, the tokenizer, the seed, the number format, a version of the training,
+    and data and settings of this stage and of those before it; not the front end, which such stages never run.
     """
 
     def __init__(self, name: str, recipe: Recipe, processor: Any, options: Any) -> None:
@@ -37,6 +43,8 @@ class SharedStage:
             "template": processor.tokenizer.chat_template,
             "stages": [_stage_facts(stage, recipe) for stage in until],
             "seed": options.seed,
+            "precision": precision(options),
+            "version": VERSION,
         }
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.file = options.cache.expanduser() / "stages" / f"{key}.safetensors"
@@ -63,32 +71,42 @@ class SharedStage:
             lock.release()
 
     def kept(self) -> bool:
-        """Whether there are weights to take, the same answer in all processes."""
-        return _from_main(self.file.is_file())
+        """Whether there are weights to take, the same answer in all processes. A damaged file is removed, and said."""
+        return _from_main(self.file.is_file() and self._is_whole())
+
+    def _is_whole(self) -> bool:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.file, "pt") as file:
+                return bool(file.keys())
+        except (SafetensorError, OSError) as error:
+            print(f"warning: {self.file}: damaged ({error}); the stage is trained again", file=sys.stderr)
+            self.file.unlink(missing_ok=True)
+            return False
 
     def load(self, model: Any) -> None:
         """Put the kept weights into the model."""
         from safetensors.torch import load_file
 
-        state = load_file(self.file)
-        for prefix, module in _modules(model).items():
-            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            module.load_state_dict(own)
+        with naming(self.file, "delete this file, and the stage is trained again"):
+            state = load_file(self.file)
+            for prefix, module in _modules(model).items():
+                own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+                module.load_state_dict(own)
 
     def save(self, model: Any, whole: dict[str, Any]) -> None:
         """Keep the model's LLM out of its `whole` state; complete or absent."""
         from safetensors.torch import save_file
 
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         names = {id(module): name for name, module in model.named_modules()}
         state = {
             prefix + key: whole[f"{names[id(module)]}.{key}"].detach().cpu().contiguous().clone()
             for prefix, module in _modules(model).items()
             for key in module.state_dict()
         }
-        fresh = self.file.with_suffix(f".{os.getpid()}")
-        save_file(state, fresh)
-        fresh.replace(self.file)
+        with replacing(self.file) as fresh:
+            save_file(state, fresh)
 
 
 def _locked(lock: Any, seconds: float) -> bool:

@@ -18,10 +18,11 @@ from mmllm.recipe import Recipe
 from mmllm.run_folder import RunFolder
 from mmllm.sections import Stage
 from mmllm.train.caching import attach_caches, counted, since
-from mmllm.train.machine import precision, recompute, training_arguments, whole_batches
+from mmllm.train.checkpoints import check_checkpoint, last_checkpoint
+from mmllm.train.machine import join, precision, recompute, training_arguments
 from mmllm.train.progress import StageProgress, StopOnSignal
 from mmllm.train.run import Options, build_objective
-from mmllm.train.trainer import StageTrainer, last_checkpoint
+from mmllm.train.trainer import StageTrainer
 
 
 def freeze_names(front: FrontEnd, trains: tuple[str, ...], where: str) -> dict[str, list[nn.Module]]:
@@ -76,7 +77,7 @@ def starts(name: str, stage: Stage, recipe: Recipe) -> list[tuple[str | None, Pa
     Raises:
         UserError: a folder without a model.
     """
-    from mmllm.api import model_folder
+    from mmllm.model_folder import model_folder
 
     given = stage.init if isinstance(stage.init, dict) else {None: stage.init} if stage.init else {}
     found = []
@@ -192,12 +193,10 @@ def make_trainer(
     name: str, number: int, stage: Stage, recipe: Recipe, model: Any, processor: Any, run: RunFolder, options: Options
 ) -> tuple[StageTrainer, StopOnSignal, Path | None]:
     """The trainer of a stage, what stops it, and the checkpoint it continues from."""
-    from accelerate import PartialState
-
     objective = build_objective(stage.objective, recipe.where(f"stages.{name}.objective"))
-    data = load_data(stage, recipe)
+    data, processes = load_data(stage, recipe), join(options)
     folder = run.path / "stages" / f"{number}-{name}"
-    quiet = options.quiet or not PartialState(cpu=options.device == "cpu").is_main_process
+    quiet = options.quiet or not processes.is_main_process
     progress, stopper = StageProgress(run, name, stage.batch, quiet), StopOnSignal()
     attach_caches(model, processor, options.reader, options.caches(), f"{precision(options)} {options.deepspeed}")
     if any(True for _ in objective.parameters()):
@@ -206,17 +205,20 @@ def make_trainer(
     trainer = StageTrainer(
         model=model,
         args=training_arguments(name, stage, recipe, folder, options),
-        train_dataset=range(whole_batches(len(data), stage.batch)),
+        train_dataset=range(len(data)),
         data_collator=Preparer(data, objective, processor),
         processing_class=processor,
         callbacks=[progress, stopper],
         objective=objective,
+        batch=stage.batch,
         stage=name,
         muon_lr=stage.muon_lr if stage.optimizer == "muon" else None,
     )
     _drop_printer(trainer)
     progress.trainer = trainer
-    checkpoint = last_checkpoint(folder) if folder.is_dir() else None
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, processes.num_processes, options.deepspeed is not None)
     trainer.checkpoint = checkpoint
     return trainer, stopper, checkpoint
 

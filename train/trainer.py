@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,31 +11,38 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer
 
 from mmllm.contract.errors import UserError
+from mmllm.contract.files import write_json, writing
 from mmllm.contract.parts import Objective
 from mmllm.train.caching import LookUps
-
-COMPLETE = "complete"
-OBJECTIVE = "objective.safetensors"
-"""File of a checkpoint that holds the weights of an objective that has some."""
+from mmllm.train.checkpoints import LOSSES, OBJECTIVE, finish, losses_of, naming, start
+from mmllm.train.order import EpochOrder
 
 
 class StageTrainer(Trainer):
-    """`transformers.Trainer` with three things of ours: the objective, its denominators, complete checkpoints.
+    """`transformers.Trainer` with four things of ours: the objective, its denominators, the order, whole checkpoints.
 
     Args:
         objective: what the stage optimises; called inside the model's forward.
         stage: name of the stage, for messages.
+        batch: samples of one step over all processes: an epoch is whole batches.
         muon_lr: peak learning rate of Muon; None = AdamW alone.
     """
 
     def __init__(
-        self, *args: Any, objective: Objective, stage: str = "stage", muon_lr: float | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        objective: Objective,
+        batch: int,
+        stage: str = "stage",
+        muon_lr: float | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.objective, self.stage, self.muon_lr = objective, stage, muon_lr
+        self.objective, self.stage, self.batch, self.muon_lr = objective, stage, batch, muon_lr
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the count of all micro-batches itself
         self.data_seconds = 0.0
         self.looked_up = LookUps()
@@ -55,6 +61,23 @@ class StageTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices alone, as in Muon's groups: the library goes by names, and a part's vectors have any."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        """Another order in each epoch, which depends on the seed alone."""
+        return EpochOrder(len(train_dataset or self.train_dataset), self.batch, self.args.seed)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """An epoch, or what a checkpoint left of it; none where the checkpoint was the stage's last.
+
+        The library looks whether it is done after a step, so it would make one too many.
+        """
+        if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
+            loss, self._globalstep_last_logged = losses_of(Path(kwargs["resume_from_checkpoint"]), self.state)
+            self._tr_loss = torch.tensor(loss, device=self.args.device)
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -101,7 +124,9 @@ class StageTrainer(Trainer):
         names = inputs.pop("names", [])
         terms = model(**inputs, objective=self.objective)
         counts = num_items_in_batch or {}
-        loss = sum(term.weight * term.sum / counts.get(name, term.count) for name, term in terms.items())
+        # A term of nothing (no answer that counts, no pair) is 0, not 0 / 0.
+        totals = {name: max(1, counts.get(name, term.count)) for name, term in terms.items()}
+        loss = sum(term.weight * term.sum / totals[name] for name, term in terms.items())
         if not math.isfinite(loss.item()):
             raise UserError(
                 f"{self.stage} step {self.state.global_step + 1}, samples {', '.join(map(str, names))}",
@@ -123,11 +148,16 @@ class StageTrainer(Trainer):
             if value.requires_grad and not bool(value.isfinite().all()):
                 where = f"{self.stage} step {self.state.global_step}"
                 raise UserError(where, f"{name} is no longer finite; {self._kept()}", hint="a smaller lr")
-        (folder / COMPLETE).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            start(folder)
+        self.accelerator.wait_for_everyone()
+        with writing(folder):
+            super()._save_checkpoint(model, trial)
+        losses = {"loss": float(self.accelerator.reduce(self._tr_loss, "mean")), "since": self._globalstep_last_logged}
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (folder / COMPLETE).touch()
+            write_json(folder / LOSSES, losses)
+            finish(folder)
         self.checkpoint = folder
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -142,10 +172,19 @@ class StageTrainer(Trainer):
             self.processing_class.save_pretrained(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        own = Path(resume_from_checkpoint) / OBJECTIVE
-        if own.is_file():
-            self.objective.load_state_dict(load_file(own))
+        with naming(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            own = Path(resume_from_checkpoint) / OBJECTIVE
+            if own.is_file():
+                self.objective.load_state_dict(load_file(own))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with naming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with naming(checkpoint):
+            super()._load_rng_state(checkpoint)
 
 
 def split_objective(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -153,14 +192,3 @@ def split_objective(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     prefix = "objective."
     own = {key.removeprefix(prefix): value.contiguous() for key, value in state.items() if key.startswith(prefix)}
     return {key: value for key, value in state.items() if not key.startswith(prefix)}, own
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; half-written ones are removed."""
-    best: Path | None = None
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
-        if (path / COMPLETE).exists():
-            best = path
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-    return best

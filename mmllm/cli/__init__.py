@@ -7,8 +7,12 @@ import importlib
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from mmllm.contract.errors import UserError
+from mmllm.contract.files import disk_error
+from mmllm.contract.library import trusting_remote_code
+from mmllm.device import wait_without_spinning
 
 VERBS = {
     "recipe": "list, show and check recipes",
@@ -33,6 +37,14 @@ exit codes: 0 done, 1 a bug, 2 the input does not fit, 3 done with holes, 130 or
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what does not fit, and exit with 2."""
+        self.exit(2, f"error: {' '.join(message.removeprefix('argument ').split())}. Try: {self.prog} --help\n")
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a command line.
 
@@ -40,7 +52,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         SystemExit: it does not parse; says so on stderr.
     """
     verb = next((word for word in arguments if not word.startswith("-")), None)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mmllm",
         description="Build, train, evaluate and ask video and image LLMs.",
         epilog=EPILOG,
@@ -64,6 +76,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    wait_without_spinning()
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(options)
@@ -75,6 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:
+        found = disk_error(error) if isinstance(error, OSError) else None
+        if found is not None:
+            print(f"error: {found}", file=sys.stderr)
+            return 2
         return _crash(error, Path(getattr(options, "out", None) or "."))
 
 
@@ -83,7 +100,8 @@ def _run(options: argparse.Namespace) -> int:
 
     for plugin in getattr(options, "plugin", None) or []:
         load_plugin(plugin)
-    return options.run(options)
+    with trusting_remote_code(getattr(options, "trust_remote_code", False)):
+        return options.run(options)
 
 
 def _version() -> str:
@@ -96,10 +114,14 @@ def _crash(error: Exception, out: Path) -> int:
     from mmllm.contract.registry import plugins, raised_at
 
     text = traceback.format_exc()
-    folder = out if out.is_dir() else Path(".")
-    (folder / "crash.txt").write_text(text)
+    file = (out if out.is_dir() else Path(".")) / "crash.txt"
+    try:
+        file.write_text(text, encoding="utf-8")
+        where = f"in {file}"
+    except OSError as reason:  # no room for it, perhaps the very reason of the crash
+        where = f"here, since {file} cannot be written ({reason.strerror}):\n{text}"
     last = text.strip().splitlines()[-1]
     place = next(filter(None, (raised_at(error, plugin) for plugin in plugins())), None)
     whose = f"raised below {place}" if place else "this is a bug of mmllm"
-    print(f"error: {last}\n{whose}; the traceback is in {folder / 'crash.txt'}", file=sys.stderr)
+    print(f"error: {last}\n{whose}; the traceback is {where}", file=sys.stderr)
     return 1

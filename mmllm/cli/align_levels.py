@@ -11,8 +11,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmllm.cli.common import calm_libraries, common, pick_device
+from mmllm.cli.common import calm_libraries, common, flag
+from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
+from mmllm.device import pick_device
 
 if TYPE_CHECKING:
     from mmllm.data.conversations import Source
@@ -42,7 +44,9 @@ def configure(verbs: Any) -> None:
     scores.add_argument("--scores", type=Path, metavar="FILE", help="scores made elsewhere, a number a line")
     parser.add_argument("--levels", type=int, help="how many levels, of equal size (default 8)")
     parser.add_argument("--edges", type=Path, metavar="FILE", help="levels of other data instead: their edges.json")
-    parser.add_argument("--frames", type=int, default=8, help="frames of a video to score (default 8; a run: its own)")
+    parser.add_argument(
+        "--frames", type=flag(Count), default=8, help="frames of a video to score (default 8; a run: its own)"
+    )
     parser.add_argument("--root", type=Path, help="folder that media paths are relative to (default: the file's own)")
     common(parser, "--quiet", "--plugin", "--device")
     parser.set_defaults(run=run)

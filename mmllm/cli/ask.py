@@ -7,7 +7,9 @@ import sys
 import time
 from typing import Any
 
-from mmllm.cli.common import calm_libraries, common, media_reader, pick_device, print_json, reader_flags
+from mmllm.cli.common import calm_libraries, common, flag, media_reader, print_json, reader_flags
+from mmllm.contract.arguments import Count, Positive
+from mmllm.device import pick_device
 
 EPILOG = """\
 examples:
@@ -34,11 +36,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--video", action=Medium, metavar="FILE[#t=START,END]", help="a video (may repeat)")
     parser.add_argument("--image", action=Medium, metavar="FILE", help="an image (may repeat)")
     sampling = parser.add_mutually_exclusive_group()
-    sampling.add_argument("--frames", type=int, help="frames of each video (default: the model's own)")
-    sampling.add_argument("--fps", type=float, help="frames per second of each video, instead of --frames")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default 64)")
+    sampling.add_argument("--frames", type=flag(Count), help="frames of each video (default: the model's own)")
+    sampling.add_argument("--fps", type=flag(Positive), help="frames per second of each video, instead of --frames")
+    parser.add_argument("--max-new-tokens", type=flag(Count), default=64, help="longest answer (default 64)")
     reader_flags(parser)
-    common(parser, "--json", "--quiet", "--plugin", "--device", "--dtype")
+    common(parser, "--json", "--quiet", "--plugin", "--trust-remote-code", "--device", "--dtype")
     parser.set_defaults(run=run, media=None)
 
 

@@ -6,10 +6,24 @@ import argparse
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mmllm.contract.arguments import Number, Positive, Seed, parse
 from mmllm.contract.errors import UserError
+
+
+def flag(annotation: Any) -> Callable[[str], Any]:
+    """What argparse reads a flag's text with: the annotation, as for a recipe's arguments."""
+
+    def read(text: str) -> Any:
+        try:
+            return parse(text, annotation, "")
+        except UserError as error:
+            raise argparse.ArgumentTypeError(f"{error.what}, expected {error.expected}, got {text[:80]!r}") from None
+
+    return read
 
 
 def common(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -18,11 +32,12 @@ def common(parser: argparse.ArgumentParser, *names: str) -> None:
         "--json": {"action": "store_true", "help": "print one JSON object on stdout"},
         "--quiet": {"action": "store_true", "help": "no progress on stderr"},
         "--plugin": {"action": "append", "metavar": "FILE.py", "help": "a file that registers parts (may repeat)"},
-        "--jobs": {"type": int, "help": "worker processes"},
-        "--seed": {"type": int, "default": 0, "help": "seed of every draw (default 0)"},
+        "--jobs": {"type": flag(Number), "help": "worker processes"},
+        "--seed": {"type": flag(Seed), "default": 0, "help": "seed of every draw (default 0)"},
         "--device": {"help": "cpu, cuda, cuda:1, ... (default: what there is)"},
         "--dtype": {"choices": ["float32", "bfloat16", "float16"], "help": "number format"},
         "--cache-dir": {"type": Path, "help": "where shared work is kept (default ~/.cache/mmllm)"},
+        "--trust-remote-code": {"action": "store_true", "help": "run Python code beside a model or tokenizer"},
         "--dry-run": {"action": "store_true", "help": "check everything, load no weights, write nothing"},
     }
     for name in names:
@@ -32,7 +47,7 @@ def common(parser: argparse.ArgumentParser, *names: str) -> None:
 def reader_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the verbs that read media."""
     parser.add_argument("--backend", default="pyav", help="what decodes videos: pyav (default), decord, a plug-in's")
-    limit = {"type": float, "default": 60.0, "metavar": "SECONDS"}
+    limit = {"type": flag(Positive), "default": 60.0, "metavar": "SECONDS"}
     parser.add_argument("--time-limit", **limit, help="longest time that one file may take (default 60)")
 
 
@@ -122,12 +137,3 @@ def pairs(values: list[str] | None, flag: str) -> dict[str, str]:
             raise UserError(f"{flag} {value}", "not of the form NAME=VALUE")
         result[name] = rest
     return result
-
-
-def pick_device(name: str | None) -> str:
-    """The device asked for, or the accelerator there is, or the CPU."""
-    import torch
-
-    if name is not None:
-        return name
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"

@@ -11,7 +11,8 @@ from statistics import median
 from typing import Any
 
 from mmllm.cli import align_levels
-from mmllm.cli.common import cache_dir, common, print_json
+from mmllm.cli.common import cache_dir, common, flag, print_json
+from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
 
 EPILOG = """\
@@ -42,8 +43,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     check.add_argument("data", nargs="+", metavar="FILE", help="a data file, a folder of them, or a mix (.yaml)")
     check.add_argument("--root", type=Path, help="folder that media paths are relative to (default: the file's own)")
     check.add_argument("--out", type=Path, default=Path("check.json"), help="what was found (default check.json)")
-    check.add_argument("--frames", type=int, default=8, help="a clip with fewer frames is called short (default 8)")
-    check.add_argument("--limit", type=int, help="only the first records of each file")
+    check.add_argument(
+        "--frames", type=flag(Count), default=8, help="a clip with fewer frames is called short (default 8)"
+    )
+    check.add_argument("--limit", type=flag(Count), help="only the first records of each file")
     check.add_argument("--quick", action="store_true", help="read headers, decode nothing")
     common(check, "--json", "--quiet", "--plugin", "--jobs", "--cache-dir")
     check.set_defaults(run=run_check)
@@ -56,9 +59,6 @@ def run_check(options: argparse.Namespace) -> int:
     from mmllm.data.doctor import examine
     from mmllm.progress import Progress
 
-    for flag, value in (("--jobs", options.jobs), ("--limit", options.limit), ("--frames", options.frames)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} {value}", "too small", expected="a whole number >= 1")
     jobs = options.jobs or min(8, os.cpu_count() or 1)
     bar = Progress("records", 0, quiet=options.quiet)
 

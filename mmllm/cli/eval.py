@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mmllm.cli.common import calm_libraries, common, media_reader, pairs, pick_device, print_json, reader_flags
+from mmllm.cli.common import calm_libraries, common, flag, media_reader, pairs, print_json, reader_flags
+from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
+from mmllm.device import pick_device
 
 EPILOG = """\
 examples:
@@ -25,45 +27,53 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     parser.epilog = EPILOG
     parser.description = "Evaluate models on multiple-choice benchmarks, with chance, blind and single-frame floors."
-    parser.add_argument("action", nargs="?", choices=["check"], help="check: only look for the clips")
+    parser.add_argument("action", nargs="?", choices=["check"], help="check: only look at items and clips")
     parser.add_argument("--model", action="append", help="run folder or model folder (may repeat)")
     parser.add_argument("--tasks", default="mvbench,mlvu", help="benchmarks, separated by commas")
     parser.add_argument("--root", action="append", metavar="NAME=DIR", help="folder of a benchmark (may repeat)")
     parser.add_argument("--protocol", default="canonical", help="how questions are put and read (default canonical)")
     parser.add_argument("--missing", choices=["error", "skip"], default="error", help="what absent clips mean")
     parser.add_argument("--baselines", default="blind,single_frame", help="floors to measure, or none")
-    parser.add_argument("--limit", type=int, help="only the first items of each task")
-    parser.add_argument("--frames", type=int, help="frames of each video (default: the model's own)")
-    parser.add_argument("--batch", type=int, default=60, help="items a forward (default 60)")
+    parser.add_argument("--limit", type=flag(Count), help="only the first items of each task")
+    parser.add_argument("--frames", type=flag(Count), help="frames of each video (default: the model's own)")
+    parser.add_argument("--batch", type=flag(Count), default=60, help="items a forward (default 60)")
     parser.add_argument("--out", type=Path, help="where eval/ and report.* go (default: the run folder)")
     reader_flags(parser)
-    common(parser, "--json", "--quiet", "--plugin", "--device", "--dtype", "--dry-run")
+    common(parser, "--json", "--quiet", "--plugin", "--trust-remote-code", "--device", "--dtype", "--dry-run")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate, or check."""
-    names = [name for name in options.tasks.split(",") if name]
+    from mmllm.cli.eval_check import check
+    from mmllm.eval.benchmarks import BENCHMARKS
+
+    names = list(dict.fromkeys(name for name in options.tasks.split(",") if name))
+    if not names:
+        raise UserError("--tasks", "names no benchmark", expected=", ".join(BENCHMARKS))
     if options.action == "check":
-        return _check(names, pairs(options.root, "--root"), options.json)
+        return check(names, pairs(options.root, "--root"), options)
     if not options.model:
         raise UserError("--model", "missing", expected="a run folder or a model folder")
     if options.dry_run:
-        return _check(names, _roots(options.model[0], names, options.root), options.json)
+        return check(names, _roots(options.model[0], names, options.root), options)
     calm_libraries()
-    from mmllm.api import load, model_folder
+    from mmllm.api import load
     from mmllm.data.loading import MediaLoader
     from mmllm.eval.report import run_report
+    from mmllm.model_folder import model_folder
     from mmllm.run_folder import add_seconds, read_seconds
 
     results, holes = {}, False
+    labels = _labels(options.model)
+    roots_of = {path: _roots(path, names, options.root) for path in options.model}  # before anything is loaded
     for path in options.model:
-        roots = _roots(path, names, options.root)
+        roots = roots_of[path]
         model, processor = load(path, device=pick_device(options.device), dtype=options.dtype or "auto")
         processor.loader = MediaLoader(media_reader(options.backend, options.time_limit))
         out = options.out or _run_folder(model_folder(path))
         if options.out and len(options.model) > 1:
-            out = options.out / Path(path).name
+            out = options.out / labels[path]
         reports = {}
         for name in names:
             start = time.perf_counter()
@@ -71,8 +81,8 @@ def run(options: argparse.Namespace) -> int:
                 reports[name] = _evaluate(model, processor, name, Path(roots[name]), out / "eval", options)
             finally:
                 add_seconds(out, f"eval_{name}", time.perf_counter() - start)
-        results[path] = run_report(reports, read_seconds(out), out)
-        holes |= any(report.missing for report in reports.values())
+        results[path] = run_report(reports, read_seconds(out), out, options.limit)
+        holes |= any(report.missing or report.unreadable for report in reports.values())
         _print(path, reports, out, options)
     if options.json:
         print_json(results if len(results) > 1 else next(iter(results.values())))
@@ -111,20 +121,20 @@ def _evaluate(model: Any, processor: Any, name: str, root: Path, out: Path, opti
 
 
 def _print(path: str, reports: dict[str, Any], out: Path, options: argparse.Namespace) -> None:
-    from mmllm.eval.report import render, summary
+    from mmllm.eval.report import render, report_name, summary
 
     if options.json:
         return
     for report in reports.values():
         print(render(report), end="\n\n")
     for report in reports.values():
-        print(f"{path}: {summary(report)}   {out}/report.md", file=sys.stderr)
+        print(f"{path}: {summary(report)}   {out}/{report_name(options.limit)}.md", file=sys.stderr)
 
 
 def _roots(model: str, names: list[str], given: list[str] | None) -> dict[str, str]:
     """Folders of the benchmarks: from the flags, else from the recipe beside the model."""
-    from mmllm.api import model_folder
     from mmllm.eval.benchmarks import find_benchmark
+    from mmllm.model_folder import model_folder
     from mmllm.recipe import load as load_recipe
 
     roots = pairs(given, "--root")
@@ -141,26 +151,17 @@ def _run_folder(model: Path) -> Path:
     return model.parent if model.name == "model" else model
 
 
-def _check(names: list[str], roots: dict[str, str], as_json: bool) -> int:
-    """Which clips are there, task by task; exit code 2 where some are not."""
-    from mmllm.eval.benchmarks import find_benchmark
-    from mmllm.eval.selection import missing_by_task, select
+def _labels(models: list[str]) -> dict[str, str]:
+    """{model: a name for its folder}: the last parts of its path that tell it from the others.
 
-    table, absent = {}, 0
-    for name in names:
-        if name not in roots:
-            raise UserError(f"--tasks {name}", "where are its files?", hint=f"--root {name}=DIR")
-        chosen = select(find_benchmark(name).load(Path(roots[name])))
-        holes = missing_by_task(chosen)
-        tasks = {task: {"missing": gone, "items": total} for task, (gone, total) in holes.items()}
-        items = len(chosen.scored) + len(chosen.missing)
-        table[name] = {"items": items, "missing": len(chosen.missing), "tasks": tasks}
-        absent += len(chosen.missing)
-    if as_json:
-        print_json(table)
-    else:
-        for name, found in table.items():
-            print(f"{name}: {found['items'] - found['missing']}/{found['items']} items have their clip")
-            for task, row in found["tasks"].items():
-                print(f"  {task}: {row['items'] - row['missing']}/{row['items']}")
-    return 2 if absent else 0
+    Raises:
+        UserError: one is given twice.
+    """
+    parts = {model: Path(model).resolve().parts for model in models}
+    if len(set(parts.values())) < len(models):
+        raise UserError("--model", "given twice", got=", ".join(models))
+    for count in range(1, max(map(len, parts.values())) + 1):
+        labels = {model: "-".join(path[-count:]).strip("/") for model, path in parts.items()}
+        if len(set(labels.values())) == len(models):
+            break
+    return labels

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmllm.cli.common import cache_dir, calm_libraries, common, print_json
-from mmllm.contract.errors import UserError
+from mmllm.cli.common import cache_dir, calm_libraries, common, flag, print_json
+from mmllm.contract.arguments import Count
 
 if TYPE_CHECKING:
     from mmllm.lab.study import StudyFile
@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path, help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all arms")
     parser.add_argument("--out", type=Path, help="folder of the study (default runs/STUDY)")
-    parser.add_argument("--jobs", type=int, help="runs at a time (default one a GPU, or one)")
+    parser.add_argument("--jobs", type=flag(Count), help="runs at a time (default one a GPU, or one)")
     common(parser, "--json", "--quiet", "--device", "--cache-dir", "--dry-run")
     parser.set_defaults(run=run)
 
@@ -46,8 +46,6 @@ def run(options: argparse.Namespace) -> int:
     from mmllm.lab.study import StudyFile
     from mmllm.lab.table import results
 
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs}", "no run at a time", expected="1 or more")
     file = StudyFile(options.study, tuple(options.overrides))
     facts = file.facts()
     out = options.out or Path("runs") / options.study.stem

@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         verb = verbs.add_parser(name, help=summary)
         verb.add_argument("recipe", help="a shipped name or a YAML file")
         verb.add_argument("overrides", nargs="*", metavar="key=value")
-        common(verb, "--json", "--plugin")
+        common(verb, "--json", "--plugin", "--trust-remote-code")
         verb.set_defaults(run=run)
         if name == "show":
             verb.add_argument("--image", action="store_true", help="the walk of an image instead of a video")

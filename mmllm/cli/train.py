@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ from mmllm.cli.common import (
     cache_flags,
     calm_libraries,
     common,
+    flag,
     kept_kinds,
     media_reader,
     print_json,
     reader_flags,
 )
+from mmllm.contract.arguments import Count
 
 EPILOG = """\
 examples:
@@ -39,11 +42,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="run folder (default runs/RECIPE)")
     parser.add_argument("--stages", help="only these, separated by commas")
     parser.add_argument("--deepspeed", help="zero1, zero2 or a JSON file")
-    parser.add_argument("--report-to", default="none", help="tensorboard, wandb or none (default)")
-    parser.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints (default 200)")
+    parser.add_argument(
+        "--report-to", default="none", choices=["tensorboard", "wandb", "none"], help="where curves go, too"
+    )
+    parser.add_argument("--save-steps", type=flag(Count), default=200, help="steps between checkpoints (default 200)")
+    parser.add_argument("--threads", type=flag(Count), help="of each process on the CPU (default: the free cores)")
+    what = "with --dry-run: processes that the run will have (default: torchrun's WORLD_SIZE, or 1)"
+    parser.add_argument("--processes", type=flag(Count), metavar="N", help=what)
     cache_flags(parser)
     reader_flags(parser)
-    names = ("--json", "--quiet", "--plugin", "--jobs", "--seed", "--device", "--dtype", "--cache-dir", "--dry-run")
+    names = ("--json", "--quiet", "--plugin", "--trust-remote-code", "--jobs", "--seed", "--device", "--dtype")
+    names += ("--cache-dir", "--dry-run")
     common(parser, *names)
     parser.set_defaults(run=run)
 
@@ -52,15 +61,17 @@ def run(options: argparse.Namespace) -> int:
     """Train."""
     calm_libraries()
     from mmllm.recipe import load
+    from mmllm.train.machine import join
     from mmllm.train.run import Options, Stopped, check, train
 
     recipe = load(options.recipe, options.overrides)
-    stages = options.stages.split(",") if options.stages else None
+    stages = None if options.stages is None else options.stages.split(",")
     out = options.out or Path("runs") / Path(options.recipe).stem
     keep, keep_bytes = kept_kinds(options)
     settings = Options(
         seed=options.seed,
         jobs=1 if options.jobs is None else options.jobs,
+        threads=options.threads,
         device=options.device,
         precision=options.dtype,
         deepspeed=options.deepspeed,
@@ -73,7 +84,8 @@ def run(options: argparse.Namespace) -> int:
         quiet=options.quiet,
     )
     if options.dry_run:
-        facts = check(recipe, out, settings, stages)
+        processes = options.processes or int(os.environ.get("WORLD_SIZE") or 1)
+        facts = check(recipe, out, settings, stages, processes)
         print_json(facts) if options.json else print("\n".join(f"{key}: {value}" for key, value in facts.items()))
         return 0
     try:
@@ -81,9 +93,7 @@ def run(options: argparse.Namespace) -> int:
     except Stopped as stop:
         print(f"{stop}; the same command continues", file=sys.stderr)
         return 143 if stop.signal == signal.SIGTERM else 130
-    from accelerate import PartialState
-
-    if not PartialState().is_main_process:
+    if not join(settings).is_main_process:
         return 0
     if options.json:
         print_json({"out": str(out), "model": str(finished.model), **finished.status})

@@ -6,13 +6,52 @@ YAML reads `1e-5` as text and a command line knows only text, so the annotation 
 from __future__ import annotations
 
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
-from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.errors import UserError, nearest, shown
+
+
+@dataclass(frozen=True)
+class Within:
+    """Bounds of a number, as part of its annotation: `Annotated[int, Within(least=1)]`.
+
+    Attributes:
+        least, most: the smallest and the largest one that fits. above, below: the nearest ones that do not.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, number: float) -> bool:
+        return self.least <= number <= self.most and self.above < number < self.below
+
+    def __str__(self) -> str:
+        words = {">=": self.least, ">": self.above, "<=": self.most, "<": self.below}
+        return " and ".join(f"{sign} {bound:.12g}" for sign, bound in words.items() if math.isfinite(bound))
+
+
+Count = Annotated[int, Within(least=1)]
+Number = Annotated[int, Within(least=0)]
+Positive = Annotated[float, Within(above=0)]
+NotNegative = Annotated[float, Within(least=0)]
+Share = Annotated[float, Within(least=0, below=1)]
+Seed = Annotated[int, Within(least=0, most=2**32 - 1)]
+
+
+class OutOfRange(ValueError):
+    """A number of the right type that does not fit."""
+
+
+LARGEST = 2**63 - 1
+"""No whole number is larger, of whatever bounds: what counts with it would overflow."""
 
 
 @lru_cache(maxsize=1024)
@@ -22,7 +61,7 @@ def signature(target: Callable) -> dict[str, tuple[Any, Any]]:
     `inspect.Parameter.empty` stands for a missing default. Positional `self` and `site` are left out.
     """
     function = target.__init__ if inspect.isclass(target) else target
-    hints = typing.get_type_hints(function)
+    hints = typing.get_type_hints(function, include_extras=True)
     arguments = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name in ("self", "site") or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
@@ -41,6 +80,8 @@ def bind(target: Callable, values: dict[str, Any], where: str) -> dict[str, Any]
         UserError: an unknown key (with the nearest known one), a missing one, or a value of the wrong type.
     """
     known = signature(target)
+    if not isinstance(values, dict):
+        raise UserError(where, "wrong type", expected="a map", got=shown(values))
     where = where if where.endswith(":") else f"{where}."
     for name in values:
         if name not in known:
@@ -59,8 +100,9 @@ def parse(value: Any, annotation: Any, where: str) -> Any:
     """
     try:
         return _parse(value, annotation)
-    except (TypeError, ValueError):
-        raise UserError(where, "wrong type", expected=describe(annotation), got=repr(value)) from None
+    except (TypeError, ValueError, OverflowError) as error:
+        what = "out of range" if isinstance(error, OutOfRange | OverflowError) else "wrong type"
+        raise UserError(where, what, expected=describe(annotation), got=shown(value)) from None
 
 
 def describe(annotation: Any) -> str:
@@ -72,6 +114,8 @@ def describe(annotation: Any) -> str:
         return " or ".join(describe(option) for option in arguments)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
+    if origin is Annotated:
+        return " ".join([describe(arguments[0]), *map(str, arguments[1:])])
     if origin in (list, tuple):
         inner = [describe(option) for option in arguments if option is not Ellipsis]
         fixed = origin is tuple and Ellipsis not in arguments
@@ -87,6 +131,8 @@ def _parse(value: Any, annotation: Any) -> Any:
         return _parse_union(value, arguments)
     if origin is Literal:
         return _parse_literal(value, arguments)
+    if origin is Annotated:
+        return _parse_within(value, *arguments)
     if origin in (tuple, list):
         return _parse_list(value, origin, arguments)
     if annotation is dict or origin is dict:
@@ -101,12 +147,20 @@ def _parse_union(value: Any, options: tuple) -> Any:
         if type(value) is option and option is not str:
             return value
     ordered = sorted(options, key=lambda option: option is str)  # text last: everything on a command line is text
+    failures: list[Exception] = []
     for option in ordered:
         try:
             return _parse(value, option)
-        except (TypeError, ValueError):
-            continue
-    raise ValueError
+        except (TypeError, ValueError, OverflowError) as error:
+            failures.append(error)
+    raise next((error for error in failures if isinstance(error, OutOfRange | OverflowError)), ValueError())
+
+
+def _parse_within(value: Any, annotation: Any, *bounds: Within) -> Any:
+    number = _parse(value, annotation)
+    if not all(number in bound for bound in bounds):
+        raise OutOfRange
+    return number
 
 
 def _parse_literal(value: Any, options: tuple) -> Any:
@@ -144,10 +198,15 @@ def _parse_scalar(value: Any, annotation: type) -> Any:
     if annotation is int:
         if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
             raise ValueError
-        return int(value)
+        number = int(value)
+        if abs(number) > LARGEST:
+            raise OutOfRange
+        return number
     if annotation is float:
         if isinstance(value, bool):
             raise ValueError
+        if not math.isfinite(float(value)):
+            raise OutOfRange
         return float(value)
     if annotation is str:
         if not isinstance(value, str):

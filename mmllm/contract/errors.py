@@ -50,3 +50,12 @@ def nearest(name: str, known: list[str]) -> str:
 
     close = get_close_matches(str(name), known, n=3, cutoff=0.5)
     return " or ".join(close) if close else "one of " + ", ".join(sorted(known))
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value for an error: what it looks like, cut where it is long; some cannot even be printed."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of 5,000 digits, a list that holds itself
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}..."

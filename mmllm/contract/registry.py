@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.errors import UserError, nearest, shown
 
 PACKAGES = {
     "encoder": "mmllm.encoders",
@@ -46,7 +46,8 @@ def register(kind: str, name: str) -> Callable[[type], type]:
     def add(cls: type) -> type:
         known = _parts[kind].get(name)
         if known is not None and _source_digest(known) != _source_digest(cls):
-            raise UserError(f"{kind} {name}", f"the name is taken by {known.__module__}.{known.__qualname__}")
+            taken = f"{known.__module__}.{known.__qualname__} of {_file(known)}"
+            raise UserError(f"{kind} {name} of {_file(cls)}", f"the name is taken by {taken}", hint="another name")
         cls.kind, cls.registered_name = kind, name
         _parts[kind][name] = cls
         return cls
@@ -61,6 +62,8 @@ def find(kind: str, name: str, where: str = "") -> type:
         UserError: no part of that name; the text gives the nearest names.
     """
     known = parts(kind)
+    if not isinstance(name, str):
+        raise UserError(where or kind, "wrong type", expected=f"the name of a part ({kind})", got=shown(name))
     if name not in known:
         hint = nearest(name, list(known))
         if not _plugins:
@@ -116,6 +119,10 @@ def raised_at(error: BaseException, path: Path) -> str | None:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
     return f"{path}:{lines[-1]}" if lines else None
+
+
+def _file(cls: type) -> str:
+    return getattr(sys.modules.get(cls.__module__), "__file__", None) or cls.__module__
 
 
 def _source_digest(cls: type) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmllm.contract.errors import UserError
+from mmllm.contract.library import pretrained
 from mmllm.data.conversations import Sample
 from mmllm.data.media import MediaRef
 
@@ -91,10 +92,10 @@ class Pair:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
         try:
-            self.model = AutoModel.from_pretrained(name).eval().to(device)
+            self.model = pretrained(AutoModel, name).eval().to(device)
             self.processor, self.tokenizer = (
-                AutoImageProcessor.from_pretrained(name),
-                AutoTokenizer.from_pretrained(name),
+                pretrained(AutoImageProcessor, name),
+                pretrained(AutoTokenizer, name),
             )
         except (OSError, ValueError) as error:
             what = f"no such folder, and as a hub id it cannot be loaded ({error.__class__.__name__})"

@@ -20,7 +20,10 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError
+from mmllm.contract.files import read_record, write_json, write_text
+from mmllm.eval.report import report_name
 from mmllm.lab.study import StudyFile
 from mmllm.progress import Progress
 from mmllm.run_folder import RunFolder
@@ -127,11 +130,11 @@ class Lab:
 
     def result(self, run: Run) -> dict[str, Any] | None:
         """{benchmark: average, ...} of a finished run, else None."""
-        path = run.out / "report.json"
+        path = run.out / f"{report_name(self.file.study.limit)}.json"
         if not path.is_file():
             return None
         self._refuse_another(run)
-        benchmarks = json.loads(path.read_text())["benchmarks"]
+        benchmarks = read_record(path).get("benchmarks", {})
         return benchmarks if all(task in benchmarks for task in self.file.study.tasks) else None
 
     def _trained(self, run: Run) -> bool:
@@ -164,7 +167,7 @@ class Lab:
         from mmllm.recipe import differences
 
         path = run.out / "lab.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
+        known = read_record(path) if path.is_file() else {}
         if different := differences(known, self._facts(run)):
             keys = ", ".join(different[:5])
             raise UserError(run.out, f"holds a run of another study; these differ: {keys}", hint="--out NEW")
@@ -177,14 +180,13 @@ class Lab:
         try:
             if (run.out / "recipe.yaml").is_file():
                 self._refuse_another(run)
-            run.out.mkdir(parents=True, exist_ok=True)
-            (run.out / "lab.json").write_text(json.dumps(self._facts(run)))
+            write_json(run.out / "lab.json", self._facts(run))
             self._call(run, self._train(run), environment)
             if run.arm in self.file.arms:
                 self._call(run, self._evaluate(run), environment)
             elif command := self.file.then_of(run.arm, run.out):
                 self._call(run, command, environment)
-                (run.out / THEN).write_text(shlex.join(command) + "\n")
+                write_text(run.out / THEN, shlex.join(command) + "\n")
         finally:
             free.put(place)
         return run
@@ -259,9 +261,7 @@ def _places(device: str | None, jobs: int | None) -> list[dict[str, str]]:
 
 def samples_per_second(run: Path) -> float | None:
     """Training speed of a run's last stage, from its log and recipe; None where its log is too short."""
-    import yaml
-
-    stages = yaml.safe_load((run / "recipe.yaml").read_text())["stages"]
+    stages = read_yaml(run / "recipe.yaml")["stages"]
     name = [key for key, value in stages.items() if value is not None][-1]
     rows = []
     for line in (run / "log.jsonl").read_text().splitlines():

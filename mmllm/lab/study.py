@@ -11,13 +11,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
-from mmllm.contract.arguments import bind
+from mmllm.contract.arguments import Count, Seed, bind
+from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.registry import load_plugin
 from mmllm.eval.benchmarks import find_benchmark
 from mmllm.recipe import Recipe, load
+from mmllm.recipe_sections import check_name
 
 CLOSE = 0.05
 """Multiply-adds are equal if no arm has more than this share above the least."""
@@ -76,10 +76,10 @@ class Study:
     arms: dict
     first: dict = field(default_factory=dict)
     baseline: str | None = None
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = (0, 1, 2)
     equal: Literal["tokens", "flops"] | None = None
     tasks: tuple[str, ...] = ("mvbench",)
-    limit: int | None = None
+    limit: Count | None = None
     set: tuple[str, ...] = ()
     plugin: tuple[str, ...] | str = ()
     summary: str = ""
@@ -256,8 +256,7 @@ class StudyFile:
 
     def _entry(self, cls: type[Entry], section: str, name: str, value: Any) -> Entry:
         where = f"{self.path}:{section}.{name}"
-        if "/" in name or "." in name:
-            raise UserError(where, "a name is a word without a dot or a slash")
+        check_name(name, where)
         return cls(**bind(cls, {"recipe": value} if isinstance(value, str) else value, where))
 
     def _beside(self, name: str) -> str:
@@ -273,12 +272,9 @@ def _check_root(path: str, known: set[str], where: str) -> None:
 
 
 def _read(path: Path) -> Study:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(path, "no such study", expected="a YAML file with arms") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(path, f"not YAML: {error}") from error
+    if not path.is_file():
+        raise UserError(path, "no such study", expected="a YAML file with arms")
+    data = read_yaml(path)
     if not isinstance(data, dict) or not isinstance(data.get("arms"), dict) or not data["arms"]:
         raise UserError(f"{path}:arms", "missing", expected="{name: recipe}")
     study = Study(**bind(Study, data, f"{path}:"))

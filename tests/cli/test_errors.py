@@ -102,7 +102,7 @@ def test_processor_of_another_recipe(capsys, model, tmp_path, clip):
     [
         (["train", "nano/lava"], "Try: nano/llava"),
         (["train", "nano/llava", "stages.instruct.batches=3"], "stages.instruct.batches: unknown key. Try: batch"),
-        (["train", "nano/llava", "stages.instruct.steps=many"], "wrong type, expected int or null"),
+        (["train", "nano/llava", "stages.instruct.steps=many"], "wrong type, expected int >= 1 or null"),
         (["train", "nano/llava", "--dry-run", "roots.world=nowhere"], "mmllm world make"),
         (["train", "nano/llava", "--stages", "instrukt", "--dry-run"], "no such stage. Try: instruct"),
         (["recipe", "show", "nano/llava", "model.connector.mlp.depth=0"], "depth is at least 1"),
@@ -120,7 +120,10 @@ def test_commands(capsys, words, says):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ("{encoders: {nano: {type: null}}}", "model.encoders.nano.type: no encoder is called None"),
+        (
+            "{encoders: {nano: {type: null}}}",
+            "model.encoders.nano.type: wrong type, expected the name of a part (encoder), got None",
+        ),
         ("{connector: [mpl]}", "model.connector.mpl.type: no connector is called 'mpl'. Try: mlp"),
     ],
 )

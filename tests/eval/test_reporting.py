@@ -54,7 +54,7 @@ def test_files_of_a_benchmark(tmp_path: Path) -> None:
     assert (content["protocol"], content["protocol_hash"], content["headline"]) == ("canonical", "01234567", "micro")
     assert (content["average"], content["micro"], content["macro"], content["items"]) == (62.5, 62.5, 75.0, 40)
     assert set(content["tasks"]["one"]) == {
-        "score", "chance", "blind", "single_frame", "items", "total", "missing", "unparsed"
+        "score", "chance", "blind", "single_frame", "items", "total", "missing", "unparsed", "broken"
     }  # fmt: skip
     assert "| one | 50.0 | 25.0 | 20.0 | 30.0 | 30/33 | 2 | 4 |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "tasks.png").read_bytes()[:4] == b"\x89PNG"
@@ -63,7 +63,7 @@ def test_files_of_a_benchmark(tmp_path: Path) -> None:
 def test_report_of_a_run(tmp_path: Path) -> None:
     run_report({"mvbench": small(), "mlvu": small("macro")}, {"train": 3.5, "evaluate": 1.0}, tmp_path)
     content = json.loads((tmp_path / "report.json").read_text())
-    assert set(content) == {"benchmarks", "seconds"}
+    assert set(content) == {"benchmarks", "seconds", "limit", "folders"}
     assert content["seconds"] == {"train": 3.5, "evaluate": 1.0}
     assert set(content["benchmarks"]["mlvu"]) == {"average", "chance", "blind", "single_frame", "items", "tasks"}
     assert content["benchmarks"]["mlvu"]["average"] == 75.0

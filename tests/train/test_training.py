@@ -79,16 +79,6 @@ def test_resumed_is_uninterrupted(data, straight, tmp_path, monkeypatch):
         assert torch.equal(weights(tmp_path)[name], value), name
 
 
-def test_a_half_written_checkpoint_is_not_resumed_from(data, straight, tmp_path):
-    from mmllm.train.trainer import last_checkpoint
-
-    (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "checkpoint-2" / "complete").touch()
-    (tmp_path / "checkpoint-10").mkdir()
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    assert not (tmp_path / "checkpoint-10").exists()
-
-
 def test_a_finished_run_is_not_run_again(data, straight):
     before = (straight / "log.jsonl").read_text()
     train(recipe(data), straight, options())

@@ -1,0 +1,196 @@
+"""Files that are whole or absent, whatever stops the program, and folders that one command holds at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from mmllm.contract.errors import UserError
+
+LOCK = ".lock"
+"""File in a folder that the process which works there holds locked; it says who that is."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+
+
+def disk_error(error: OSError, where: object = None) -> UserError | None:
+    """What the system says of a file, for the user; None where it is not about a file that cannot be had or written.
+
+    Args:
+        where: what was written, where the error itself names no file.
+    """
+    hints = {
+        FULL: "free some space; the same command continues",
+        DENIED: "another folder, or its permissions",
+        NO_FOLDER: "another path",
+    }
+    for codes, hint in hints.items():
+        if error.errno in codes:
+            place = error.filename2 or error.filename or where or "a file"
+            return UserError(os.fsdecode(place), (error.strerror or str(error)).lower(), hint=hint)
+    return None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in words what keeps libraries from writing below `path`: they wrap the system's error each in their own way.
+
+    Raises:
+        UserError: the disk is full, or may not be written to.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        found = disk_error(error, path) if isinstance(error, OSError) else None
+        if found is None and _says_full(error):
+            found = disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), path)
+        if found is None:
+            raise
+        raise found from error
+
+
+def _says_full(error: BaseException) -> bool:
+    """Whether a library's error comes from a write that failed: safetensors and torch keep only its text."""
+    text = str(error)
+    texts = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter", "unexpected pos")
+    return any(part in text for part in texts)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to. It takes the place of `path` at the end, or goes where writing fails.
+
+    Raises:
+        UserError: the disk is full, or may not be written to.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+        try:
+            yield fresh
+            os.replace(fresh, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put a text file in place whole.
+
+    Raises:
+        UserError: the disk is full, or may not be written to.
+    """
+    with replacing(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Put a JSON file in place whole.
+
+    Raises:
+        UserError: see `write_text`.
+    """
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def append_lines(path: Path, lines: list[str]) -> None:
+    """Add lines to a text file, on a line of their own even where an earlier write was torn, and flush them.
+
+    Raises:
+        UserError: the disk is full, or may not be written to.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+                file.write(b"\n" if torn else b"")
+            file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object that this program wrote.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(path, "damaged, not JSON", hint="delete it, or take another --out") from error
+    if not isinstance(value, dict):
+        raise UserError(path, "damaged, not a map", hint="delete it, or take another --out")
+    return value
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder meanwhile. A process that dies holds nothing, nor do its children.
+
+    A folder that was made for this and is still empty goes again.
+
+    Raises:
+        UserError: another process holds it; says which. Or the folder cannot be made.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _locked(folder)
+    try:
+        file.truncate(0)
+        facts = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}
+        file.write(json.dumps({**facts, "command": shlex.join(sys.argv)[:500]}))
+        file.flush()
+    except OSError:  # a full disk: the lock itself needs no space
+        pass
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()
+        with contextlib.suppress(OSError):
+            file.close()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _locked(folder: Path) -> TextIO:
+    """The open lock file of a folder. POSIX locks: a fork, as loader workers are, does not inherit them."""
+    path = folder / LOCK
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            file.seek(0)
+            raise _in_use(folder, file.read()) from None
+        with contextlib.suppress(OSError):
+            if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                return file
+        file.close()  # its last holder has just taken it away
+
+
+def _in_use(folder: Path, said: str) -> UserError:
+    try:
+        who = json.loads(said)
+        by = f"process {who['process']} on {who['host']} since {who['since']}: {who['command']}"
+    except (ValueError, KeyError, TypeError):
+        by = "another process"
+    return UserError(folder, f"in use by {by}", hint="wait for it, or another --out")

@@ -1,0 +1,89 @@
+"""The one door to transformers' `from_pretrained`: code that lies in a folder or a repository is not run.
+
+A config may name a Python file beside it (`auto_map`), a chat prompt of the library then asks on stdout whether to run
+it, and an attention implementation may name a repository of compiled kernels. Both are refused here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from mmllm.contract.errors import UserError, shown
+
+T = TypeVar("T")
+
+ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+
+
+@contextlib.contextmanager
+def trusting_remote_code(trusted: bool = True) -> Iterator[None]:
+    """Within it, code beside a config is run: what `--trust-remote-code` says."""
+    token = _trusted.set(trusted)
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
+
+def pretrained(cls: type[T], name: str, **options: Any) -> T:
+    """`cls.from_pretrained(name, **options)`, of any class of the library: a config, tokenizer, processor or model.
+
+    Raises:
+        UserError: it needs code of its own, is damaged, or names an attention implementation that is not the library's.
+        OSError, ValueError: it is absent or not of this kind, as the library says it.
+    """
+    _check_attention_of(name, options)
+    try:
+        return cls.from_pretrained(name, trust_remote_code=_trusted.get(), **options)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            what, hint = (
+                "needs Python code of its own, which is not run",
+                "--trust-remote-code, if you trust its author",
+            )
+            raise UserError(name, what, hint=hint) from error
+        raise
+    except UserError:
+        raise
+    except Exception as error:  # damaged files end in errors of any type
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(name, f"damaged, or not what its files say ({type(error).__name__}: {reason})") from error
+
+
+def check_attention(values: Any, where: object) -> None:
+    """Refuse a config, or any part of one, that names an attention implementation of a repository.
+
+    Args:
+        values: the config as plain values. where: it stands, for the error.
+
+    Raises:
+        UserError: names the key and the known ones.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    todo = [(values, "")]
+    while todo:
+        here, path = todo.pop()
+        for key, value in here.items() if isinstance(here, dict) else ():
+            if key in ATTENTION_KEYS and value is not None and value not in known:
+                expected = ", ".join(sorted(known))
+                raise UserError(f"{where}:{path}{key}", "not of the library", expected=expected, got=shown(value))
+            todo.append((value, f"{path}{key}."))
+
+
+def _check_attention_of(name: str, options: dict[str, Any]) -> None:
+    from transformers import PreTrainedConfig
+
+    if "gguf_file" in options or "config" in options:
+        return
+    keep = {key: options[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in options}
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name, **keep)
+    except (OSError, ValueError):  # a tokenizer alone, or what from_pretrained will say better
+        return
+    check_attention(values, f"{name}/config.json")

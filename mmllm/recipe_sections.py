@@ -1,0 +1,152 @@
+"""The sections of a recipe as it is written: what may stand where, and the defaults that are written out."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from mmllm.contract.errors import UserError, nearest, shown
+
+MODEL_KEYS = ("media", "encoders", "text", "connector", "output", "place", "llm")
+TOP_KEYS = ("summary", "paper", "roots", "model", "stages", "eval")
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+INHERITED = ("config", "template", "tokenizer", "gguf")
+"""What belongs to the LLM that a recipe names: another name drops it."""
+
+
+def check_name(name: Any, where: str) -> str:
+    """A name of a stage, a part, an arm or a task: it becomes a part of paths and keys.
+
+    Raises:
+        UserError: anything but letters, digits, `_` and `-`.
+    """
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError(where, "not a name", expected="letters, digits, _ and -", got=shown(name))
+    return name
+
+
+def merge(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A recipe over its base: maps are merged, all else (lists too) is replaced, a key set to null is taken out.
+
+    Another LLM drops what belongs to the one of the base, as another type of part drops the arguments of the old one.
+    """
+    old, other = _llm(base), _llm(new)
+    if old and renamed(old, other):
+        kept = {key: value for key, value in old.items() if key not in INHERITED}
+        base = {**base, "model": {**base["model"], "llm": kept}}
+    return _merge(base, new)
+
+
+def _llm(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The section of the LLM as far as it is a map."""
+    model = recipe.get("model")
+    llm = model.get("llm") if isinstance(model, dict) else None
+    return llm if isinstance(llm, dict) else {}
+
+
+def renamed(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether one section of an LLM names another one than the other does; no name at all is no other one."""
+    return new.get("name") not in (None, "null", "none", old.get("name"))
+
+
+def _merge(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in new.items():
+        old = merged.get(key)
+        both = isinstance(value, dict) and isinstance(old, dict)
+        if both and value.get("type", old.get("type")) == old.get("type"):
+            merged[key] = _merge(old, value)
+        elif value is None and key in merged:
+            del merged[key]
+        else:
+            merged[key] = value
+    return merged
+
+
+def normalise(data: dict[str, Any], file: str) -> None:
+    """Check the sections and write defaults out: node names, inputs, the output. Changes `data`.
+
+    Raises:
+        UserError: an unknown key, a value of a wrong type, a node that reads nothing.
+    """
+    for key in data:
+        if key not in TOP_KEYS:
+            raise UserError(f"{file}:{key}", "unknown key", hint=nearest(key, list(TOP_KEYS)))
+    if data.get("model") is None:
+        raise UserError(f"{file}:model", "missing", expected="encoders, connector and llm")
+    _typed(data, {"model": dict, "roots": dict, "eval": dict, "stages": dict, "summary": str, "paper": str}, f"{file}:")
+    for section in ("roots", "eval"):
+        _typed(data.get(section) or {}, dict.fromkeys(data.get(section) or {}, str), f"{file}:{section}.")
+    for name in data.get("stages") or {}:
+        check_name(name, f"{file}:stages.{shown(name)}")
+    _typed(data.get("stages") or {}, dict.fromkeys(data.get("stages") or {}, dict), f"{file}:stages.")
+    _normalise_model(data["model"], f"{file}:model")
+
+
+def _normalise_model(model: dict[str, Any], where: str) -> None:
+    for key in model:
+        if key not in MODEL_KEYS:
+            raise UserError(f"{where}.{key}", "unknown key", hint=nearest(key, list(MODEL_KEYS)))
+    for key in ("encoders", "connector", "llm"):
+        if not model.get(key):
+            raise UserError(f"{where}.{key}", "missing")
+    if isinstance(model["llm"], str):
+        model["llm"] = {"name": model["llm"]}
+    if model.get("media") is None:
+        model["media"] = {"frames": 8}
+    kinds = {"media": dict, "encoders": dict, "text": dict, "llm": dict, "connector": list, "place": dict}
+    _typed(model, kinds, f"{where}.")
+    _typed(model["media"], {"tiles": dict}, f"{where}.media.")
+    for kind in ("encoders", "text"):
+        for name, section in (model.get(kind) or {}).items():
+            _typed_part(section, check_name(name, f"{where}.{kind}.{shown(name)}"), f"{where}.{kind}.{name}")
+    for name in model.get("text") or {}:
+        if name in model["encoders"]:
+            raise UserError(f"{where}.text.{name}", "an encoder has this name", hint="another name")
+    above: list[str] = []
+    nodes = [_node(node, list(model["encoders"]), above, f"{where}.connector") for node in model["connector"]]
+    model["connector"] = nodes
+    if model.get("output") is None:
+        model["output"] = above[-1]
+
+
+def _typed(section: dict[str, Any], kinds: dict[str, type], where: str) -> None:
+    """Refuse values of a wrong type; null stands for an absent one."""
+    words = {dict: "a map", list: "a list of parts", str: "a text"}
+    for key, kind in kinds.items():
+        value = section.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"{where}{key}", "wrong type", expected=words[kind], got=shown(value))
+
+
+def _typed_part(section: Any, name: str, where: str) -> None:
+    if not isinstance(section, dict) or "type" not in section:
+        raise UserError(where, "without a type", expected=f"{name}: {{type: ..., arguments}}", got=shown(section))
+    _typed(section, {"type": str}, f"{where}.")
+
+
+def _node(node: Any, encoders: list[str], above: list[str], where: str) -> dict[str, Any]:
+    """A node of the connector list with its name and what it reads; its name joins those `above`."""
+    node = {"type": node} if isinstance(node, str) else node
+    if not isinstance(node, dict):
+        raise UserError(where, "a node is a map or a name", got=shown(node))
+    if "type" not in node:
+        raise UserError(where, "a node without a type", got=shown(node))
+    _typed(node, {"type": str, "prompt": str}, f"{where}.")
+    name = check_name(node.get("name", node["type"]), f"{where}.{shown(node.get('name', node['type']))}")
+    if name in above or name in encoders:
+        raise UserError(f"{where}.{name}", "two nodes of this name", hint="name: another")
+    inputs = node.get("in")
+    if inputs is None:
+        if not above and len(encoders) > 1:
+            raise UserError(f"{where}.{name}.in", "which encoder does it read?", hint="in: " + " or ".join(encoders))
+        inputs = above[-1] if above else encoders[0]
+    inputs = [inputs] if isinstance(inputs, str) else inputs
+    if not isinstance(inputs, list) or not inputs or not all(isinstance(source, str) for source in inputs):
+        raise UserError(f"{where}.{name}.in", "wrong type", expected="a name or a list of names", got=shown(inputs))
+    for source in inputs:
+        if source not in above and source not in encoders:
+            hint = nearest(source, [*above, *encoders])
+            raise UserError(f"{where}.{name}.in", f"nothing above is called {source!r}", hint=hint)
+    above.append(name)
+    return {**node, "name": name, "in": inputs}

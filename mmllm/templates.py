@@ -1,0 +1,114 @@
+"""Chat templates: Jinja that came with a tokenizer or a recipe, rendered in the library's sandbox with a time limit."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from types import FrameType
+from typing import Any
+
+from mmllm.contract.errors import UserError, nearest
+
+SECONDS = 10.0
+"""Longest time that a conversation may take to render: a template may loop for ever."""
+GIVEN = ("messages", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token", "tools", "documents")
+"""Variables of templates that the library itself gives."""
+HINT = "model.llm.template, a Jinja text"
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """A tokenizer's chat template, or another one; a cache key: those that render alike are equal.
+
+    Attributes:
+        tokenizer: whose special tokens it writes. text: in place of the tokenizer's own. variables: name and value.
+
+    Raises:
+        UserError: there is no template, or it reads no variable of such a name.
+    """
+
+    tokenizer: Any
+    text: str | None = None
+    variables: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        own = self.text or self.tokenizer.chat_template
+        if own is None:
+            raise UserError("tokenizer", "it has no chat template", hint=HINT)
+        known = variables_of(own) if isinstance(own, str) and self.variables else ()
+        for name, _ in self.variables:
+            if name not in known:
+                hint = nearest(name, [*known, "frames", "fps"])
+                raise UserError(
+                    f"apply_chat_template: {name}", "neither the template nor the processor reads it", hint=hint
+                )
+
+    @property
+    def _key(self) -> str:
+        own, tokens = self.text or self.tokenizer.chat_template, (self.tokenizer.bos_token, self.tokenizer.eos_token)
+        return repr((own, tokens, self.variables))
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Template) and self._key == other._key
+
+    def __call__(self, messages: list[dict[str, str]], prompt: bool) -> str:
+        """The text of messages whose contents are texts.
+
+        Raises:
+            UserError: the template is broken, or takes too long.
+        """
+        options = {"tokenize": False, "add_generation_prompt": prompt, "chat_template": self.text}
+        try:
+            with _deadline(SECONDS):
+                return self.tokenizer.apply_chat_template(messages, **options, **dict(self.variables))
+        except _TooLong:
+            raise UserError("chat template", "is still not rendered", expected=f"{SECONDS:g} s", hint=HINT) from None
+        except Exception as error:  # a template is a program; what goes wrong in it has any type
+            reason = " ".join(str(error).split())[:200]
+            raise UserError("chat template", f"broken ({type(error).__name__}: {reason})", hint=HINT) from error
+
+
+@lru_cache(maxsize=64)
+def variables_of(template: str) -> tuple[str, ...]:
+    """Names that a template reads and that the library does not give; none of a broken one."""
+    from jinja2 import TemplateError, meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    # with the library's own blocks and loop controls, as it compiles templates
+    environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        text = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        found = meta.find_undeclared_variables(environment.parse(text))
+    except TemplateError:
+        return ()
+    return tuple(sorted(found - set(GIVEN)))
+
+
+class _TooLong(Exception):
+    """The time is over."""
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Interrupt what takes longer. Only the main thread can be interrupted, in others there is no limit."""
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

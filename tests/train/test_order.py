@@ -1,0 +1,39 @@
+"""The order of samples: whole batches, every sample trains in the end, nothing depends on how a batch is cut."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmllm.train.order import EpochOrder
+
+
+def epochs(samples: int, batch: int, count: int, seed: int = 0) -> list[list[int]]:
+    order = EpochOrder(samples, batch, seed)
+    found = []
+    for epoch in range(count):
+        order.set_epoch(epoch)
+        found.append(list(order))
+    return found
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(12, 4), (13, 4), (15, 4), (3, 4), (7, 7)])
+def test_an_epoch_is_whole_batches_without_a_sample_twice(samples, batch):
+    order = EpochOrder(samples, batch, seed=3)
+    numbers = list(order)
+    assert len(numbers) == len(order) == (samples // batch * batch or samples)
+    assert len(set(numbers)) == len(numbers)
+    assert set(numbers) <= set(range(samples))
+
+
+def test_every_sample_trains_though_each_epoch_leaves_some_out():
+    seen = epochs(samples=15, batch=4, count=20)
+    assert set().union(*seen) == set(range(15))
+    left_out = [set(range(15)) - set(epoch) for epoch in seen]
+    assert len({frozenset(rest) for rest in left_out}) > 10
+
+
+def test_epochs_differ_and_repeat_with_the_seed():
+    one, again, other = epochs(15, 4, 3), epochs(15, 4, 3), epochs(15, 4, 3, seed=1)
+    assert one == again
+    assert one[0] != one[1] != one[2]
+    assert one[0] != other[0]

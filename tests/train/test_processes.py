@@ -1,0 +1,162 @@
+"""Who trains together, on what, with how many threads; and that a folder has one run at a time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import options, recipe
+
+from mmllm.contract.errors import UserError
+from mmllm.contract.files import held
+from mmllm.device import check_device, choose_threads
+from mmllm.train.machine import deepspeed_config, join
+from mmllm.train.run import check, train
+
+JOINED = """
+from mmllm.train.machine import from_main, join
+from mmllm.train.run import Options
+from mmllm.contract.errors import UserError
+state = join(Options())
+def refuse():
+    raise UserError("folder", "in use")
+try:
+    from_main(state, refuse)
+except UserError as error:
+    print(state.num_processes, state.device.type, from_main(state, lambda: 7), error, flush=True)
+"""
+
+
+def test_processes_without_an_accelerator_join_on_the_cpu_and_hear_what_the_main_one_hears(tmp_path):
+    (tmp_path / "joined.py").write_text(JOINED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(tmp_path / "joined.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout.splitlines() == ["2 cpu 7 folder: in use"] * 2, done.stderr[-2000:]
+
+
+def test_processes_that_did_not_join_are_refused(data, tmp_path, monkeypatch):
+    join(options())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes are to train, and nothing says how they meet"):
+        join(options())
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with pytest.raises(UserError, match="2 processes were started together and 1 joined"):
+        join(options())
+    with pytest.raises(UserError, match="WORLD_SIZE"):
+        train(recipe(data), tmp_path / "run", options())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
+def test_a_device_that_is_not_there_is_refused_not_replaced(data, tmp_path):
+    for name in ("cuda", "cuda:0", "mps"):
+        with pytest.raises(UserError, match=f"--device {name}: this machine has no accelerator"):
+            check_device(name)
+    with pytest.raises(UserError, match="this machine has no accelerator"):
+        train(recipe(data), tmp_path / "run", options(device="cuda"))
+
+
+def test_a_device_that_is_none_is_refused():
+    with pytest.raises(UserError, match="--device gpu: not a device"):
+        check_device("gpu")
+    check_device("cpu")
+    check_device(None)
+
+
+def test_the_dry_run_knows_the_number_of_processes(data, tmp_path):
+    facts = check(recipe(data, batch=12), tmp_path, options(), processes=4)
+    assert "3 x 1 x 4 processes" in facts["stage instruct"]
+    with pytest.raises(UserError, match=r"stages\.instruct\.batch: 12 samples over 8 processes"):
+        check(recipe(data, batch=12), tmp_path, options(), processes=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zer02", "no such file.*Try: zero2 or zero1"),
+        ("zero3", "unequal media.*Try: --deepspeed zero2"),
+        ("three.json", "unequal media"),
+        ("list.json", "not a map"),
+        ("broken.json", "not JSON"),
+    ],
+)
+def test_the_dry_run_knows_the_deepspeed_config(data, tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    Path("three.json").write_text('{"zero_optimization": {"stage": 3}}')
+    Path("list.json").write_text("[1]")
+    Path("broken.json").write_text('{"zero')
+    with pytest.raises(UserError, match=message):
+        check(recipe(data), tmp_path / "run", options(deepspeed=name))
+    with pytest.raises(UserError, match=message):
+        deepspeed_config(name, recipe(data).stages["instruct"])
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mmllm.contract.files import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds a folder, with a child as loader workers are."""
+    script = HOLD.replace("    time.sleep(60)", "    import os\n    os.fork()\n    time.sleep(60)")
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    os.killpg(process.pid, 9)
+    process.wait()
+
+
+def test_a_second_run_in_a_folder_is_refused_and_says_who_holds_it(data, tmp_path, holder):
+    with pytest.raises(UserError, match=rf"run: in use by process {holder.pid} on .* since 2.*Try: wait for it"):
+        train(recipe(data), tmp_path / "run", options())
+
+
+def test_a_dead_process_holds_nothing_though_its_children_live(tmp_path, holder):
+    os.kill(holder.pid, 9)
+    holder.wait()
+    with held(tmp_path / "run"):
+        pass
+
+
+def test_a_lock_leaves_nothing_behind(tmp_path):
+    with held(tmp_path / "new"):
+        assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").touch()
+    with held(tmp_path / "old"):
+        pass
+    assert [path.name for path in (tmp_path / "old").iterdir()] == ["file"]
+
+
+def test_threads_are_those_asked_for_else_those_of_the_run_else_the_free_ones(monkeypatch):
+    from mmllm import device
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert choose_threads(3, before=2) == (3, "--threads")
+    assert choose_threads(None, before=2) == (2, "as this run began")
+    monkeypatch.setattr(device, "_cores", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(device, "_busy", lambda cores: 2.9)
+    assert choose_threads(None) == (1, "1.1 of 4 cores are free")
+    monkeypatch.setattr(device, "_busy", lambda cores: 0.1)
+    assert choose_threads(None)[0] == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert choose_threads(None, before=1) == (4, "OMP_NUM_THREADS")

@@ -1,0 +1,114 @@
+"""Checkpoints of a stage: whole or not used, deleted only where this program wrote them, refused by name if damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import TrainerState
+
+from mmllm.contract.errors import UserError
+from mmllm.contract.files import read_record, writing
+from mmllm.run_folder import COMPLETE
+
+OURS = "written_by_mmllm"
+"""File that is the first in a checkpoint: a folder without it is never deleted."""
+OBJECTIVE = "objective.safetensors"
+"""File that holds the weights of an objective that has some."""
+LOSSES = "losses.json"
+"""File that holds the losses since the last line of the log, so that the next line averages all of them."""
+KEPT = 2
+"""How many checkpoints of a stage stay."""
+HINT = "delete this checkpoint, and the one before it is used"
+
+
+def start(folder: Path) -> None:
+    """Mark a folder as ours and as not complete, before anything is written into it.
+
+    Raises:
+        UserError: the folder is there and is not ours, or cannot be made.
+    """
+    if folder.is_dir() and not _is_ours(folder):
+        raise UserError(folder, "is there, and no checkpoint of this run", hint="move it away")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / OURS).touch()
+        (folder / COMPLETE).unlink(missing_ok=True)
+
+
+def finish(folder: Path) -> None:
+    """Mark a checkpoint as complete, and let the oldest go."""
+    with writing(folder):
+        (folder / COMPLETE).touch()
+    for path in checkpoints(folder.parent)[:-KEPT]:
+        (path / COMPLETE).unlink()  # a kill meanwhile leaves no half checkpoint that looks whole
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a stage, oldest first."""
+    return [path for path in _folders(folder) if (path / COMPLETE).is_file()]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a stage; half-written ones of ours are removed."""
+    for path in _folders(folder):
+        if _is_ours(path) and not (path / COMPLETE).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+    return next(reversed(checkpoints(folder)), None)
+
+
+def _folders(folder: Path) -> list[Path]:
+    numbered = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    return sorted((path for path, step in numbered.items() if step.isdecimal()), key=lambda path: int(numbered[path]))
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / OURS).is_file() or (folder / COMPLETE).is_file()
+
+
+def check_checkpoint(folder: Path, processes: int, sharded: bool) -> None:
+    """See that a checkpoint has all that continuing needs: the library goes on without a word where state is absent.
+
+    Args:
+        processes: how many go on; each has a generator of its own. sharded: whether DeepSpeed keeps the optimizer.
+
+    Raises:
+        UserError: names what is absent, or with how many processes it was written.
+    """
+    generators = ["rng_state.pth"] if processes == 1 else [f"rng_state_{index}.pth" for index in range(processes)]
+    written = len(list(folder.glob("rng_state*.pth")))
+    if written and written != processes:
+        what, hint = f"written by {written} processes, now {processes}", f"{written} processes, or another --out"
+        raise UserError(folder, what, hint=hint)
+    needed = ["trainer_state.json", *generators, *(["latest"] if sharded else ["optimizer.pt", "scheduler.pt"])]
+    for name in needed:
+        if not (folder / name).is_file():
+            raise UserError(folder / name, "absent, so that training cannot go on as it was", hint=HINT)
+
+
+def losses_of(folder: Path, state: TrainerState) -> tuple[float, int]:
+    """(sum of the losses that no line of the log has yet, step of the last line) of a checkpoint."""
+    path = folder / LOSSES
+    if not path.is_file():  # a checkpoint of a version that did not keep them
+        return 0.0, state.global_step
+    kept = read_record(path)
+    return kept["loss"], kept["since"]
+
+
+@contextlib.contextmanager
+def naming(folder: str | Path | None, hint: str = HINT) -> Iterator[None]:
+    """Name the checkpoint in what the libraries say of a damaged file.
+
+    Raises:
+        UserError: something in it cannot be read.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(folder, f"damaged ({type(error).__name__}: {reason})", hint=hint) from error
