@@ -1,11 +1,14 @@
 """mmllm: build, train, evaluate and compare video and image LLMs out of interchangeable parts.
 
-Everything is imported when it is first asked for, so `import mmllm` costs nothing.
+Everything is imported when it is first asked for, so `import mmllm` costs nothing; the Auto classes of transformers
+know our models all the same.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from mmllm.registration import register_auto_classes
 
 __version__ = "0.1.0"
 
@@ -13,6 +16,7 @@ _HOMES = {
     "load": "mmllm.api",
     "generate": "mmllm.api",
     "evaluate": "mmllm.api",
+    "pipeline": "mmllm.api",
     "Video": "mmllm.api",
     "Image": "mmllm.api",
     "MMLLMConfig": "mmllm.configuration",
@@ -34,3 +38,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_auto_classes()

@@ -171,6 +171,22 @@ def _medium(given: Video | Image | str | os.PathLike) -> Video | Image:
     return Video(ref.path, ref.start, ref.end)
 
 
+def pipeline(path: str | Path, **options: Any) -> Any:
+    """transformers' image-text-to-text pipeline of a run folder or a model folder.
+
+    Args:
+        options: of the library's `pipeline` (`device`, `batch_size`, `dtype`, ...).
+
+    Raises:
+        UserError: no model there, or a damaged one.
+    """
+    import transformers
+
+    model, processor = load(path, dtype=options.pop("dtype", "auto"))
+    options = {"model": model, "processor": processor, "tokenizer": processor.tokenizer, **options}
+    return transformers.pipeline("image-text-to-text", **options)
+
+
 def stream_answer(model: Any, processor: Any, batch: Any, **options: Any) -> Iterator[str]:
     """The answer to one prepared conversation, piece by piece as it is generated; greedy unless `options` say else."""
     options = {"do_sample": False, **options}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BatchFeature
 
 from mmllm.contract.types import Geometry, MediaSpec
@@ -81,6 +81,36 @@ def move(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(move(item, device) for item in value)
     return value
+
+
+def joined(parts: list[dict[str, Any]], attention_mask: Tensor | None) -> dict[str, Any]:
+    """The `visual` dicts of single rows as that of their batch, as the library's pipeline collates the rest.
+
+    Args:
+        attention_mask: [B, L] of the batch; what it leaves out before a row's first token moves the row's spans. None =
+            no row is padded.
+    """
+    offsets = [0] * len(parts) if attention_mask is None else attention_mask.long().argmax(dim=1).tolist()
+    media, pairs, spans, prompts = [], [], [], 0
+    for row, (part, offset) in enumerate(zip(parts, offsets, strict=True)):
+        moved = part["spans"] + part["spans"].new_tensor([row, offset, len(pairs), 0])
+        spans.append(moved)
+        pairs += [(clip + len(media), -1 if prompt < 0 else prompt + prompts) for clip, prompt in part["pairs"]]
+        media += part["media"]
+        prompts += len(next(iter(part["prompts"].values()))["ids"]) if "prompts" in part else 0
+    whole = {"media": media, "pairs": pairs, "spans": torch.cat(spans)}
+    asked = [part["prompts"] for part in parts if "prompts" in part]
+    return whole | ({"prompts": {name: _stacked([part[name] for part in asked]) for name in asked[0]}} if asked else {})
+
+
+def _stacked(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows of prompts, padded behind to the longest as all text sources pad."""
+    length = max(part["ids"].shape[1] for part in parts)
+
+    def padded(value: Tensor) -> Tensor:
+        return nn.functional.pad(value, (0, length - value.shape[1])) if value.ndim == 2 else value
+
+    return {key: torch.cat([padded(part[key]) for part in parts]) for key in parts[0]}
 
 
 class Visual:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mmllm.batch import move
+from mmllm.batch import joined, move
 from mmllm.configuration import MMLLMConfig
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part
@@ -249,6 +249,8 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Beams repeat rows; the media stay as they are and the spans of a row are copied to its repeats."""
         visual = model_kwargs.pop("visual", None)
+        if isinstance(visual, list):  # the library's pipeline collates what it knows, and lists the rest
+            visual = joined(visual, model_kwargs.get("attention_mask"))
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **model_kwargs
         )

@@ -51,6 +51,7 @@ class MMLLMProcessor(ProcessorMixin):
         self.placeholder_ids = {tokenizer.convert_tokens_to_ids(token) for token in PLACEHOLDERS.values()}
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"  # answers are generated behind a prompt; batches for training say "right"
         # Expanded positions hold an id that every LLM has a row for; the row itself is never used there.
         self.filler_id = tokenizer.pad_token_id
 
