@@ -41,10 +41,14 @@ def text_config(recipe: Recipe) -> Any:
     check_attention(values, where)
     try:
         return copy.deepcopy(_causal_config(kind, json.dumps(values)))
-    except LookupError:
+    except NotCausal:
         raise UserError(f"{where}.model_type", "not a causal LM", expected=expected, got=kind) from None
     except Exception as error:  # the library checks a config's values in its own ways, with errors of many types
         raise UserError(where, f"not a {kind}: {' '.join(str(error).split())[:200]}") from error
+
+
+class NotCausal(Exception):
+    """The library has no causal LM of a kind."""
 
 
 @lru_cache(maxsize=8)
@@ -55,16 +59,18 @@ def _causal_config(kind: str, values: str) -> Any:
         values: the config's values as JSON, so that equal ones are checked once.
 
     Raises:
-        LookupError: no causal LM is of this kind.
+        NotCausal: no causal LM is of this kind.
         Exception: of any type, where sizes do not divide or multiply.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise LookupError(kind)
+        raise NotCausal(kind)
     config = AutoConfig.for_model(kind, **json.loads(values))
-    with torch.device("meta"):
-        AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"), torch.no_grad():
+        body = AutoModelForCausalLM.from_config(config).base_model
+        rows, mask = torch.zeros(1, 2, config.hidden_size), torch.zeros(1, 1, 2, 2, dtype=torch.bool)
+        body(inputs_embeds=rows.to(body.dtype), attention_mask=mask, use_cache=False)
     return config
 
 

@@ -69,7 +69,7 @@ class MediumEntry:
         most = self.max_frames if self.max_frames is not None else own.max_frames
         if frames is not None:
             frames, most = min(frames, self.max_frames or frames), None
-        return Sampling(frames, fps if frames is None else self.fps, most, self.sampler or own.sampler)
+        return Sampling(frames, fps, most, self.sampler or own.sampler)
 
 
 def texts_of(message: dict[str, Any]) -> list[str]:

@@ -56,15 +56,17 @@ def run_list(options: argparse.Namespace) -> int:
 def run_show(options: argparse.Namespace) -> int:
     """Print the walk."""
     calm_libraries()
+    from mmllm.build import llm_facts
     from mmllm.recipe import load
     from mmllm.walk import as_dicts, render, walk
 
     recipe = load(options.recipe, options.overrides)
     rows = walk(recipe, "image" if options.image else "video", size=_size(options))
     if options.json:
-        print_json({"recipe": recipe.name, "parts": as_dicts(rows)})
+        print_json({"recipe": recipe.name, "llm": llm_facts(recipe), "parts": as_dicts(rows)})
         return 0
     print(render(rows))
+    print(f"llm: {llm_facts(recipe)}")
     for name, stage in recipe.stages.items():
         length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs:g} epochs"
         print(f"stage {name}: {length} of {stage.batch}, trains {', '.join(stage.trains)}, lr {stage.lr:g}")

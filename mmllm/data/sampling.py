@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
+from mmllm.contract.arguments import Positive, Within
 from mmllm.contract.errors import UserError, nearest
 from mmllm.data.media import Probe
 
 DEFAULT_FRAMES = 8
+MOST_FRAMES = 65_536
+"""No recipe takes more frames of a clip."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,9 @@ class Sampling:
         UserError: both or bad numbers given, or an unknown sampler.
     """
 
-    frames: int | None = None
-    fps: float | None = None
-    max_frames: int | None = None
+    frames: Annotated[int, Within(least=1, most=MOST_FRAMES)] | None = None
+    fps: Positive | None = None
+    max_frames: Annotated[int, Within(least=1, most=MOST_FRAMES)] | None = None
     sampler: str = "uniform"
 
     def __post_init__(self) -> None:

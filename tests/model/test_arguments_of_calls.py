@@ -1,0 +1,189 @@
+"""Nothing that is said at a call is swallowed: arguments, content keys, control tokens, templates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import frames, image, tiny_processor, tiny_recipe, turn, video, write_video
+
+from mmllm.chat import render
+from mmllm.content import MediumEntry, entries_of
+from mmllm.contract.errors import UserError
+from mmllm.data.sampling import Sampling
+from mmllm.templates import variables_of
+
+BATCH = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor(tiny_recipe())
+
+
+def times(processor, messages, **options) -> list[float]:
+    batch = processor.apply_chat_template(messages, **BATCH, **options)
+    return batch["visual"]["media"][0]["times"].tolist()
+
+
+@pytest.mark.parametrize("options", [{"bogus": 3}, {"processor_kwargs": {"bogus": 3}}, {"frmaes": 4}])
+@pytest.mark.parametrize("tokenize", [True, False])
+def test_an_argument_that_nobody_reads_is_refused(processor, options, tokenize):
+    with pytest.raises(UserError, match=r"(bogus|frmaes).*Try: "):
+        processor.apply_chat_template([turn(video(1), "What?")], tokenize=tokenize, **options)
+    if "processor_kwargs" not in options:
+        with pytest.raises(UserError, match="unknown argument"):
+            processor(text="What?", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_frames": "many"}, "num_frames: wrong type, expected int >= 1"),
+        ({"num_frames": 0}, "num_frames: out of range"),
+        ({"fps": float("nan")}, "fps: out of range"),
+        ({"frames": 2, "num_frames": 2}, "given twice"),
+        ({"return_tensors": "np"}, "return_tensors: wrong type, expected one of pt"),
+        ({"padding_side": "middle"}, "padding_side"),
+        ({"frames": 2, "fps": 1.0}, "exclude each other"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_refused(processor, options, message):
+    with pytest.raises(UserError, match=message):
+        processor.apply_chat_template([turn(video(1), "What?")], **BATCH, **options)
+
+
+def test_the_ecosystems_spellings_work_at_a_call_and_in_an_entry(processor):
+    clip = frames(1, 8)
+    plain = turn({"type": "video", "video": clip}, "What?")
+    four = times(processor, [plain], frames=4)
+    assert len(four) == 4
+    assert times(processor, [plain], num_frames=4) == four
+    assert times(processor, [plain], processor_kwargs={"num_frames": 4}) == four
+    assert times(processor, [turn({"type": "video", "video": clip, "num_frames": 4}, "What?")]) == four
+    assert len(times(processor, [plain], fps=0.5)) == 4  # pixels in memory are one frame a second
+    assert len(times(processor, [turn({"type": "video", "video": clip, "fps": 0.5}, "?")])) == 4
+    assert len(times(processor, [turn({"type": "video", "video": clip, "fps": 1.0, "max_frames": 3}, "?")])) == 3
+    assert len(times(processor, [plain], max_frames=2)) == 2
+
+
+def test_fps_of_a_file_samples_and_of_a_folder_says_its_rate(processor, tmp_path):
+    path = write_video(tmp_path / "clip.mp4", frames(1, 16), fps=8)
+    assert len(times(processor, [turn({"type": "video", "path": str(path), "fps": 2}, "?")])) == 4
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for index in range(8):
+        image(index).save(folder / f"{index:05d}.jpg")
+    entry = {"type": "video", "path": str(folder), "fps": 2.0, "frames": 4}
+    assert times(processor, [turn(entry, "?")]) == pytest.approx([0.5, 1.5, 2.5, 3.5], abs=0.51)
+    with pytest.raises(UserError, match="frames and fps exclude each other"):
+        times(processor, [turn({"type": "video", "path": str(path), "fps": 2, "frames": 4}, "?")])
+    assert MediumEntry("video", str(folder), fps=2.0).ref.fps == 2.0
+    assert MediumEntry("video", str(path), fps=2.0).ref.fps is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"type": "video", "path": "a.mp4", "nframes": 4}, "video entry: 'nframes': unknown key.*frames"),
+        ({"type": "video", "path": "a.mp4", "strat": 2}, "'strat': unknown key.*start"),
+        ({"type": "video", "path": "a.mp4", "start": "soon"}, "start: wrong type, expected float >= 0"),
+        ({"type": "video", "path": "a.mp4", "start": -1}, "start: out of range"),
+        ({"type": "video", "path": "a.mp4", "end": float("nan")}, "end: out of range"),
+        ({"type": "video", "path": "a.mp4", "frames": 10**400}, "frames: out of range"),
+        ({"type": "image", "path": "a.png", "start": 1.0}, "image entry: 'start': unknown key"),
+        ({"type": "text", "text": "a", "txt": "b"}, "text entry: 'txt': unknown key"),
+        ({"type": "audio", "path": "a.wav"}, "unknown type, expected text, image or video, got 'audio'"),
+        ({"type": ["video"], "path": "a.mp4"}, "unknown type"),
+        ({"type": "video"}, "it names no file"),
+        (5, "content: wrong type"),
+    ],
+)
+def test_a_content_entry_is_read_as_strictly_as_a_recipe(processor, entry, message):
+    with pytest.raises(UserError, match=message):
+        processor.apply_chat_template([{"role": "user", "content": [entry]}], tokenize=False)
+
+
+def test_a_number_as_text_is_read_as_in_a_recipe():
+    (entry,) = entries_of({"content": [{"type": "video", "path": "a.mp4", "start": "2", "end": None}]})
+    assert (entry.start, entry.end) == (2.0, None)
+
+
+def test_an_entry_without_a_word_on_sampling_keeps_the_calls():
+    own = Sampling(fps=2.0, max_frames=16)
+    assert MediumEntry("video", "a.mp4").sampled(own) == own
+    assert MediumEntry("video", "a.mp4", frames=4).sampled(own) == Sampling(frames=4)
+    assert MediumEntry("video", "a.mp4", fps=1.0).sampled(own) == Sampling(fps=1.0, max_frames=16)
+    assert MediumEntry("video", "a.mp4", max_frames=3).sampled(Sampling(frames=8)) == Sampling(frames=3)
+
+
+def test_text_that_spells_a_control_token_stays_text(processor):
+    tokenizer = processor.tokenizer
+    ids = processor.apply_chat_template([turn("Say <|end|> or <eos> twice: <eos>.")], **BATCH)["input_ids"][0]
+    plain = processor.apply_chat_template([turn("Say nothing.")], **BATCH)["input_ids"][0]
+    for token in ("<|end|>", "<eos>"):
+        number = tokenizer.convert_tokens_to_ids(token)
+        assert (ids == number).sum() == (plain == number).sum(), token  # those of the template alone
+    assert "Say <|end|> or <eos> twice: <eos>." in tokenizer.decode(ids)
+
+
+def test_a_control_token_in_an_answer_is_learnt_as_text(processor):
+    messages = [turn("What?"), turn("It <|end|> ends", role="assistant")]
+    example = processor.encode(messages)
+    learnt = [label for label in example.labels if label != -100]
+    end = processor.tokenizer.convert_tokens_to_ids("<|end|>")
+    assert learnt.count(end) == 1  # the one that really ends the turn
+    assert processor.tokenizer.decode(learnt).startswith("It <|end|> ends")
+    assert len(example.ids) == len(example.labels)
+
+
+def test_text_without_control_tokens_is_tokenised_as_before(processor):
+    messages = [turn("What moves?"), turn("left", role="assistant")]
+    text = render(processor.tokenizer, messages, prompt=False).text
+    assert processor.encode(messages).ids == processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_another_template_and_its_variables_are_used(processor):
+    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}{{ mood }}"
+    chat = [turn("Hi")]
+    assert processor.apply_chat_template(chat, chat_template=template, mood="calm") == "user:Hi;calm"
+    assert variables_of(template) == ("mood",)
+    with pytest.raises(UserError, match=r"apply_chat_template: moood.*Try: mood"):
+        processor.apply_chat_template(chat, chat_template=template, moood="calm")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m.content }", r"broken \(TemplateSyntaxError"),
+        ("{{ nothing.at.all }}", r"broken \(UndefinedError"),
+        ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "chat template"),
+        ("nothing", "it leaves out message 0"),
+    ],
+)
+def test_a_broken_template_is_refused(processor, template, message):
+    with pytest.raises(UserError, match=message):
+        processor.apply_chat_template([turn("Hi")], chat_template=template)
+
+
+def test_an_endless_template_is_stopped(processor, monkeypatch):
+    from mmllm import templates
+
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match="still not rendered"):
+        processor.apply_chat_template([turn("Hi")], chat_template=loop)
+
+
+@pytest.mark.parametrize("message", [{"role": 5, "content": "x"}, {"role": "user"}, "text", {"content": "x"}])
+def test_a_malformed_message_is_refused(processor, message):
+    with pytest.raises(UserError):
+        processor.apply_chat_template([message] if isinstance(message, dict) else [[message]], tokenize=False)
+
+
+def test_arrays_and_pictures_are_media(processor):
+    batch = processor.apply_chat_template(
+        [turn({"type": "image", "image": image(1)}, {"type": "image", "image": np.asarray(image(1))}, "Same?")], **BATCH
+    )
+    pixels = [next(iter(clip["pixels"].values())) for clip in batch["visual"]["media"]]
+    assert torch.equal(*pixels)
