@@ -80,6 +80,7 @@ def _check_example(cls: type, arguments: dict[str, Any], inputs: tuple, where: s
     part = _build(cls, bound, inputs)
     runner = _runner(part, inputs)
     runner.check_declared(where)
+    runner.check_inputs(where)
     _no_garbage(cls, bound, inputs, part, where)
     _gradients_reach(part, runner, where)
     _batch_is_single(part, runner, where)
@@ -108,6 +109,9 @@ class _Run:
     def check_gradients(self, where: str) -> None:
         """What is read gets a gradient, where anything is read that could learn."""
 
+    def check_inputs(self, where: str) -> None:
+        """What a part reads stays as it was: others read the same tensors after it."""
+
     def check_declared(self, where: str) -> None:
         """Declared = real."""
         with torch.no_grad():
@@ -123,11 +127,21 @@ class _Run:
 class _EncoderRun(_Run):
     """Random clips through an encoder."""
 
-    def __call__(self, clips: list[int], part: nn.Module | None = None, needs: Needs | None = None) -> VisualTokens:
+    def _pixels(self, clips: list[int]) -> Tensor:
         g, media = self.part.geometry, self.inputs[0]
         shape = (self.part.frames_of(media), 3, g.height, g.width)
-        pixels = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=_generator(clip)) for clip in clips]
-        return (part or self.part)(torch.stack(pixels), media, needs or Needs())
+        rows = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=_generator(clip)) for clip in clips]
+        return torch.stack(rows)
+
+    def __call__(self, clips: list[int], part: nn.Module | None = None, needs: Needs | None = None) -> VisualTokens:
+        return (part or self.part)(self._pixels(clips), self.inputs[0], needs or Needs())
+
+    def check_inputs(self, where: str) -> None:
+        """Pixels stay as they were: encoders of one geometry share them."""
+        pixels = self._pixels([1, 2])
+        with torch.no_grad():
+            self.part(pixels, self.inputs[0], Needs())
+        _same({"pixels": pixels}, {"pixels": self._pixels([1, 2])}, where)
 
     def check_declared(self, where: str) -> None:
         """Declared = real, for the tokens and for each extra that the encoder says it gives."""
@@ -224,10 +238,25 @@ class _ConnectorRun(_Run):
     def __call__(self, clips: list[int], part: nn.Module | None = None) -> VisualTokens:
         return self._run(self._tokens(clips), clips, part)
 
-    def _run(self, tokens: list[VisualTokens], clips: list[int], part: nn.Module | None = None) -> VisualTokens:
+    def _context(self, clips: list[int]) -> dict[str, PromptFeatures]:
         needs = self.part.needs()
-        context = {"prompt": self._prompt(clips)} if needs.prompt or needs.prompt_levels else {}
-        return (part or self.part)(*tokens, **context)
+        return {"prompt": self._prompt(clips)} if needs.prompt or needs.prompt_levels else {}
+
+    def _run(self, tokens: list[VisualTokens], clips: list[int], part: nn.Module | None = None) -> VisualTokens:
+        return (part or self.part)(*tokens, **self._context(clips))
+
+    def check_inputs(self, where: str) -> None:
+        """Tokens, their extras and the prompt stay as they were: other nodes read them too."""
+        tokens, context = self._tokens([1, 2]), self._context([1, 2])
+        with torch.no_grad():
+            self.part(*tokens, **context)
+        for place, (given, fresh) in enumerate(zip(tokens, self._tokens([1, 2]), strict=True), start=1):
+            if set(given.extras) != set(fresh.extras):
+                added = ", ".join(sorted(set(given.extras) ^ set(fresh.extras)))
+                raise UserError(where, f"changes the extras of input {place} in place: {added}", hint="a copy")
+            _same({**vars(given), **given.extras}, {**vars(fresh), **fresh.extras}, f"{where}, input {place}")
+        for name, prompt in context.items():
+            _same(vars(prompt), vars(self._context([1, 2])[name]), f"{where}, {name}")
 
     def values(self, clips: list[int], part: nn.Module | None = None) -> Tensor:
         """[B, ...]: tokens, and the extras that a part has written."""
@@ -245,7 +274,7 @@ class _ConnectorRun(_Run):
         for given in tokens:
             read = {"values": given.values, **given.extras}
             leaves.append([tensor.requires_grad_() for tensor in read.values()])
-            copies = {name: tensor.clone() for name, tensor in read.items()}  # a part may write into what it gets
+            copies = {name: tensor.clone() for name, tensor in read.items()}  # leaves are no inputs of a walk
             given.values, given.extras = copies.pop("values"), copies
         out = self._flat(self._run(tokens, [1]), tokens)
         if out.requires_grad:
@@ -257,6 +286,13 @@ class _ConnectorRun(_Run):
                 moved = not torch.equal(self._flat(self._run(other, [1]), other), out)
                 if moved and not any(_alive(tensor.grad) for tensor in read):
                     raise UserError(where, f"no gradient reaches input {place + 1}: nothing before it would learn")
+
+
+def _same(after: dict[str, Any], before: dict[str, Any], where: str) -> None:
+    """Refuse tensors that changed."""
+    for name, value in before.items():
+        if isinstance(value, Tensor) and not torch.equal(after[name], value):
+            raise UserError(where, f"changes {name} in place: what others read is no longer what it was", hint="a copy")
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -8,7 +8,7 @@ if [ $# -eq 0 ] || [ "$1" = --help ]; then
     sed -n '2,5p' "$0"
     exit 0
 fi
-facts=$(python -m mmllm train "$@" --dry-run --processes "${GPUS:-8}" --json)
+facts=$(python -P -m mmllm train "$@" --dry-run --processes "${GPUS:-8}" --json)
 launches=1
 case " $* " in
     *" --deepspeed"*) launches=$(python -c 'import json, sys; print(sum(k.startswith("stage ") for k in json.load(sys.stdin)))' <<< "$facts") ;;

@@ -77,7 +77,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     wait_without_spinning()
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+    except SystemExit as stop:  # argparse has said why
+        return int(stop.code or 0)
     try:
         return _run(options)
     except UserError as error:

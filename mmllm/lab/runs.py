@@ -210,7 +210,9 @@ class Lab:
         with log.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%F %T')} mmllm {' '.join(command)}\n")
             file.flush()
-            words, streams = [sys.executable, "-m", "mmllm", *command], {"stdout": file, "stderr": subprocess.STDOUT}
+            # -P: a yaml.py in the user's folder is not the library
+            words = [sys.executable, "-P", "-m", "mmllm", *command]
+            streams = {"stdout": file, "stderr": subprocess.STDOUT}
             # In a session of its own: a second signal, beside ours, would stop it before it has saved.
             process = subprocess.Popen(words, env=environment, start_new_session=True, **streams)
             self.running.add(process)

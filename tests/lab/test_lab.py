@@ -250,7 +250,7 @@ def test_runs_go_to_gpus_in_turn_or_share_the_cores(monkeypatch, device, gpus, j
 
 def test_no_run_at_a_time_is_refused(tmp_path, capsys):
     assert main(["lab", str(study(tmp_path)), "--jobs", "0"]) == 2
-    assert "--jobs 0" in capsys.readouterr().err
+    assert "--jobs: out of range, expected int >= 1" in capsys.readouterr().err
 
 
 def test_a_dry_run_starts_nothing(tmp_path, calls, capsys):
@@ -280,3 +280,14 @@ def test_a_study_runs_from_nothing(tmp_path):
     assert [row.arm for row in rows] == ["llava", "means"] and all(0 <= row.score.mean <= 100 for row in rows)
     assert "taken from" in (tmp_path / "out/runs/means-0/events.txt").read_text()  # the text stage was trained once
     assert "means" in render(rows, "llava")
+
+
+def test_a_file_in_the_current_folder_is_not_imported_in_place_of_a_library(tmp_path, monkeypatch):
+    (tmp_path / "yaml.py").write_text("open('ran', 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    lab = Lab(StudyFile(study(tmp_path)), tmp_path / "out", cache=tmp_path, device="cpu", quiet=True)
+    run = lab.runs[0]
+    run.out.mkdir(parents=True)
+    lab._call(run, ["recipe", "list"], dict(os.environ))
+    assert not (tmp_path / "ran").exists()
+    assert "nano/llava" in (run.out / "lab.log").read_text()
