@@ -89,7 +89,7 @@ def kept_kinds(options: argparse.Namespace) -> tuple[tuple[str, ...], int]:
     number, unit = text[:-2], text[-2:]
     try:
         size = int(float(number) * SIZES[unit])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         size = 0
     if size <= 0:
         raise UserError(f"--cache-size {options.cache_size}", "not a size", expected="a number and MB, GB or TB")

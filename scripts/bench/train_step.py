@@ -93,6 +93,7 @@ def by_trainer(model: Any, prepared: list[dict[str, Any]], lr: float, device: st
         data_collator=lambda samples: dict(samples[0]),
         callbacks=[Turns()],
         objective=LanguageModeling(),
+        batch=len(prepared[0]["input_ids"]),
     )
     trainer.remove_callback(PrinterCallback)
     Thread(target=trainer.train, daemon=True).start()
