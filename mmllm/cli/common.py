@@ -7,9 +7,12 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmllm.contract.errors import UserError
+
+if TYPE_CHECKING:
+    from mmllm.data.damage import OnDamage
 
 
 def common(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -34,20 +37,22 @@ def reader_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="pyav", help="what decodes videos: pyav (default), decord, a plug-in's")
     limit = {"type": float, "default": 60.0, "metavar": "SECONDS"}
     parser.add_argument("--time-limit", **limit, help="longest time that one file may take (default 60)")
+    what = "refuse clips whose frames the decoder finds damaged, or read them and warn (default warn)"
+    parser.add_argument("--corrupt", choices=["error", "warn"], default="warn", help=what)
 
 
-def media_reader(backend: str, seconds: float) -> Any:
+def media_reader(backend: str, seconds: float, corrupt: OnDamage = "warn") -> Any:
     """The reader that these flags mean.
 
     Raises:
-        UserError: no such back end, or no time at all.
+        UserError: no such back end, one that cannot tell the damage that is to be refused, or no time at all.
     """
     from mmllm.contract.registry import find, plugins
     from mmllm.data.guard import GuardedReader
     from mmllm.data.limits import Limits
 
     find("backend", backend, f"--backend {backend}")
-    return GuardedReader(backend, Limits(timeout=seconds), plugins())
+    return GuardedReader(backend, Limits(timeout=seconds), plugins(), corrupt)
 
 
 SIZES = {"MB": 10**6, "GB": 10**9, "TB": 10**12}

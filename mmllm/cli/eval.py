@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     for path in options.model:
         roots = _roots(path, names, options.root)
         model, processor = load(path, device=pick_device(options.device), dtype=options.dtype or "auto")
-        processor.loader = MediaLoader(media_reader(options.backend, options.time_limit))
+        processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
         out = options.out or _run_folder(model_folder(path))
         if options.out and len(options.model) > 1:
             out = options.out / Path(path).name

@@ -17,13 +17,14 @@ from typing import Any
 
 from mmllm.contract.errors import UserError
 from mmllm.data.containers import open_container, picture_stream
+from mmllm.data.damage import Spans, describe
 from mmllm.data.guard import GuardedReader
 from mmllm.data.media import VIDEO_SUFFIXES, MediaRef, Probe, kind_of
 from mmllm.data.sampling import SAMPLERS, Sampling
 
 HOLES = ("missing", "broken", "mixed up", "out of bounds")
 """A run would stop at these."""
-NOTES = ("damaged", "short", "variable rate", "still")
+NOTES = ("corrupt", "damaged", "short", "variable rate", "still")
 """These are read, and may not be what was meant."""
 PACKETS = 3000
 """Packets that are looked at for the rate: two minutes at 25 frames a second."""
@@ -79,7 +80,8 @@ def examine(
         try:
             facts, texts = inspect(medium, reader, quick), dict.fromkeys(heard.take())
             if not any(name in HOLES for name, _ in facts["problems"]):
-                facts["problems"] += [["damaged", text] for text in texts]
+                told = {text for _, text in facts["problems"]}
+                facts["problems"] += [["damaged", text] for text in texts if text not in told]
             return facts
         finally:
             readers.put(reader)
@@ -132,8 +134,8 @@ def inspect(medium: Medium, reader: GuardedReader, quick: bool = False) -> dict[
         ref = MediaRef(medium.kind, medium.path, fps=medium.fps)
         header = reader.probe(ref)
         facts |= {"frames": header.frames, "rate": header.fps, "seconds": header.duration}
-        if not quick:
-            _decode(ref, reader)
+        if not quick and (spans := _decode(ref, reader)):
+            facts["problems"].append(["corrupt", describe(ref.describe(), spans)])
     except UserError as error:
         video = kind == "folder" or Path(medium.path).suffix.lower() in VIDEO_SUFFIXES
         name = "missing" if mtime is None else "mixed up" if medium.kind == "image" and video else "broken"
@@ -156,14 +158,15 @@ def inspect(medium: Medium, reader: GuardedReader, quick: bool = False) -> dict[
     return facts
 
 
-def _decode(ref: MediaRef, reader: GuardedReader) -> None:
-    """Decode the first, the middle and the last frame, and keep none of them."""
+def _decode(ref: MediaRef, reader: GuardedReader) -> Spans:
+    """Decode the first, the middle and the last frame, and keep none of them; the damage that was met on the way."""
     # the sampler that takes both ends
     sampler = next(name for name, sampler in SAMPLERS.items() if sampler(0, 9, 2) == [0, 9])
     clip = reader.read(ref, Sampling(frames=3, sampler=sampler), lambda picture: None)
     if clip.repeated:
         # one frame less than the header says is common; more than a twentieth is a file that was cut off
-        reader.read(ref, Sampling(frames=20, sampler=sampler), lambda picture: None)
+        clip = reader.read(ref, Sampling(frames=20, sampler=sampler), lambda picture: None)
+    return clip.corrupt
 
 
 def rate_spread(path: str) -> tuple[float, float] | None:

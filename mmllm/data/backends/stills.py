@@ -24,6 +24,8 @@ ORIENTATION = 274
 class ImageBackend(Backend):
     """A still as a clip of one frame, upright (EXIF) and RGB."""
 
+    tells_damage = True  # a damaged image is an error
+
     @classmethod
     def open(cls, path: str, fps: float | None = None, limits: Limits = DEFAULTS) -> ImageBackend:
         """Read the header of an image; a GIF gives its first frame."""
@@ -44,6 +46,7 @@ class FolderBackend(Backend):
         reading: the file that was read last, for errors.
     """
 
+    tells_damage = True
     reading: Path
 
     @classmethod
