@@ -64,7 +64,7 @@ def _picture(content: bytes, where: str) -> np.ndarray:
     from mmllm.data.backends.stills import load_image
 
     try:
-        return load_image(BytesIO(content))
+        return load_image(BytesIO(content), where=where)
     except UserError as error:
         raise UserError(where, error.what, got=f"{len(content)} bytes", hint="export the record again") from error
 
