@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,23 +105,38 @@ class MediaLoader:
         self, ref: MediaRef, sampling: Sampling, geometries: tuple[Geometry, ...], tiling: Tiling | None
     ) -> Loaded:
         if tiling is not None and ref.kind == "image":
-            return resized(self.reader.read(ref, sampling), ref.kind, geometries, tiling)
+            return resized(self.reader.read(ref, sampling), ref.kind, geometries, tiling, ref.describe())
         # Each frame is resized as it comes: the full size of a long clip is never held, and sizes may differ.
         geometries = tuple(dict.fromkeys(geometries))
-        clip = self.reader.read(ref, sampling, lambda frame: [to_geometry(frame[None], size)[0] for size in geometries])
+        where, limits = ref.describe(), self.reader.limits
+
+        def convert(frame: np.ndarray) -> list[Tensor]:
+            return [to_geometry(frame[None], geometry, where, limits)[0] for geometry in geometries]
+
+        clip = self.reader.read(ref, sampling, convert)
         pixels = {geometry: _stacked(clip.frames, place) for place, geometry in enumerate(geometries)}
         times = torch.as_tensor(clip.times, dtype=torch.float32)
         return Loaded(MediaSpec(ref.kind, len(clip.frames)), times, pixels, corrupt=clip.corrupt)
 
 
-def resized(clip: Clip, kind: str, geometries: tuple[Geometry, ...], tiling: Tiling | None = None) -> Loaded:
-    """Frames [T, H, W, 3] in memory to the sizes that the encoders want."""
+def resized(
+    clip: Clip,
+    kind: str,
+    geometries: tuple[Geometry, ...],
+    tiling: Tiling | None = None,
+    where: str = "picture in memory",
+) -> Loaded:
+    """Frames [T, H, W, 3] in memory to the sizes that the encoders want.
+
+    Raises:
+        UserError: see `to_geometry`.
+    """
     frames, spec = clip.frames, MediaSpec(kind, len(clip.frames))
     times = torch.as_tensor(clip.times, dtype=torch.float32)
     if kind == "image" and tiling is not None:
         frames, spec = tiling.views(clip.frames[0])
         times = times.new_zeros(len(frames))
-    pixels = {geometry: to_geometry(frames, geometry) for geometry in dict.fromkeys(geometries)}
+    pixels = {geometry: to_geometry(frames, geometry, where) for geometry in dict.fromkeys(geometries)}
     return Loaded(spec, times, pixels, corrupt=clip.corrupt)
 
 
