@@ -47,8 +47,8 @@ def _check_size(pixels: Tensor, size: tuple[int, int], where: str, limits: Limit
     if size[0] * size[1] > max(limits.pixels, pixels.shape[2] * pixels.shape[3]):
         raise UserError(
             where,
-            f"a picture of {pixels.shape[3]}x{pixels.shape[2]} pixels is too long and narrow for this encoder, whose crop"
-            f" resizes it to {size[1]}x{size[0]} first",
+            f"a picture of {pixels.shape[3]}x{pixels.shape[2]} pixels is too long and narrow to be cropped, it would be"
+            f" resized to {size[1]}x{size[0]} first",
             expected=f"at most {limits.pixels} pixels",
             hint="cut the picture, or set fit: squash or pad in the encoder's transform",
         )

@@ -79,8 +79,8 @@ class VideoReader:
             ``"warn"`` reads it and says so, ``"error"`` refuses it.
 
     Raises:
-        UserError: unknown back end, or one that cannot tell damage that is to be refused; a file that is missing, empty,
-            damaged, above a limit, or not what it should be; bounds that do not fit the file.
+        UserError: unknown back end, or one that cannot tell damage that is to be refused; a file that is missing,
+            empty, damaged, above a limit, or not what it should be; bounds that do not fit the file.
     """
 
     def __init__(
