@@ -26,10 +26,11 @@ from mmllm.data.sampling import Sampling
 REAL = Path(__file__).resolve().parents[1] / "assets" / "tablet_drawing.mp4"
 SIXTEEN = Sampling(frames=16)
 SEEDS = 16
+# small files with a frame count, which one thread decodes: of several, one may lose a flag now and then
 CODECS = {
     "real.mp4": None,
     "b_frames.mp4": {"x264-params": "bframes=3:b-pyramid=normal:keyint=12"},
-    "matroska.mkv": {},
+    "cavlc.mp4": {"x264-params": "cabac=0:keyint=12"},
     "part_4.avi": {"codec": "mpeg4"},
     "av1.mp4": {"codec": "libsvtav1", "svtav1-params": "lp=1"},
 }
@@ -44,14 +45,15 @@ def pictures() -> list[np.ndarray]:
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Callable[..., Path]:
-    """``damaged(first, last, frames=60, gop=20)``: a clip with the bytes of some frames overwritten."""
+    """``damaged(first, last, frames=60, gop=20, x264=...)``: a clip with bytes of some frames overwritten, by time."""
     import av
 
-    def make(first: int, last: int, frames: int = 60, gop: int = 20) -> Path:
+    def make(first: int, last: int, frames: int = 60, gop: int = 20, x264: str = "bframes=0:scenecut=0") -> Path:
         path = tmp_path / "damaged.mp4"
-        encode(str(path), map(coded, range(frames)), **{"g": str(gop), "x264-params": "bframes=0:scenecut=0"})
+        encode(str(path), map(coded, range(frames)), **{"g": str(gop), "x264-params": x264})
         with av.open(str(path)) as container:
-            places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+            packets = [(packet.pts, packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+            places = [place for _, *place in sorted(packets)]
         data = bytearray(path.read_bytes())
         for start, size in places[first : last + 1]:
             # behind the length and the head of the slice
@@ -168,6 +170,14 @@ def test_a_b_frame_before_a_damaged_frame_counts() -> None:
     assert damage.spans() == ()
 
 
+def test_it_is_looked_ahead_for_the_last_frame(damaged: Callable) -> None:
+    """The last frame that is taken is a B-frame, and what it is predicted from comes on screen two frames later."""
+    path = damaged(6, 6, x264="bframes=2:b-adapt=0:b-pyramid=none:scenecut=0")
+    with VideoReader(item(path)) as reader:
+        assert reader.read_indices([2, 3]).corrupt == ()
+        assert reader.read_indices([3, 4]).corrupt == ((pytest.approx(0.4), pytest.approx(0.4)),)
+
+
 def test_many_spans_are_one_short_line() -> None:
     text = describe("clip.mp4", tuple((2.0 * n, 2.0 * n + (n % 2)) for n in range(40)))
     assert "at 0.00, 2.00-3.00, 4.00, 6.00-7.00, 8.00 s and 35 more spans" in text and len(text) < 150
@@ -212,7 +222,24 @@ def test_the_doctor_calls_it_corrupt(damaged: Callable) -> None:
         (facts,) = examine([Medium("video", str(path))], {}, quick)
         assert [name for name, _ in facts["problems"]] == names
     (facts,) = examine([Medium("video", str(path))], {})
+    # an earlier look that did not look for damage is no answer
+    earlier = {facts["name"]: {key: value for key, value in facts.items() if key != "look"} | {"problems": []}}
+    assert next(examine([Medium("video", str(path))], earlier))["problems"] == facts["problems"]
     assert "the video is damaged, which may reach the frames at 2.50-" in facts["problems"][0][1]
+
+
+def test_the_flag_reaches_the_reader() -> None:
+    import argparse
+
+    from mmllm.cli.common import media_reader, reader_flags
+
+    parser = argparse.ArgumentParser()
+    reader_flags(parser)
+    for words, choice in (([], "warn"), (["--corrupt", "error"], "error")):
+        options = parser.parse_args(words)
+        assert media_reader(options.backend, options.time_limit, options.corrupt).corrupt == choice
+    with pytest.raises(UserError, match="decord does not tell damaged frames"):
+        media_reader("decord", 60.0, "error")
 
 
 def test_a_clip_is_whole_unless_told() -> None:

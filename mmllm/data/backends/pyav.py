@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from itertools import chain, dropwhile
+from itertools import chain, dropwhile, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -144,7 +144,7 @@ class PyAVBackend(Backend):
             except av.error.EOFError:
                 return
             except (av.error.FFmpegError, OSError):
-                self._damage.lose(packet.pts if packet else None)
+                self._damage.lose(None if packet is None else packet.pts)
                 self._damage.packets += 1
                 if self._damage.packets > DAMAGED_PACKETS:
                     return
@@ -215,9 +215,11 @@ class PyAVBackend(Backend):
                 margin = self._margin(now, wanted[looked])
                 if margin is not None:
                     shown, ahead = None, self._sought(wanted[looked], margin)
-        while self._damage.open_end and shown is not None and (frame := next(ahead, None)) is not None:
+        for frame in islice(ahead, MARGIN if self._damage.open_end else 0):
             now = self._time(frame, now, shown)
             self._damage.passes(frame, now, clock)
+            if not self._damage.open_end:
+                break
         rest = len(wanted) - len(found)
         if rest and (shown is None or (self._only and wanted[-1] - now > 1.5 * step)):
             raise _Missed
