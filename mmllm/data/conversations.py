@@ -18,7 +18,8 @@ from mmllm.data.json_files import short
 
 NAMES, BRACES = 100_000, 8
 """A name with braces stands for no more files, and has no more braces."""
-DIGITS = re.compile(r"\.\.\d{19}|\d{19}\.\.")
+DIGITS = re.compile(r"\{(\d{19,}\.\.|\d+\.\.\d{19,})")
+"""Numbers of so many digits in braces: more than there are files, and Python takes none of thousands."""
 ENTRIES = 100_000
 """A folder of data has no more files and folders below it."""
 
@@ -145,7 +146,6 @@ def expand_braces(text: str) -> list[str]:
     Raises:
         UserError: more names than anybody has files.
     """
-    # numbers of so many digits are no files either, and Python takes none of thousands
     names = [] if text.count("{") > BRACES or DIGITS.search(text) else list(islice(_names(text), NAMES + 1))
     if not names or len(names) > NAMES:
         expected = f"at most {BRACES} braces that stand for {NAMES} files"

@@ -84,18 +84,15 @@ def take(record: dict[str, Any], key: str, kind: type, where: str, default: Any 
         default: what a missing key (or null) means; none = it must be there.
 
     Raises:
-        UserError: `where:key`, missing or of another type; a number that is not finite.
+        UserError: `where:key` (`where.key` behind an index), missing or of another type; a number that is not finite.
     """
     value = record.get(key)
     if value is None and default is not ...:
         return default
-    kinds = (int, float) if kind is float else kind
-    good = isinstance(value, kinds) and not isinstance(value, bool)
-    if good and isinstance(value, float) and not math.isfinite(value):
-        good = False
-    if not good:
+    if isinstance(value, bool) or not (_is_finite(value) if kind is float else isinstance(value, kind)):
+        place = f"{where}{'.' if where.endswith(']') else ':'}{key}"
         what = "missing" if value is None else "of the wrong type"
-        raise UserError(f"{where}:{key}", what, expected=NAMES[kind], got=None if value is None else short(repr(value)))
+        raise UserError(place, what, expected=NAMES[kind], got=None if value is None else short(repr(value)))
     return value
 
 
@@ -121,6 +118,13 @@ def _is_deep(value: Any) -> bool:
         if not level:
             return False
     return True
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _is_unicode(value: Any) -> bool:

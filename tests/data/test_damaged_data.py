@@ -35,18 +35,19 @@ def qa(**keys: Any) -> dict[str, Any]:
 
 
 RECORDS = {
-    "start is a list": (video(start=[1]), "messages[0]:start: of the wrong type, expected a number, got [1]"),
-    "start is a text": (video(start="3"), "messages[0]:start: of the wrong type, expected a number, got '3'"),
-    "start is true": (video(start=True), "messages[0]:start: of the wrong type"),
-    "start is not finite": (video(start=float("nan")), "messages[0]:start: of the wrong type"),
-    "end is an object": (video(end={}), "messages[0]:end: of the wrong type, expected a number, got {}"),
-    "fps is a text": (video(fps="fast"), "messages[0]:fps: of the wrong type, expected a number, got 'fast'"),
-    "frames is no whole number": (video(frames=2.5), "messages[0]:frames: of the wrong type, expected a whole number"),
-    "path is a number": (messages({"type": "video", "path": 3}), "messages[0]:path: of the wrong type"),
-    "image is a list": (messages({"type": "image", "image": ["a.jpg"]}), "messages[0]:image: of the wrong type"),
+    "start is a list": (video(start=[1]), "messages[0].start: of the wrong type, expected a number, got [1]"),
+    "start is a text": (video(start="3"), "messages[0].start: of the wrong type, expected a number, got '3'"),
+    "start is true": (video(start=True), "messages[0].start: of the wrong type"),
+    "start is not finite": (video(start=float("nan")), "messages[0].start: of the wrong type"),
+    "start is too large": (video(start=10**400), "messages[0].start: of the wrong type, expected a number"),
+    "end is an object": (video(end={}), "messages[0].end: of the wrong type, expected a number, got {}"),
+    "fps is a text": (video(fps="fast"), "messages[0].fps: of the wrong type, expected a number, got 'fast'"),
+    "frames is no whole number": (video(frames=2.5), "messages[0].frames: of the wrong type, expected a whole number"),
+    "path is a number": (messages({"type": "video", "path": 3}), "messages[0].path: of the wrong type"),
+    "image is a list": (messages({"type": "image", "image": ["a.jpg"]}), "messages[0].image: of the wrong type"),
     "type is a list": (messages({"type": ["video"]}), "messages[0]: unknown type of entry"),
-    "role is a list": (messages({"type": "text", "text": "x"}, ["user"]), "messages[0]:role: of the wrong type"),
-    "role is null": (messages({"type": "text", "text": "x"}, None), "messages[0]:role: missing, expected a text"),
+    "role is a list": (messages({"type": "text", "text": "x"}, ["user"]), "messages[0].role: of the wrong type"),
+    "role is null": (messages({"type": "text", "text": "x"}, None), "messages[0].role: missing, expected a text"),
     "from is a list": (
         {"conversations": [{"from": ["human"], "value": "x"}]},
         "conversations[0].from: unknown speaker",
@@ -64,8 +65,8 @@ RECORDS = {
     ),
     "image is a text of bytes": ({"conversations": TURNS, "image": {"bytes": "aGk="}}, "image: not a image"),
     "chosen is a number": ({**GOOD, "chosen": 3}, "chosen: of the wrong type, expected a text, got 3"),
-    "i is a number": (qa(i=3), "QA[0]:i: of the wrong type, expected a text, got 3"),
-    "q is a list": (qa(q=["What?"]), "QA[0]:q: of the wrong type"),
+    "i is a number": (qa(i=3), "QA[0].i: of the wrong type, expected a text, got 3"),
+    "q is a list": (qa(q=["What?"]), "QA[0].q: of the wrong type"),
     "hound's prompt": ({"video": "a", "prompt": 3, "chosen": "x", "rejected": "y"}, "prompt: of the wrong type"),
     "hound's answer": ({"video": "a", "prompt": "x", "chosen": {"a": 1}, "rejected": "y"}, "chosen: of the wrong type"),
 }
@@ -247,6 +248,10 @@ def test_braces_are_counted_before_they_are_written_out(name: str, mix) -> None:
     message = mix(f"datasets:\n- json_path: {name}\n")
     assert message.startswith("s-{") and ("too many files" in message or "for no file" in message)
     assert len(expand_braces("s-{00000..41455}.tar")) == 41456
+    assert expand_braces("take..1234567890123456789{a,b}") == [
+        "take..1234567890123456789a",
+        "take..1234567890123456789b",
+    ]
 
 
 def alias_bomb(kind: str) -> str:
