@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     media = [MediaRef.parse(kind, text) for kind, text in options.media or []]
     device = pick_device(options.device)
     model, processor = load(options.model, device=device, dtype=options.dtype or "auto")
-    processor.loader = MediaLoader(media_reader(options.backend, options.time_limit))
+    processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
     content = [
         {"type": ref.kind, "path": ref.path, "start": ref.start, "end": ref.end, "fps": ref.fps} for ref in media
     ]

@@ -8,10 +8,13 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmllm.contract.arguments import Number, Positive, Seed, parse
 from mmllm.contract.errors import UserError
+
+if TYPE_CHECKING:
+    from mmllm.data.damage import OnDamage
 
 
 def flag(annotation: Any) -> Callable[[str], Any]:
@@ -49,20 +52,22 @@ def reader_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="pyav", help="what decodes videos: pyav (default), decord, a plug-in's")
     limit = {"type": flag(Positive), "default": 60.0, "metavar": "SECONDS"}
     parser.add_argument("--time-limit", **limit, help="longest time that one file may take (default 60)")
+    what = "refuse clips whose frames the decoder finds damaged, or read them and warn (default warn)"
+    parser.add_argument("--corrupt", choices=["error", "warn"], default="warn", help=what)
 
 
-def media_reader(backend: str, seconds: float) -> Any:
+def media_reader(backend: str, seconds: float, corrupt: OnDamage = "warn") -> Any:
     """The reader that these flags mean.
 
     Raises:
-        UserError: no such back end, or no time at all.
+        UserError: no such back end, one that cannot tell the damage that is to be refused, or no time at all.
     """
     from mmllm.contract.registry import find, plugins
     from mmllm.data.guard import GuardedReader
     from mmllm.data.limits import Limits
 
     find("backend", backend, f"--backend {backend}")
-    return GuardedReader(backend, Limits(timeout=seconds), plugins())
+    return GuardedReader(backend, Limits(timeout=seconds), plugins(), corrupt)
 
 
 SIZES = {"MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     for path in options.model:
         roots = roots_of[path]
         model, processor = load(path, device=pick_device(options.device), dtype=options.dtype or "auto")
-        processor.loader = MediaLoader(media_reader(options.backend, options.time_limit))
+        processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
         out = options.out or _run_folder(model_folder(path))
         if options.out and len(options.model) > 1:
             out = options.out / labels[path]

@@ -44,7 +44,7 @@ def run_fusion(options: argparse.Namespace) -> int:
     from mmllm.data.loading import MediaLoader
 
     model, processor = load(options.model, device=pick_device(options.device), dtype=options.dtype or "auto")
-    processor.loader = MediaLoader(media_reader(options.backend, options.time_limit))
+    processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
     streams = fusions(model.model.front_end)
     if not streams:
         raise UserError(options.model, "mixes no encoders", hint="a recipe with a fusion: nano/merv")

@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         cache=cache_dir(options),
         keep=keep,
         keep_bytes=keep_bytes,
-        reader=media_reader(options.backend, options.time_limit),
+        reader=media_reader(options.backend, options.time_limit, options.corrupt),
         quiet=options.quiet,
     )
     if options.dry_run:

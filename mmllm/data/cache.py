@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sqlite3
+import stat
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,6 +187,8 @@ class Digests:
 
     def _file(self, path: Path) -> str:
         status, name = path.stat(), str(path.resolve())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path} is no regular file")  # opening a pipe would wait for ever
         stamp = (status.st_size, status.st_mtime_ns)
         database = self._open()
         row = database.execute("SELECT size, changed, digest FROM digests WHERE path = ?", (name,)).fetchone()

@@ -11,6 +11,20 @@ from mmllm.data.limits import DEFAULTS, Limits
 if TYPE_CHECKING:
     import av
 
+FORMATS = (
+    # videos and their raw streams
+    *("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "flv"),
+    *("live_flv", "ogg", "asf", "asf_o", "rm", "mxf", "nut", "nuv", "dv", "wtv", "gxf", "swf", "flic", "ivf", "obu"),
+    *("h261", "h263", "h264", "hevc", "vvc", "av1", "vc1", "m4v", "mjpeg", "mjpeg_2000", "dirac", "yuv4mpegpipe"),
+    # moving and still pictures
+    *("gif", "apng", "jpeg_pipe", "png_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe"),
+    # what has no pictures, and is told so
+    *("mp3", "wav", "flac", "aac", "ac3", "aiff", "amr", "tty"),
+)
+"""What is opened: formats that hold everything in the one file. Playlists, manifests, patterns of names, network
+descriptions and devices (concat, hls, dash, imf, image2, sdp, lavfi, ...) make FFmpeg open other things."""
+FROM_ZERO = ("matroska,webm", "asf", "asf_o", "nut")
+"""Formats whose duration is the end of the last frame, not counted from the first."""
 COUNT_BYTES = 64 << 20
 """Files up to this size without a frame count in the header are counted packet by packet."""
 UNEVEN = 0.02
@@ -18,11 +32,12 @@ UNEVEN = 0.02
 
 
 def open_container(path: str, limits: Limits = DEFAULTS) -> av.container.InputContainer:
-    """Open a local file, never following it to other protocols, or say why it cannot be opened."""
+    """Open a local file, never following it to other files or protocols, or say why it cannot be opened."""
     import av
 
     # opening decodes a frame where the header alone does not say enough
-    options = {"protocol_whitelist": "file", "max_pixels": str(int(limits.pixels))}
+    options = {"protocol_whitelist": "file", "format_whitelist": ",".join(FORMATS)}
+    options["max_pixels"] = str(int(limits.pixels))
     try:
         # 'file:' keeps a colon in a name from being taken for a protocol
         container = av.open(f"file:{path}", options=options, metadata_errors="ignore")
@@ -37,6 +52,8 @@ def open_container(path: str, limits: Limits = DEFAULTS) -> av.container.InputCo
                 path, "this mp4 cannot be opened, its index (moov) is missing or damaged", hint=hint
             ) from error
         reason = getattr(error, "strerror", None) or error
+        if isinstance(error, av.error.ArgumentError):
+            reason = "its header is invalid, or its format is none of those that are read"
         hint = "a video such as mp4, avi, mkv or webm, or check how the file was made"
         raise UserError(path, f"not a video, it cannot be opened as one ({reason})", hint=hint) from error
     if container.format.name == "tty":
@@ -85,7 +102,7 @@ def count_packets(container: av.container.InputContainer, stream: av.VideoStream
     """
     import av
 
-    seconds = float(container.duration or 0) / 1e6
+    seconds = _length(container)
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     if Path(path).stat().st_size > COUNT_BYTES and seconds and rate:
         return max(1, round(seconds * rate)), rate
@@ -135,6 +152,12 @@ def count_stored(path: str, limits: Limits = DEFAULTS) -> tuple[int, bool]:
         except (av.error.FFmpegError, OSError):
             leading = True
     return count, leading
+
+
+def _length(container: av.container.InputContainer) -> float:
+    """Seconds from the first frame to the end, as the header says; 0.0 where it does not."""
+    seconds, start = float(container.duration or 0) / 1e6, float(container.start_time or 0) / 1e6
+    return seconds - start if container.format.name in FROM_ZERO and 0 < start < seconds else seconds
 
 
 def _even_rate(frames: int, rate: float, seconds: float) -> float:

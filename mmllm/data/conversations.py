@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.registry import parts
 from mmllm.data.formats.records import CONTAINERS, JsonRecords, first_record
+from mmllm.data.json_files import short
+
+NAMES, BRACES = 100_000, 8
+"""A name with braces stands for no more files, and has no more braces."""
+DIGITS = re.compile(r"\{(\d{19,}\.\.|\d+\.\.\d{19,})")
+"""Numbers of so many digits in braces: more than there are files, and Python takes none of thousands."""
+ENTRIES = 100_000
+"""A folder of data has no more files and folders below it."""
 
 
 @dataclass(frozen=True)
@@ -107,33 +117,78 @@ def files_of(path: str | Path) -> list[Path]:
         UserError: one does not exist, or the folder holds no data.
     """
     path = Path(path)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in CONTAINERS)
+    if exists(path) and path.is_dir():
+        files = sorted(_containers(path))
         inside = {file: file.relative_to(path).parts for file in files}
         files = [file for file in files if any(part.startswith("train") for part in inside[file])] or files
         if not files:
             raise UserError(path, "the folder holds no data", expected="Parquet or Arrow files, or tar shards")
         return files
-    files = [path] if path.is_file() else [Path(text) for text in expand_braces(str(path))]
+    files = [path] if exists(path) and path.is_file() else [Path(text) for text in expand_braces(str(path))]
     for file in files:
-        if not file.is_file():
+        if not (exists(file) and file.is_file()):
             expected = "a file of conversations (.jsonl, .json, .parquet, .tar), a folder of them, or a mix (.yaml)"
             raise UserError(file, "no such data file", expected=expected)
     return files
 
 
+def exists(path: Path) -> bool:
+    """Whether there is something of this name, also where no file can have it because it is too long."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def expand_braces(text: str) -> list[str]:
-    """`a_{x,y}.json` as two names and `s-{00..12}.tar` as thirteen; a name without braces as itself."""
+    """`a_{x,y}.json` as two names and `s-{00..12}.tar` as thirteen; a name without braces as itself.
+
+    Raises:
+        UserError: more names than anybody has files.
+    """
+    names = [] if text.count("{") > BRACES or DIGITS.search(text) else list(islice(_names(text), NAMES + 1))
+    if not names or len(names) > NAMES:
+        expected = f"at most {BRACES} braces that stand for {NAMES} files"
+        raise UserError(short(text), "its braces stand for too many files", expected=expected)
+    return names
+
+
+def _names(text: str) -> Iterator[str]:
     match = re.search(r"\{([^{}]*)\}", text)
     if not match:
-        return [text]
+        yield text
+        return
     span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    inside: Iterable[str] = (name.strip() for name in match[1].split(","))
     if span:
-        names = [str(number).zfill(len(span[1])) for number in range(int(span[1]), int(span[2]) + 1)]
-    else:
-        names = [name.strip() for name in match[1].split(",")]
+        numbers = range(int(span[1]), int(span[2]) + 1)
+        if not numbers:
+            raise UserError(short(text), f"the braces {{{match[1]}}} stand for no file", hint="first..last")
+        inside = (str(number).zfill(len(span[1])) for number in numbers)
     before, after = text[: match.start()], text[match.end() :]
-    return [whole for name in names for whole in expand_braces(before + name + after)]
+    for name in inside:
+        yield from _names(before + name + after)
+
+
+def _containers(folder: Path) -> Iterator[Path]:
+    """The Parquet, Arrow and tar files below a folder, however deep.
+
+    Raises:
+        UserError: so many entries that this is no folder of data.
+    """
+    waiting, seen = [folder], 0
+    while waiting:
+        # what may not be looked into is passed over, and links to folders are not followed
+        with suppress(OSError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                seen += 1
+                if seen > ENTRIES:
+                    what = f"not a folder of data, it holds more than {ENTRIES} entries"
+                    raise UserError(folder, what, hint="name the folder or the files that hold the data")
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(Path(entry.path))
+                elif Path(entry.name).suffix in CONTAINERS:
+                    yield Path(entry.path)
 
 
 def default_spill() -> Path:

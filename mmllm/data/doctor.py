@@ -17,16 +17,19 @@ from typing import Any
 
 from mmllm.contract.errors import UserError
 from mmllm.data.containers import open_container, picture_stream
+from mmllm.data.damage import Spans, describe
 from mmllm.data.guard import GuardedReader
 from mmllm.data.media import VIDEO_SUFFIXES, MediaRef, Probe, kind_of
 from mmllm.data.sampling import SAMPLERS, Sampling
 
 HOLES = ("missing", "broken", "mixed up", "out of bounds")
 """A run would stop at these."""
-NOTES = ("damaged", "short", "variable rate", "still")
+NOTES = ("corrupt", "damaged", "short", "variable rate", "still")
 """These are read, and may not be what was meant."""
 PACKETS = 3000
 """Packets that are looked at for the rate: two minutes at 25 frames a second."""
+LOOK = 2
+"""Raised when more is looked for: facts of an earlier look are not enough then."""
 REORDERED = 16
 """So many packets at the end of those may be waiting for some that are stored behind them."""
 UNEVEN = 0.1
@@ -79,7 +82,8 @@ def examine(
         try:
             facts, texts = inspect(medium, reader, quick), dict.fromkeys(heard.take())
             if not any(name in HOLES for name, _ in facts["problems"]):
-                facts["problems"] += [["damaged", text] for text in texts]
+                told = {text for _, text in facts["problems"]}
+                facts["problems"] += [["damaged", text] for text in texts if text not in told]
             return facts
         finally:
             readers.put(reader)
@@ -126,14 +130,15 @@ def inspect(medium: Medium, reader: GuardedReader, quick: bool = False) -> dict[
     """What a file is: `size`, `mtime`, `frames`, `rate` (frames a second), `seconds`, and its `problems`."""
     size, mtime = _stamp(medium.path)
     facts: dict[str, Any] = {"name": medium.name, "kind": medium.kind, "path": medium.path, "size": size}
-    facts |= {"mtime": mtime, "quick": quick, "bounds": _listed(medium.bounds), "problems": []}
+    facts |= {"mtime": mtime, "look": LOOK, "quick": quick, "bounds": _listed(medium.bounds), "problems": []}
     kind = kind_of(medium.path)
     try:
         ref = MediaRef(medium.kind, medium.path, fps=medium.fps)
         header = reader.probe(ref)
         facts |= {"frames": header.frames, "rate": header.fps, "seconds": header.duration}
         if not quick:
-            _decode(ref, reader)
+            met = dict.fromkeys(describe(ref.describe(), spans) for spans in _decode(ref, reader) if spans)
+            facts["problems"] += [["corrupt", text] for text in met]
     except UserError as error:
         video = kind == "folder" or Path(medium.path).suffix.lower() in VIDEO_SUFFIXES
         name = "missing" if mtime is None else "mixed up" if medium.kind == "image" and video else "broken"
@@ -156,14 +161,15 @@ def inspect(medium: Medium, reader: GuardedReader, quick: bool = False) -> dict[
     return facts
 
 
-def _decode(ref: MediaRef, reader: GuardedReader) -> None:
-    """Decode the first, the middle and the last frame, and keep none of them."""
+def _decode(ref: MediaRef, reader: GuardedReader) -> list[Spans]:
+    """Decode the first, the middle and the last frame, and keep none of them; what damage each read has met."""
     # the sampler that takes both ends
     sampler = next(name for name, sampler in SAMPLERS.items() if sampler(0, 9, 2) == [0, 9])
-    clip = reader.read(ref, Sampling(frames=3, sampler=sampler), lambda picture: None)
-    if clip.repeated:
+    clips = [reader.read(ref, Sampling(frames=3, sampler=sampler), lambda picture: None)]
+    if clips[0].repeated:
         # one frame less than the header says is common; more than a twentieth is a file that was cut off
-        reader.read(ref, Sampling(frames=20, sampler=sampler), lambda picture: None)
+        clips.append(reader.read(ref, Sampling(frames=20, sampler=sampler), lambda picture: None))
+    return [clip.corrupt for clip in clips]
 
 
 def rate_spread(path: str) -> tuple[float, float] | None:
@@ -210,7 +216,7 @@ def problems(facts: dict[str, Any], frames: int) -> list[tuple[str, str]]:
 def _holds(facts: dict[str, Any], medium: Medium, quick: bool) -> bool:
     """Whether facts of an earlier time still tell all that is asked."""
     size, mtime = _stamp(medium.path)
-    same = facts.get("mtime") is not None and (facts["size"], facts["mtime"]) == (size, mtime)
+    same = facts.get("mtime") is not None and (facts["size"], facts["mtime"], facts.get("look")) == (size, mtime, LOOK)
     return same and (quick or not facts["quick"]) and facts["bounds"] == _listed(medium.bounds)
 
 

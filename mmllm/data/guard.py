@@ -20,7 +20,9 @@ from typing import Any, Self
 import numpy as np
 
 from mmllm.contract.errors import UserError
+from mmllm.contract.registry import parts
 from mmllm.data.backends.base import Convert
+from mmllm.data.damage import OnDamage, check_choice
 from mmllm.data.guard_child import pack
 from mmllm.data.guard_process import Child, Gone, Pictures, TooLong, end_process
 from mmllm.data.limits import DEFAULTS, Limits
@@ -45,10 +47,23 @@ class GuardedReader:
         backend: name of the back end for video files.
         limits: caps on a file; ``limits.timeout`` is the time (seconds) that one file may take.
         plugins: files that register back ends, imported there if ``backend`` is none of the shipped ones.
+        corrupt: what becomes of clips with damaged frames, see :class:`mmllm.data.reader.VideoReader`.
+
+    Raises:
+        UserError: damage is to be refused, and the back end is known to tell none.
     """
 
-    def __init__(self, backend: str = "pyav", limits: Limits = DEFAULTS, plugins: Sequence[str | Path] = ()) -> None:
+    def __init__(
+        self,
+        backend: str = "pyav",
+        limits: Limits = DEFAULTS,
+        plugins: Sequence[str | Path] = (),
+        corrupt: OnDamage = "warn",
+    ) -> None:
         self.backend, self.limits, self.plugins = backend, limits, tuple(str(plugin) for plugin in plugins)
+        self.corrupt: OnDamage = corrupt
+        opener = parts("backend").get(backend)
+        check_choice(corrupt, backend, opener is None or opener.tells_damage)
         self._end: weakref.finalize | None = None
         self._forget()
 
@@ -70,13 +85,14 @@ class GuardedReader:
         request = {"sampling": chosen, "held": convert is None}
         answer, pictures = self._ask(ref, request, convert)
         order, times = answer["order"], np.asarray(answer["times"], np.float64)
+        repeated, corrupt = answer["repeated"], tuple((start, end) for start, end in answer["corrupt"])
         if convert is not None:
-            return Clip([pictures.values[number] for number in order], times, answer["repeated"])
+            return Clip([pictures.values[number] for number in order], times, repeated, corrupt)
         sizes = [f"{height}x{width} (height x width)" for height, width in pictures.sizes(order)]
         if len(sizes) > 1:
             what, hint = "the frames of a folder differ in size", "make all frames the size of the first one"
             raise UserError(ref.describe(), what, expected=sizes[0], got=sizes[1], hint=hint)
-        return Clip(pictures.at(order), times, answer["repeated"])
+        return Clip(pictures.at(order), times, repeated, corrupt)
 
     def _ask(
         self, ref: MediaRef, request: dict[str, Any], convert: Convert | None = None
@@ -134,6 +150,7 @@ class GuardedReader:
                 "backend": self.backend,
                 "limits": asdict(self.limits),
                 "plugins": self.plugins,
+                "corrupt": self.corrupt,
                 "files": FILES,
                 "growth": GROWTH,
             }
@@ -173,7 +190,7 @@ class GuardedReader:
                 self._stop()
 
     def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
-        return type(self), (self.backend, self.limits, self.plugins)
+        return type(self), (self.backend, self.limits, self.plugins, self.corrupt)
 
     def __enter__(self) -> Self:
         return self

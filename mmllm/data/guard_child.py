@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+    from mmllm.data.limits import Limits
+
 HEAD = struct.Struct("<cI")
 JSON, PICTURE, SHARED = b"J", b"P", b"S"
 BATCH_BYTES = 256 << 10
@@ -87,7 +89,7 @@ def serve(requests: int, sender: Sender, settings: dict[str, Any]) -> int:
             return 0
         sender.limit(limits.timeout + GRACE)
         try:
-            answer = _answer(request, settings["backend"], limits, sender)
+            answer = _answer(request, settings, limits, sender)
         except Exception as error:
             answer = {"error": _described(error, request["name"])}
         sender.limit(0)
@@ -112,24 +114,25 @@ def _serve(requests: int, sender: Sender, settings: dict[str, Any]) -> int:
         return 1
 
 
-def _answer(request: dict[str, Any], backend: str, limits: Any, sender: Sender) -> dict[str, Any]:
+def _answer(request: dict[str, Any], settings: dict[str, Any], limits: Limits, sender: Sender) -> dict[str, Any]:
     """Read what is asked for; pictures are sent as they come, the rest is returned."""
     from mmllm.data.media import MediaRef
     from mmllm.data.reader import VideoReader, probe
     from mmllm.data.sampling import Sampling
 
-    ref = MediaRef(*request["ref"])
+    ref, backend = MediaRef(*request["ref"]), settings["backend"]
     if "sampling" not in request:
         return {"probe": asdict(probe(ref, backend, limits))}
     sampling = Sampling(*request["sampling"])
-    with VideoReader(ref, backend, limits) as reader:
+    with VideoReader(ref, backend, limits, settings["corrupt"]) as reader:
         header, bounds = reader.probe, (ref.start, ref.end)
         count = sampling.count(header, *bounds)
         # the parent holds the frames, unless it converts them as they come
         limits.check(ref, header, count, held=request["held"])
         sender.expect(count)
         clip = reader.read(sampling, sender.picture)
-    return {"order": clip.frames, "times": clip.times.tolist(), "repeated": clip.repeated}
+    found = {"times": clip.times.tolist(), "repeated": clip.repeated, "corrupt": clip.corrupt}
+    return {"order": clip.frames, **found}
 
 
 class Sender:

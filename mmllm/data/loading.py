@@ -8,18 +8,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmllm.contract.types import Geometry, MediaSpec
 from mmllm.data.cache import Digests, DiskCache, key_of
+from mmllm.data.damage import Spans
 from mmllm.data.guard import GuardedReader
 from mmllm.data.media import Clip, MediaRef
 from mmllm.data.pixels import to_geometry
 from mmllm.data.sampling import Sampling
 from mmllm.data.tiling import Tiling
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key: raised when the same facts come to mean other tensors."""
 
 
@@ -30,6 +32,7 @@ class Loaded:
     Attributes:
         times: [F] seconds. pixels: {geometry: uint8 [F, 3, h, w]}, of the encoders without kept features.
         features: {encoder: its kept tensors}. keys: {encoder: under which key to keep what it makes}.
+        corrupt: (first, last) seconds within which frames may be damaged; such a clip is never kept.
     """
 
     spec: MediaSpec
@@ -37,6 +40,7 @@ class Loaded:
     pixels: dict[Geometry, Tensor]
     features: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
+    corrupt: Spans = ()
 
 
 @dataclass
@@ -91,9 +95,9 @@ class MediaLoader:
         missing = {name: geometry for name, geometry in wanted.items() if name not in features}
         pixels = kept.pixels(missing.values(), lambda left: self._read(ref, sampling, left, tiling))
         shape = next(iter([*features.values(), *pixels.values()]))
-        loaded = Loaded(_spec(ref.kind, shape), shape["clip_times"], {}, features)
+        loaded = Loaded(_spec(ref.kind, shape), shape["clip_times"], {}, features, corrupt=kept.corrupt)
         loaded.pixels = {geometry: entry["pixels"] for geometry, entry in pixels.items()}
-        if kept.known:
+        if kept.known and not kept.corrupt:
             loaded.keys = {name: kept.feature_key(name) for name in missing if name in self.caches.encoders}
         return loaded
 
@@ -101,23 +105,39 @@ class MediaLoader:
         self, ref: MediaRef, sampling: Sampling, geometries: tuple[Geometry, ...], tiling: Tiling | None
     ) -> Loaded:
         if tiling is not None and ref.kind == "image":
-            return resized(self.reader.read(ref, sampling), ref.kind, geometries, tiling)
+            return resized(self.reader.read(ref, sampling), ref.kind, geometries, tiling, ref.describe())
         # Each frame is resized as it comes: the full size of a long clip is never held, and sizes may differ.
         geometries = tuple(dict.fromkeys(geometries))
-        clip = self.reader.read(ref, sampling, lambda frame: [to_geometry(frame[None], size)[0] for size in geometries])
+        where, limits = ref.describe(), self.reader.limits
+
+        def convert(frame: np.ndarray) -> list[Tensor]:
+            return [to_geometry(frame[None], geometry, where, limits)[0] for geometry in geometries]
+
+        clip = self.reader.read(ref, sampling, convert)
         pixels = {geometry: _stacked(clip.frames, place) for place, geometry in enumerate(geometries)}
-        return Loaded(MediaSpec(ref.kind, len(clip.frames)), torch.as_tensor(clip.times, dtype=torch.float32), pixels)
+        times = torch.as_tensor(clip.times, dtype=torch.float32)
+        return Loaded(MediaSpec(ref.kind, len(clip.frames)), times, pixels, corrupt=clip.corrupt)
 
 
-def resized(clip: Clip, kind: str, geometries: tuple[Geometry, ...], tiling: Tiling | None = None) -> Loaded:
-    """Frames [T, H, W, 3] in memory to the sizes that the encoders want."""
+def resized(
+    clip: Clip,
+    kind: str,
+    geometries: tuple[Geometry, ...],
+    tiling: Tiling | None = None,
+    where: str = "picture in memory",
+) -> Loaded:
+    """Frames [T, H, W, 3] in memory to the sizes that the encoders want.
+
+    Raises:
+        UserError: see `to_geometry`.
+    """
     frames, spec = clip.frames, MediaSpec(kind, len(clip.frames))
     times = torch.as_tensor(clip.times, dtype=torch.float32)
     if kind == "image" and tiling is not None:
         frames, spec = tiling.views(clip.frames[0])
         times = times.new_zeros(len(frames))
-    pixels = {geometry: to_geometry(frames, geometry) for geometry in dict.fromkeys(geometries)}
-    return Loaded(spec, times, pixels)
+    pixels = {geometry: to_geometry(frames, geometry, where) for geometry in dict.fromkeys(geometries)}
+    return Loaded(spec, times, pixels, corrupt=clip.corrupt)
 
 
 def _stacked(frames: list[list[Tensor | None]], place: int) -> Tensor:
@@ -131,7 +151,12 @@ def _stacked(frames: list[list[Tensor | None]], place: int) -> Tensor:
 
 
 class _Kept:
-    """The cache entries of one clip."""
+    """The cache entries of one clip.
+
+    Attributes:
+        known: whether the file can be told from others. corrupt: the damage that reading it has found; what is kept
+            had none, since damaged clips are left out: they are told, or refused, at every read.
+    """
 
     def __init__(
         self,
@@ -142,7 +167,7 @@ class _Kept:
         wanted: dict[str, Geometry],
         backend: str,
     ) -> None:
-        self.caches, self.wanted, self.known = caches, wanted, True
+        self.caches, self.wanted, self.known, self.corrupt = caches, wanted, True, ()
         clip = {"kind": ref.kind, "start": ref.start, "end": ref.end, "fps": ref.fps}
         try:
             clip["media"] = caches.digests(ref.path)
@@ -178,9 +203,10 @@ class _Kept:
         left = tuple(geometry for geometry in geometries if geometry not in found)
         if left:
             loaded = read(left)
+            self.corrupt = loaded.corrupt
             for geometry in left:
                 found[geometry] = {"pixels": loaded.pixels[geometry], **layout(loaded.spec, loaded.times)}
-                if cache is not None:
+                if cache is not None and not loaded.corrupt:
                     cache.put(keys[geometry], found[geometry])
         return found
 

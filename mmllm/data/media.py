@@ -115,11 +115,14 @@ class Clip:
         frames: uint8 ``[T, H, W, 3]``, RGB; where a converter was given, the list of its T values.
         times: float64 ``[T]``, the moment each frame was asked for, in seconds since the start of the *file*.
         repeated: how many frames at the end stand in for frames that the file lacks.
+        corrupt: (first, last) seconds of the file within which frames that were taken may be damaged, as far as the
+            decoder can tell; ascending and apart.
     """
 
     frames: np.ndarray | list[Any]
     times: np.ndarray
     repeated: int = 0
+    corrupt: tuple[tuple[float, float], ...] = ()
 
 
 def kind_of(path: str) -> str:

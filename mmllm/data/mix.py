@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.contract.errors import UserError, nearest
-from mmllm.data.conversations import Sample, expand_braces, files_of, open_source
+from mmllm.data.conversations import Sample, exists, expand_braces, files_of, open_source
 from mmllm.data.formats.records import CONTAINERS
-from mmllm.data.mixture import Joined, Mixture, Part
+from mmllm.data.json_files import short
+from mmllm.data.mixture import Joined, Mixture, Part, is_positive
 
 MIX_SUFFIXES = frozenset({".yaml", ".yml"})
 ENTRY_KEYS = ("json_path", "sampling_strategy", "weight", "root", "format", "start")
 TOP_KEYS = ("datasets", "root", "seed", "length")
+VALUES = 1_000_000
+"""A mix holds no more values."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def open_entry(entry: Entry, seed: int = 0, spill: Path | None = None) -> Sequen
         share = float(amount.removesuffix("%"))
         # as LLaVA-NeXT counts: percentages are rounded up
         count = math.ceil(share * rest / 100) if amount.endswith("%") else int(amount)
-    except ValueError:
+    except (ValueError, OverflowError):  # not a number, or one without end
         count = 0
     if name not in ("first", "end", "random") or count < 1:
         expected = "all, or first:, end: or random: with a number or a percentage"
@@ -147,13 +150,30 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(path, "no such mix", expected="a .yaml file with datasets")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        # aliases of aliases are small as nodes, and without end as values
+        if _values(yaml.compose(text, Loader=yaml.SafeLoader), {}) > VALUES:
+            raise UserError(path, "too large a mix, or one that repeats itself", expected=f"at most {VALUES} values")
+        data = yaml.safe_load(text)
+    except RecursionError as error:
+        raise UserError(path, "not a mix, it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(path, f"not YAML: {error}") from error
     _check_keys(data, TOP_KEYS, f"{path}:")
     if not isinstance(data.get("datasets"), list) or not data["datasets"]:
         raise UserError(f"{path}:datasets", "missing", expected="a list of json_path: file")
     return data
+
+
+def _values(node: Any, known: dict[int, float]) -> float:
+    """How many values a node of YAML stands for, with those of its aliases; without end for one inside itself."""
+    if not isinstance(getattr(node, "value", None), list):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = (part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,)))
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _entries(item: Any, where: str, folder: Path, root: Path | None) -> list[Entry]:
@@ -162,10 +182,10 @@ def _entries(item: Any, where: str, folder: Path, root: Path | None) -> list[Ent
     _check_keys(item, ENTRY_KEYS, f"{where}.")
     for key in ("json_path", "sampling_strategy", "root", "format"):
         if not isinstance(item.get(key, "" if key != "json_path" else None), str):
-            raise UserError(f"{where}.{key}", "not a text", got=item.get(key))
+            raise UserError(f"{where}.{key}", "not a text", got=short(item.get(key)))
     weight = item.get("weight")
-    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0):
-        raise UserError(f"{where}.weight", "bad weight", expected="a positive number", got=weight)
+    if weight is not None and not is_positive(weight):
+        raise UserError(f"{where}.weight", "bad weight", expected="a positive number", got=short(weight))
     if "root" in item:
         root = _find(item["root"], folder, root)
     names = _split(item["json_path"])
@@ -187,28 +207,28 @@ def _entries(item: Any, where: str, folder: Path, root: Path | None) -> list[Ent
 
 def _split(name: str) -> list[str]:
     """The data files that braces stand for; shards are one."""
-    return [name] if Path(name).suffix in CONTAINERS or Path(name).exists() else expand_braces(name)
+    return [name] if Path(name).suffix in CONTAINERS or exists(Path(name)) else expand_braces(name)
 
 
 def _find(name: str, folder: Path, root: Path | None) -> Path:
     """A file or folder that a mix names: beside the mix, below the root, or from the current folder."""
     places = [folder / name, *([root / name] if root else []), Path(name)]
-    there = (place for place in places if all(Path(text).exists() for text in expand_braces(str(place))))
+    there = (place for place in places if all(exists(Path(text)) for text in expand_braces(str(place))))
     return next(there, places[0])
 
 
 def _check_keys(data: Any, known: tuple[str, ...], where: str) -> None:
     if not isinstance(data, dict):
-        raise UserError(where.rstrip(":."), "not a map", expected=f"keys among {', '.join(known)}", got=data)
+        raise UserError(where.rstrip(":."), "not a map", expected=f"keys among {', '.join(known)}", got=short(data))
     for key in data:
         if key not in known:
-            raise UserError(f"{where}{key}", "unknown key", hint=nearest(str(key), list(known)))
+            raise UserError(f"{where}{short(key)}", "unknown key", hint=nearest(str(key), list(known)))
 
 
 def _number(data: dict[str, Any], key: str, where: object, least: int) -> int | None:
     value = data.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise UserError(f"{where}:{key}", "bad number", expected=f"a whole number >= {least}", got=value)
+        raise UserError(f"{where}:{key}", "bad number", expected=f"a whole number >= {least}", got=short(value))
     return value
 
 

@@ -78,7 +78,7 @@ class Mixture(Sequence):
         length: int | None = None,
         seed: int = 0,
     ) -> None:
-        if len(sources) != len(weights) or not all(_positive(weight) for weight in weights):
+        if len(sources) != len(weights) or not all(is_positive(weight) for weight in weights):
             raise UserError("weights", "not a positive number for each source", got=list(weights))
         self.sources, self.seed = list(sources), seed
         self.length = sum(map(len, self.sources)) if length is None else length
@@ -157,5 +157,6 @@ def mixed(key: int, value: int) -> int:
     return state ^ state >> 31
 
 
-def _positive(weight: object) -> bool:
+def is_positive(weight: object) -> bool:
+    """Whether this is a finite number above zero."""
     return isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf

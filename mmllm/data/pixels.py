@@ -6,18 +6,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmllm.contract.errors import UserError
 from mmllm.contract.types import Geometry
+from mmllm.data.limits import DEFAULTS, Limits
 
 
-def to_geometry(frames: np.ndarray, geometry: Geometry) -> Tensor:
-    """uint8 [T, H, W, 3] -> uint8 [T, 3, geometry.height, geometry.width]; antialiased."""
+def to_geometry(
+    frames: np.ndarray, geometry: Geometry, where: str = "picture in memory", limits: Limits = DEFAULTS
+) -> Tensor:
+    """uint8 [T, H, W, 3] -> uint8 [T, 3, geometry.height, geometry.width]; antialiased.
+
+    Args:
+        where: what the frames belong to, for errors. limits: `pixels` bounds a frame between resizing and cropping too.
+
+    Raises:
+        UserError: a long and narrow picture, whose short side cannot be brought to size within the limit.
+    """
     pixels = torch.from_numpy(np.require(frames, requirements=["C", "W"])).permute(0, 3, 1, 2)
     if geometry.fit == "crop":
-        pixels = _resize(pixels, _short_side(pixels, geometry), geometry)
+        size = _short_side(pixels, geometry)
+        _check_size(pixels, size, where, limits)
+        pixels = _resize(pixels, size, geometry)
         return _centre(pixels, geometry, 0).contiguous()
     if geometry.fit == "pad":
         scale = min(geometry.height / pixels.shape[2], geometry.width / pixels.shape[3])
-        size = (round(pixels.shape[2] * scale), round(pixels.shape[3] * scale))
+        size = (max(1, round(pixels.shape[2] * scale)), max(1, round(pixels.shape[3] * scale)))
         return _centre(_resize(pixels, size, geometry), geometry, geometry.fill).contiguous()
     return _resize(pixels, (geometry.height, geometry.width), geometry).contiguous()
 
@@ -27,6 +40,18 @@ def _short_side(pixels: Tensor, geometry: Geometry) -> tuple[int, int]:
     short = geometry.short or min(geometry.height, geometry.width)
     # The library's rule, truncating the long side, so that frames equal those of the models' own processors.
     return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+
+
+def _check_size(pixels: Tensor, size: tuple[int, int], where: str, limits: Limits) -> None:
+    """Refuse what would be huge before it is cropped."""
+    if size[0] * size[1] > max(limits.pixels, pixels.shape[2] * pixels.shape[3]):
+        raise UserError(
+            where,
+            f"a picture of {pixels.shape[3]}x{pixels.shape[2]} pixels is too long and narrow to be cropped, it would be"
+            f" resized to {size[1]}x{size[0]} first",
+            expected=f"at most {limits.pixels} pixels",
+            hint="cut the picture, or set fit: squash or pad in the encoder's transform",
+        )
 
 
 def _resize(pixels: Tensor, size: tuple[int, int], geometry: Geometry) -> Tensor:

@@ -17,6 +17,7 @@ from mmllm.contract.registry import parts
 from mmllm.data.backends.base import Backend, BackendFailure, Convert
 from mmllm.data.backends.pyav import PyAVBackend
 from mmllm.data.backends.stills import FolderBackend, ImageBackend
+from mmllm.data.damage import OnDamage, check_choice, judge
 from mmllm.data.limits import DEFAULTS, Limits
 from mmllm.data.media import VIDEO_SUFFIXES, Clip, MediaRef, Probe, kind_of
 from mmllm.data.sampling import Sampling
@@ -43,13 +44,14 @@ def read_media(
     backend: str = "pyav",
     limits: Limits = DEFAULTS,
     convert: Convert | None = None,
+    corrupt: OnDamage = "warn",
 ) -> Clip:
     """Read the frames that ``sampling`` takes of ``ref``: a clip of uint8 ``[T, H, W, 3]``, or of converted frames.
 
     Raises:
         UserError: see :class:`VideoReader`.
     """
-    with VideoReader(ref, backend, limits) as reader:
+    with VideoReader(ref, backend, limits, corrupt) as reader:
         return reader.read(sampling, convert)
 
 
@@ -73,15 +75,20 @@ class VideoReader:
         backend: ``"pyav"`` (the reference), ``"decord"`` or the name of a registered one; only for video files.
         limits: caps on what a file may cost, checked against its header. The time limit needs a
             :class:`mmllm.data.guard.GuardedReader`.
+        corrupt: what becomes of a clip in which frames that are taken may be damaged, as far as the decoder can tell:
+            ``"warn"`` reads it and says so, ``"error"`` refuses it.
 
     Raises:
-        UserError: unknown back end; a file that is missing, empty, damaged, above a limit, or not what it should be;
-            bounds that do not fit the file.
+        UserError: unknown back end, or one that cannot tell damage that is to be refused; a file that is missing,
+            empty, damaged, above a limit, or not what it should be; bounds that do not fit the file.
     """
 
-    def __init__(self, ref: MediaRef, backend: str = "pyav", limits: Limits = DEFAULTS) -> None:
+    def __init__(
+        self, ref: MediaRef, backend: str = "pyav", limits: Limits = DEFAULTS, corrupt: OnDamage = "warn"
+    ) -> None:
         opener = backend_class(backend)
-        self.ref, self.limits = ref, limits
+        check_choice(corrupt, backend, opener.tells_damage)
+        self.ref, self.limits, self.corrupt = ref, limits, corrupt
         try:
             kind = _check_path(ref, limits)
             opener = {"image": ImageBackend, "folder": FolderBackend, "gif": PyAVBackend}.get(kind, opener)
@@ -117,7 +124,8 @@ class VideoReader:
             in seconds since the start of the file.
 
         Raises:
-            UserError: too many of them are missing at the end of the file, or they are above a limit.
+            UserError: too many of them are missing at the end of the file, some are damaged and that is to be refused,
+                or they are above a limit.
         """
         bounds = (self.ref.start, self.ref.end)
         self.limits.check(self.ref, self.probe, sampling.count(self.probe, *bounds), held=convert is None)
@@ -149,7 +157,7 @@ class VideoReader:
         return self._deliver([float(moment) for moment in times], convert)
 
     def _deliver(self, times: list[float], convert: Convert | None) -> Clip:
-        """Read, and judge what is missing at the end."""
+        """Read, and judge what is damaged, and missing at the end."""
         if not times:
             raise UserError(self.ref.describe(), "no frames asked for", hint="at least one index or time")
         self.limits.check(self.ref, self.probe, len(times), held=convert is None)
@@ -161,7 +169,8 @@ class VideoReader:
         missing = self._backend.missing
         if missing:
             self._judge_missing(missing, times)
-        return Clip(frames, np.asarray(times, np.float64), missing)
+        judge(self.ref.describe(), self._backend.corrupt, self.corrupt)
+        return Clip(frames, np.asarray(times, np.float64), missing, self._backend.corrupt)
 
     def _frames(self, times: list[float], convert: Convert | None) -> np.ndarray | list[Any]:
         """The stacked frames, or the list of what ``convert`` makes of them."""

@@ -36,6 +36,7 @@ def read(reader: GuardedReader, kind: str, path: Path) -> dict[str, Any]:
     try:
         clip = reader.read(MediaRef(kind, str(path)), Sampling(frames=ASKED))
         outcome = f"{len(clip.frames)} frames" + (f", {clip.repeated} repeated" if clip.repeated else "")
+        outcome += ", told as damaged" if clip.corrupt else ""
         cause = ""
     except UserError as error:
         outcome, cause = "error", str(error.what)

@@ -124,6 +124,14 @@ def flip(seed: int, videos: Path, target: Path) -> None:
     target.write_bytes(data)
 
 
+def flip_bits(data: bytes, seed: int) -> bytes:
+    """Flip one to four bits somewhere between the header and the end of a file."""
+    draw, changed = np.random.default_rng(seed), bytearray(data)
+    for place in draw.integers(2000, len(data) - 1500, 1 + seed % 4):
+        changed[place] ^= 1 << int(draw.integers(8))
+    return bytes(changed)
+
+
 def suffix_of(number: int) -> str:
     """What the file of a number is called."""
     return (".avi", ".mp4", ".mkv")[number % 3]

@@ -36,6 +36,8 @@ class Backend:
         missing: how many moments of the last read lie behind everything that could be decoded; the last decoded
             frame stands in for them.
         last: seconds of that last decoded frame, where ``missing`` is not 0.
+        tells_damage: whether it notices damaged frames, and fills in ``corrupt``.
+        corrupt: (first, last) seconds within which frames of the last read may be damaged.
     """
 
     package: str | None = None
@@ -43,6 +45,8 @@ class Backend:
     probe: Probe
     missing: int = 0
     last: float = 0.0
+    tells_damage: bool = False
+    corrupt: tuple[tuple[float, float], ...] = ()
 
     def __init__(self, path: str, limits: Limits = DEFAULTS) -> None:
         self.path, self.limits = path, limits

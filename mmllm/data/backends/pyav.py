@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from itertools import chain, dropwhile
+from itertools import chain, dropwhile, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.registry import register
 from mmllm.data.backends.base import Backend, Convert
 from mmllm.data.containers import count_packets, header_count, open_container, picture_stream
+from mmllm.data.damage import Damage
 from mmllm.data.limits import DEFAULTS, Limits
 from mmllm.data.media import Probe
 
@@ -55,6 +56,7 @@ class PyAVBackend(Backend):
     """
 
     package = "av"
+    tells_damage = True
 
     def __init__(self, path: str, limits: Limits = DEFAULTS) -> None:
         super().__init__(path, limits)
@@ -68,6 +70,7 @@ class PyAVBackend(Backend):
         self._first: av.VideoFrame | None = None
         self._ahead: Iterator[av.VideoFrame] | None = None
         self._fresh = False
+        self._damage = Damage()
         # moments between which frames may be left out
         self._only: list[float] = []
         # several threads for one small picture cost more than they save; before version 17 there were none
@@ -113,7 +116,8 @@ class PyAVBackend(Backend):
         self._close_container()
         self._container = open_container(self.path, self.limits)
         self._stream = stream = picture_stream(self._container, self.path)
-        self._damaged = 0
+        self._damage.restart()
+        self._damage.packets = 0
         self.limits.check_picture(self.path, stream.height, stream.width)
         # what the stream itself says may differ from its container, and change on the way
         stream.codec_context.options = {"max_pixels": str(int(self.limits.pixels))}
@@ -123,28 +127,31 @@ class PyAVBackend(Backend):
             stream.codec_context.thread_count = 1
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
-        """Frames from here on in display order; damaged packets are counted and left out."""
+        """Frames from here on in display order; damaged packets are noted and left out."""
         import av
 
-        packets, context = self._container.demux(self._stream), self._stream.codec_context
+        packets, context, packet = self._container.demux(self._stream), self._stream.codec_context, None
         while True:
             try:
                 packet = next(packets, None)
                 if packet is None:
                     return
+                if packet.is_corrupt:
+                    self._damage.lose(packet.pts)
                 if self._only and packet.pts is not None:
                     context.skip_frame = "DEFAULT" if self._near(packet.pts) else "NONREF"
                 yield from packet.decode()
             except av.error.EOFError:
                 return
             except (av.error.FFmpegError, OSError):
-                self._damaged += 1
-                if self._damaged > DAMAGED_PACKETS:
+                self._damage.lose(None if packet is None else packet.pts)
+                self._damage.packets += 1
+                if self._damage.packets > DAMAGED_PACKETS:
                     return
 
     def _near(self, pts: int) -> bool:
         """Whether the frame of this time stamp may be on screen at a wanted moment."""
-        moment, step = (pts - self._origin) * self._tick, 1 / self.probe.fps
+        moment, step = self._seconds(pts), 1 / self.probe.fps
         place = bisect_left(self._only, moment - KEEP_AFTER * step)
         return place < len(self._only) and self._only[place] < moment + KEEP_BEFORE * step
 
@@ -166,8 +173,9 @@ class PyAVBackend(Backend):
                 break
             except _Missed:
                 log.debug("%s: reading it again (jump %s, skip %s)", self.path, jump, skip)
-        if self._damaged:
-            log.warning("%s: damage while decoding, %d packet(s) skipped", self.path, self._damaged)
+        if self._damage.packets:
+            log.warning("%s: damage while decoding, %d packet(s) skipped", self.path, self._damage.packets)
+        self.corrupt = self._damage.spans()
         values: list[Any] = [None] * len(times)
         for place, value in zip(order, found, strict=True):
             values[place] = value
@@ -181,6 +189,7 @@ class PyAVBackend(Backend):
         """
         ahead, step = self._from_start(), 1 / self.probe.fps
         shown, now, longest, looked, margin = None, 0.0, step, -1, None
+        clock = None if self._counted else self._seconds
         while len(found) < len(wanted):
             frame = next(ahead, None)
             if frame is None:
@@ -195,15 +204,22 @@ class PyAVBackend(Backend):
             if due:
                 if shown is None or (self._only and wanted[len(found) + due - 1] - before > 1.5 * step):
                     raise _Missed
+                self._damage.take(shown, before, now, clock)
                 found += [self._value(shown, convert)] * due
             if shown is not None:
                 longest = max(longest, now - before)
             shown = frame
+            self._damage.passes(frame, now, clock)
             if jump and looked < len(found) < len(wanted):
                 looked = len(found)
                 margin = self._margin(now, wanted[looked])
                 if margin is not None:
                     shown, ahead = None, self._sought(wanted[looked], margin)
+        for frame in islice(ahead, MARGIN if self._damage.open_end else 0):
+            now = self._time(frame, now, shown)
+            self._damage.passes(frame, now, clock)
+            if not self._damage.open_end:
+                break
         rest = len(wanted) - len(found)
         if rest and (shown is None or (self._only and wanted[-1] - now > 1.5 * step)):
             raise _Missed
@@ -212,6 +228,7 @@ class PyAVBackend(Backend):
             end = now + max(longest, (shown.duration or 0) * self._tick) - self.slack
             if not self._only:
                 self.missing = sum(moment >= end for moment in wanted[len(found) :])
+            self._damage.take(shown, now, now, clock)
             found += [self._value(shown, convert)] * rest
 
     def _margin(self, now: float, moment: float) -> int | None:
@@ -249,15 +266,20 @@ class PyAVBackend(Backend):
         import av
 
         try:
+            self._damage.restart()
             self._container.seek(self._aim(moment, margin), stream=self._stream)
         except (av.error.FFmpegError, OSError) as error:
             raise _Missed from error
         return dropwhile(lambda frame: not frame.key_frame, self._decoded())
 
+    def _seconds(self, pts: int) -> float:
+        """Seconds since the first frame."""
+        return (pts - self._origin) * self._tick
+
     def _time(self, frame: av.VideoFrame, now: float, shown: av.VideoFrame | None) -> float:
         """Seconds since the first frame; counted where the time stamps are no good."""
         if frame.pts is not None and not self._counted:
-            return (frame.pts - self._origin) * self._tick
+            return self._seconds(frame.pts)
         if shown is None and frame is not self._first and not self._counted:
             raise _Missed
         return 0.0 if shown is None else now + 1 / self.probe.fps

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import warnings
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,12 +22,30 @@ from mmllm.data.media import FOLDER_FPS, IMAGE_SUFFIXES, Probe
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+log = logging.getLogger(__name__)
+
 ORIENTATION = 274
 """EXIF tag that says how the camera was held."""
+UPRIGHT = (
+    "FLIP_LEFT_RIGHT",
+    "ROTATE_180",
+    "FLIP_TOP_BOTTOM",
+    "TRANSPOSE",
+    "ROTATE_270",
+    "TRANSVERSE",
+    "ROTATE_90",
+)
+"""What turns a picture of orientation 2, 3, ..., 8 upright."""
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF", "JPEG2000", "AVIF")
+"""What is opened as an image. Some other formats of Pillow run programs (EPS) or open other files."""
+_warnings_lock = Lock()
+"""The filters of warnings belong to the whole process."""
 
 
 class ImageBackend(Backend):
     """A still as a clip of one frame, upright (EXIF) and RGB."""
+
+    tells_damage = True  # a damaged image is an error
 
     @classmethod
     def open(cls, path: str, fps: float | None = None, limits: Limits = DEFAULTS) -> ImageBackend:
@@ -44,6 +67,7 @@ class FolderBackend(Backend):
         reading: the file that was read last, for errors.
     """
 
+    tells_damage = True
     reading: Path
 
     @classmethod
@@ -51,11 +75,18 @@ class FolderBackend(Backend):
         """List the folder and read the header of its first image.
 
         Raises:
-            UserError: no image in it.
+            UserError: no image in it, or something else under the name of one, such as a pipe.
         """
         self = cls(path, limits)
-        files = [entry for entry in Path(path).iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES]
-        self.files = sorted((file for file in files if not file.name.startswith(".")), key=_by_number)
+        with os.scandir(path) as entries:
+            found = [entry for entry in entries if not entry.name.startswith(".")]
+            found = [entry for entry in found if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]
+            for entry in found:
+                if not entry.is_file():  # a link to a file is one
+                    what = "not a regular file in a folder of frames"
+                    hint = "take it away: a folder, a pipe, a device or a link to nothing is no frame"
+                    raise UserError(entry.path, what, hint=hint)
+        self.files = sorted((Path(entry.path) for entry in found), key=_by_number)
         if not self.files:
             raise UserError(
                 path,
@@ -81,56 +112,80 @@ class FolderBackend(Backend):
         return [loaded[place] for place in places]
 
 
-def load_image(path: str, limits: Limits = DEFAULTS) -> np.ndarray:
+def load_image(source: str | BytesIO, limits: Limits = DEFAULTS, where: str = "") -> np.ndarray:
     """Decode an image: RGB uint8 ``[H, W, 3]``, upright by its EXIF tag.
+
+    Args:
+        source: a path, or the bytes of a file. where: its name in messages; default: the path.
 
     Raises:
         UserError: the file is no image, is damaged, or is larger than the limit (seen before it is decoded).
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    with _opened(path, limits) as image:
+    where = where or str(source)
+    image, orientation, doubts = _opened(source, limits, where)
+    if doubts:
+        log.warning("%s: the image is read, but parts of the file are damaged (%s)", where, "; ".join(doubts))
+    with image:
         # the decoders of the many formats raise anything on damaged data
         try:
             image.load()
+            # it is dropped anyway, and Pillow warns where it cannot go along
+            image.info.pop("transparency", None)
             if image.mode.startswith("I;16"):
                 # Pillow would clip 16-bit values to white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            if orientation > 1:
+                image = image.transpose(Image.Transpose[UPRIGHT[orientation - 2]])
+            return np.array(image.convert("RGB"))
         except Exception as error:
             hint = "copy or download it again"
-            raise UserError(path, f"the image is damaged ({str(error) or type(error).__name__})", hint=hint) from error
+            raise UserError(where, f"the image is damaged ({str(error) or type(error).__name__})", hint=hint) from error
 
 
-def _opened(path: str, limits: Limits) -> Image:
-    """An image file with its header read, or a :class:`UserError`."""
+def _opened(source: str | BytesIO, limits: Limits, where: str) -> tuple[Image, int, list[str]]:
+    """An image file with its header read, its orientation (EXIF), and what Pillow warns of in it.
+
+    Pillow's warnings are taken in, so that none is printed without the name of its file.
+
+    Raises:
+        UserError: no image, damaged, or larger than the limit.
+    """
     from PIL import Image, UnidentifiedImageError
 
-    try:
-        image = Image.open(path)
-    except UnidentifiedImageError as error:
-        hint = "an image such as jpg or png, or check how the file was made"
-        raise UserError(path, "not an image, it cannot be opened as one", hint=hint) from error
-    except Exception as error:
-        what = f"the image cannot be opened ({str(error) or type(error).__name__})"
-        raise UserError(path, what, hint="check the file") from error
-    try:
-        limits.check_picture(path, image.height, image.width)
-    except UserError:
-        image.close()
-        raise
-    return image
+    # only headers are read in here: pictures are decoded side by side
+    with _warnings_lock, warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        try:
+            Image.init()
+            image = Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
+        except UnidentifiedImageError as error:
+            hint = "an image such as jpg or png, or check how the file was made"
+            raise UserError(where, "not an image, it cannot be opened as one", hint=hint) from error
+        except Exception as error:
+            what = f"the image cannot be opened ({str(error) or type(error).__name__})"
+            raise UserError(where, what, hint="check the file") from error
+        try:
+            limits.check_picture(where, image.height, image.width)
+            tag = image.getexif().get(ORIENTATION)
+        except UserError:
+            image.close()
+            raise
+        except Exception as error:
+            image.close()
+            raise UserError(where, f"the EXIF data is damaged ({error})", hint="save the image anew") from error
+    # our own limit takes the place of Pillow's
+    heard = [one for one in heard if not issubclass(one.category, Image.DecompressionBombWarning)]
+    doubts = dict.fromkeys(str(one.message) for one in heard if "PIL" in Path(one.filename).parts)
+    return image, tag if tag in range(1, 9) else 1, list(doubts)
 
 
 def _upright_size(path: str, limits: Limits) -> tuple[int, int]:
     """(height, width) after the EXIF rotation, from the header."""
-    with _opened(path, limits) as image:
-        width, height = image.size
-        try:
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
-        except Exception as error:
-            raise UserError(path, f"the EXIF data is damaged ({error})", hint="save the image anew") from error
-        return (width, height) if turned else (height, width)
+    image, orientation, _ = _opened(path, limits, path)
+    with image:
+        return image.size if orientation >= 5 else image.size[::-1]
 
 
 def _by_number(file: Path) -> list[tuple[int, str]]:

@@ -13,6 +13,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.registry import register
 from mmllm.data.conversations import Sample, Source
 from mmllm.data.formats.turns import conversation
+from mmllm.data.json_files import short
 
 
 @register("format", "llava_hound")
@@ -31,6 +32,8 @@ class LlavaHound(Source):
         for key in ("prompt", "chosen", "rejected"):
             if not record.get(key):
                 raise UserError(f"{where}:{key}", "missing", expected="a text")
+            if not isinstance(record[key], str | list):
+                raise UserError(f"{where}:{key}", "of the wrong type", expected="a text", got=short(record[key]))
         video = record.get("video")
         if isinstance(video, str) and video and not (self.root / video).exists():
             file = f"{video}.mp4"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from mmllm.contract.errors import UserError
+from mmllm.data.json_files import short
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,19 +41,25 @@ def media(record: dict[str, Any], kind: str, where: str, root: Path, spill: Path
 
 
 def _seconds(record: dict[str, Any], side: str, where: str) -> float:
+    value = record[side]
     try:
-        return float(record[side])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}:{side}", "not a bound", expected="seconds", got=record[side]) from error
+        seconds = math.nan if isinstance(value, bool) else float(value)  # some sets write them as texts
+    except (TypeError, ValueError, OverflowError):
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise UserError(f"{where}:{side}", "not a bound", expected="seconds", got=short(value))
+    return seconds
 
 
 def _entry(kind: str, value: Any, where: str, root: Path, spill: Path) -> dict[str, Any]:
     if isinstance(value, dict) and (value.get("bytes") or value.get("path")):
         content, name = value.get("bytes"), value.get("path")
+        if not isinstance(content, bytes | None) or not isinstance(name, str | None):
+            raise UserError(where, f"not a {kind}", expected="bytes and a path", got=short(value))
     elif isinstance(value, bytes | str) and value:
         content, name = (value, None) if isinstance(value, bytes) else (None, value)
     else:
-        raise UserError(where, f"not a {kind}", expected="a path, or bytes", got=str(value)[:60])
+        raise UserError(where, f"not a {kind}", expected="a path, or bytes", got=short(value))
     if not content:
         return {"type": kind, "path": str(root / name)}
     if kind == "image":
@@ -64,7 +72,7 @@ def _picture(content: bytes, where: str) -> np.ndarray:
     from mmllm.data.backends.stills import load_image
 
     try:
-        return load_image(BytesIO(content))
+        return load_image(BytesIO(content), where=where)
     except UserError as error:
         raise UserError(where, error.what, got=f"{len(content)} bytes", hint="export the record again") from error
 

@@ -9,6 +9,7 @@ from typing import Any
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.registry import register
 from mmllm.data.conversations import Sample, Source
+from mmllm.data.json_files import short, take
 
 KINDS = ("text", "image", "video")
 LOCATORS = ("path", "url", "image", "video")
@@ -29,11 +30,13 @@ class Messages(Source):
         if not isinstance(messages, list) or not messages:
             raise UserError(f"{where}:messages", "missing", expected="a list of messages")
         for index, message in enumerate(messages):
+            place = f"{where}:messages[{index}]"
             if not isinstance(message, dict) or "role" not in message or "content" not in message:
-                raise UserError(f"{where}:messages", "a message needs role and content", got=str(message)[:60])
-            content, place = message["content"], f"{where}:messages[{index}]"
+                raise UserError(f"{where}:messages", "a message needs role and content", got=short(message))
+            take(message, "role", str, place)
+            content = message["content"]
             if not isinstance(content, str | list):
-                raise UserError(place, "wrong type", expected="a text or a list of entries", got=str(content)[:60])
+                raise UserError(place, "wrong type", expected="a text or a list of entries", got=short(content))
             for entry in [{"type": "text", "text": content}] if isinstance(content, str) else content:
                 self._check(entry, place)
                 if isinstance(entry.get("path"), str):
@@ -43,16 +46,25 @@ class Messages(Source):
 
     def _check(self, entry: Any, where: str) -> None:
         kind = entry.get("type") if isinstance(entry, dict) else None
-        if kind not in KINDS:
-            raise UserError(where, "unknown type of entry", got=str(entry)[:60], hint=nearest(str(kind), list(KINDS)))
-        if kind != "text" and not any(entry.get(key) is not None for key in LOCATORS):
-            raise UserError(where, f"more placeholders than media: a {kind} names no file", expected="path")
+        if kind not in list(KINDS):
+            raise UserError(where, "unknown type of entry", got=short(entry), hint=nearest(str(kind), list(KINDS)))
+        if kind != "text":
+            self._check_medium(entry, where)
         if kind == "text" and not isinstance(entry.get("text"), str):
-            raise UserError(where, "a text entry has no text", got=str(entry)[:60])
+            raise UserError(where, "a text entry has no text", got=short(entry))
         for placeholder in ("<image>", "<video>") if kind == "text" else ():
             if placeholder in entry["text"]:
                 hint = '{"type": "video", "path": ...} as a content entry'
                 raise UserError(where, f"more placeholders than media: a text contains {placeholder}", hint=hint)
+
+    def _check_medium(self, entry: dict[str, Any], where: str) -> None:
+        named = [key for key in LOCATORS if entry.get(key) is not None]
+        if not named:
+            raise UserError(where, f"more placeholders than media: a {entry['type']} names no file", expected="path")
+        for key in named:
+            take(entry, key, str, where)
+        for key, kind in (("start", float), ("end", float), ("fps", float), ("frames", int)):
+            take(entry, key, kind, where, None)
 
 
 def as_record(sample: Sample) -> dict[str, Any]:

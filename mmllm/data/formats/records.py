@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mmllm.contract.errors import UserError
+from mmllm.data.json_files import not_json, parse_json, short
 
 BLOCK = 1 << 24
 """Bytes read at a time while an array is scanned."""
@@ -52,13 +53,10 @@ class JsonRecords(Sequence):
             text = file.read(-1 if last else self.starts[index + 1] - self.starts[index])
         place = f"record {index + 1}" if self.on_one_line else self.lines[index]
         where = f"{self.path}:{place}"
-        try:
-            # what follows a record in an array is known to be a comma or the end
-            value = DECODER.raw_decode(text.decode())[0] if self.is_array else json.loads(text)
-        except ValueError as error:
-            raise UserError(where, f"not JSON ({error})") from error
+        # what follows a record in an array is known to be a comma or the end
+        value = parse_json(text, where, followed=self.is_array)
         if not isinstance(value, dict):
-            raise UserError(where, "not a record", expected="an object with named fields", got=str(value)[:60])
+            raise UserError(where, "not a record", expected="an object with named fields", got=short(value))
         return value, where
 
 
@@ -80,11 +78,7 @@ def first_record(path: Path) -> dict[str, Any] | None:
     elif first == b"{" or path.suffix in JSON_SUFFIXES:
         with path.open("rb") as file:
             line = next(line for line in file if line.strip())
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            expected = "an array of records or one record a line"
-            raise UserError(f"{path}:1", f"not JSON ({error})", expected=expected) from error
+        value = parse_json(line, f"{path}:1", expected="an array of records or one record a line")
     else:
         return None
     return value if isinstance(value, dict) else {}
@@ -186,6 +180,8 @@ class _Window:
                     continue
                 line = self.line + self.text.count("\n", self.at, error.pos)
                 raise UserError(f"{self.path}:{line}", f"not JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                raise not_json(error, f"{self.path}:{self.line}") from error
             if end == len(self.text) and self.more():
                 continue
             self.advance(end - self.at)

@@ -10,6 +10,7 @@ from typing import Any
 from mmllm.contract.errors import UserError, nearest
 from mmllm.data.conversations import Sample
 from mmllm.data.formats.media import media
+from mmllm.data.json_files import short
 
 Turn = tuple[str, str]
 """Role and text; media are placeholders in the text."""
@@ -43,6 +44,8 @@ def conversation(
     for key in ("chosen", "rejected"):
         if isinstance(fields.get(key), list):
             fields[key] = "\n".join(text for _, text in said(fields[key], f"{where}:{key}"))
+        elif not isinstance(fields.get(key), str | None):
+            raise UserError(f"{where}:{key}", "of the wrong type", expected="a text", got=short(fields[key]))
     name = record.get("id")
     return Sample(where if name is None else str(name), messages, fields)
 
@@ -54,13 +57,13 @@ def said(turns: Any, where: str) -> list[Turn]:
         UserError: a turn without speaker or text, or a speaker that nobody knows.
     """
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError(where, "not a list of turns", got=str(turns)[:60])
+        raise UserError(where, "not a list of turns", got=short(turns))
     result = []
     for index, turn in enumerate(turns):
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             key, hint = "from" if "from" in turn else "role", nearest(str(role), list(ROLES))
-            raise UserError(f"{where}[{index}].{key}", "unknown speaker", got=role, hint=hint)
+            raise UserError(f"{where}[{index}].{key}", "unknown speaker", got=short(role), hint=hint)
         result.append((ROLES[role], _text(text, f"{where}[{index}]")))
     return result
 
@@ -70,12 +73,12 @@ def _text(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
-        raise UserError(where, "has no text", got=str(content)[:60])
+        raise UserError(where, "has no text", got=short(content))
     pieces = []
     for entry in content:
         kind, text = entry.get("type", "text"), entry.get("text")
         if kind not in ("image", "video") and (kind != "text" or not isinstance(text, str)):
-            raise UserError(where, "unknown type of entry", expected="text, image or video", got=str(entry)[:60])
+            raise UserError(where, "unknown type of entry", expected="text, image or video", got=short(entry))
         pieces.append(text if kind == "text" else f"<{kind}>")
     return "".join(pieces)
 
@@ -86,7 +89,7 @@ def _exchanges(pairs: Any, where: str) -> list[Turn]:
     for index, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
         for role in ("user", "assistant"):
             if not isinstance(pair, dict) or not isinstance(pair.get(role), str):
-                raise UserError(f"{where}[{index}].{role}", "has no text", got=str(pair)[:60])
+                raise UserError(f"{where}[{index}].{role}", "has no text", got=short(pair))
             turns.append((role, pair[role]))
     return turns
 

@@ -12,6 +12,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.registry import register
 from mmllm.data.conversations import Sample, Source
 from mmllm.data.formats.turns import Turn, conversation
+from mmllm.data.json_files import short, take
 
 
 @register("format", "videochat2")
@@ -35,10 +36,10 @@ def _questions(pairs: list[Any], where: str) -> list[Turn]:
     instruction = ""
     for index, pair in enumerate(pairs):
         if not isinstance(pair, dict) or not isinstance(pair.get("a"), str):
-            raise UserError(f"{where}:QA[{index}].a", "has no text", got=str(pair)[:60])
-        said = [pair.get("i") or "", pair.get("q") or ""]
+            raise UserError(f"{where}:QA[{index}].a", "has no text", got=short(pair))
+        said = [take(pair, key, str, f"{where}:QA[{index}]", "") for key in ("i", "q")]
         if said[0] == instruction:
             said[0] = ""
-        instruction = pair.get("i") or instruction
+        instruction = said[0] or instruction
         turns += [("user", "\n".join(text for text in said if text)), ("assistant", pair["a"])]
     return turns

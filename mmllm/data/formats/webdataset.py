@@ -17,6 +17,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.registry import register
 from mmllm.data.conversations import Sample, Source, files_of
 from mmllm.data.formats.turns import conversation
+from mmllm.data.json_files import parse_json
 from mmllm.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 
@@ -102,8 +103,5 @@ def _headers(shard: Path) -> Iterator[dict[str, Any]]:
 
 
 def _fields(content: bytes, where: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"{where}:json", f"not JSON ({error})") from error
+    fields = parse_json(content, f"{where}:json")
     return fields if isinstance(fields, dict) else {"conversations": fields}
