@@ -32,12 +32,16 @@ class ModelAnswerer:
         model, processor: as `mmllm.load` gives them.
         sampler: the protocol's, whatever the model's own.
         frames: of each video where a call names none; None = the model's own number.
+
+    Attributes:
+        damaged: files whose frames the decoder found damaged in what was asked so far.
     """
 
     def __init__(self, model: nn.Module, processor: Any, sampler: str | None = None, frames: int | None = None) -> None:
         self.model, self.processor, self.sampler, self.frames = model, processor, sampler, frames
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="reading")
         self._ahead: list[tuple[Any, Future]] = []
+        self.damaged: set[str] = set()
 
     def prefetch(self, conversations: list[list[dict]], *, frames: int | None) -> None:
         """Read and tokenise what is asked next, while the model still answers."""
@@ -48,6 +52,7 @@ class ModelAnswerer:
     def __call__(self, conversations: list[list[dict]], *, frames: int | None, max_new_tokens: int) -> list[str]:
         """One raw response a conversation; `frames` overrides the number of frames."""
         batch = self._taken(conversations, frames).to(self.model.device)
+        self.damaged |= {clip["damaged"] for clip in batch["visual"]["media"] if "damaged" in clip}
         output = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         answers = output[:, batch["input_ids"].shape[1] :]
         return self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -123,7 +128,7 @@ def subject_of(model: nn.Module, processor: Any) -> dict[str, Any]:
         "front_end": _digest(processor.model_section),
         "tokenizer": _digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]),
         "decoding": _digest({key: value for key, value in decoding.items() if key != "transformers_version"}),
-        "reader": processor.loader.reader.backend,
+        "reader": [processor.loader.reader.backend, processor.loader.reader.corrupt],
         "plugins": sorted(_digest(path.read_text(encoding="utf-8")) for path in plugins()),
     }
 

@@ -17,6 +17,9 @@ FIELDS = ("id", "task", "condition", "response", "letter", "gold", "correct")
 class Predictions:
     """Answers by (item id, condition), kept in ``predictions.jsonl``, one JSON object per line.
 
+    Attributes:
+        damaged: ids of items whose clip had damaged frames.
+
     Args:
         path: the file; it and its folder are made at the first `add`. Lines of an earlier run are read. A torn last
             line (the run was killed while writing) is cut off, so that its item is answered again.
@@ -28,6 +31,7 @@ class Predictions:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.responses: dict[tuple[str, str], str] = {}
+        self.damaged: set[str] = set()
         if path.is_file():
             self._read()
 
@@ -42,7 +46,7 @@ class Predictions:
                     line = data.count(b"\n", 0, start) + 1
                     raise UserError(f"{self.path}:{line}", "damaged line", hint="delete that line and run again")
                 break
-            self.responses[row["id"], row["condition"]] = row["response"]
+            self._note(row)
             good = start = end + 1
         if good < len(data):
             logger.warning("%s: the last line is torn; it is dropped and its item answered again", self.path)
@@ -53,7 +57,12 @@ class Predictions:
         """Append rows (with the keys of `FIELDS`) and flush them to the file."""
         append_lines(self.path, [json.dumps(row, ensure_ascii=False) for row in rows])
         for row in rows:
-            self.responses[row["id"], row["condition"]] = row["response"]
+            self._note(row)
+
+    def _note(self, row: dict[str, Any]) -> None:
+        self.responses[row["id"], row["condition"]] = row["response"]
+        if row.get("damaged"):
+            self.damaged.add(row["id"])
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key in self.responses

@@ -50,7 +50,7 @@ class Report:
         protocol: name of the protocol, `protocol_hash` its digest.
         headline: which mean `average`, `chance`, `blind` and `single_frame` are: "micro" or "macro".
         tasks: scores by task.
-        empty: empty responses, counted as wrong.
+        empty: empty responses, counted as wrong. damaged: items answered from clips with damaged frames.
         excluded: unsound items, each with id, task and reason; broken: items whose clip cannot be read, likewise.
         not_scored: tasks left out as a whole, with the reason.
         warnings: sentences a reader must see.
@@ -65,6 +65,7 @@ class Report:
     headline: Literal["micro", "macro"]
     tasks: dict[str, TaskScore]
     empty: int = 0
+    damaged: int = 0
     excluded: list[dict[str, str]] = field(default_factory=list)
     not_scored: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -139,6 +140,7 @@ class Report:
             "broken": self.broken,
             "unparsed": self.unparsed,
             "empty": self.empty,
+            "damaged": self.damaged,
             "root": self.root,
             "limit": self.limit,
             "subject": self.subject,
@@ -159,7 +161,7 @@ class Report:
         plain = ("benchmark", "protocol", "protocol_hash", "headline", "empty", "excluded", "not_scored", "warnings")
         try:
             tasks = {name: TaskScore(**task) for name, task in data["tasks"].items()}
-            rest = {key: data[key] for key in ("broken", "root", "limit", "subject") if key in data}
+            rest = {key: data[key] for key in ("broken", "damaged", "root", "limit", "subject") if key in data}
             return cls(**{key: data[key] for key in plain}, **rest, tasks=tasks, folder=folder)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(folder / "report.json", "damaged", hint="delete it, and evaluate again") from error

@@ -31,7 +31,8 @@ class Answerer(Interface):
             frames: frames per clip; None means the model's own setting.
             max_new_tokens: longest response.
 
-        An answerer may have a method `prefetch(conversations, *, frames)`: what will be asked after the next call.
+        An answerer may have a method `prefetch(conversations, *, frames)`: what will be asked after the next call; and
+        an attribute `damaged`: a set of the files whose frames were found damaged.
         """
 
 
@@ -188,7 +189,8 @@ def _answer_batch(
         if isinstance(response, UserError):
             broken += [(item, str(response)) for item in items]
         else:
-            rows += [_row(item, condition, response, protocol) for item in items]
+            seen = set() if CONDITIONS[condition].blind else getattr(answer, "damaged", set())
+            rows += [_row(item, condition, response, protocol, seen) for item in items]
     predictions.add(rows)
     return broken
 
@@ -201,8 +203,9 @@ def _one(ask: Callable[[list[Conversation]], list[str]], conversation: Conversat
         return error
 
 
-def _row(item: Item, condition: str, response: str, protocol: Protocol) -> dict[str, Any]:
+def _row(item: Item, condition: str, response: str, protocol: Protocol, damaged: set[str]) -> dict[str, Any]:
     letter = letter_of(protocol, response, item)
+    flag = {"damaged": True} if str(item.media_path) in damaged else {}
     return {
         "id": item.id,
         "task": item.task,
@@ -211,4 +214,5 @@ def _row(item: Item, condition: str, response: str, protocol: Protocol) -> dict[
         "letter": letter,
         "gold": item.gold,
         "correct": item.is_right(letter),
+        **flag,
     }

@@ -54,6 +54,7 @@ def score(
         headline=benchmark.average,
         tasks=tasks,
         empty=empty,
+        damaged=sum(item.id in predictions.damaged for item in chosen.scored),
         excluded=[{"id": item.id, "task": item.task, "reason": reason} for item, reason in chosen.excluded],
         broken=[{"id": item.id, "task": item.task, "reason": reason} for item, reason in chosen.broken],
         not_scored=dict(chosen.not_scored),
@@ -99,6 +100,11 @@ def _warnings(report: Report) -> list[str]:
         found.append(
             f"{report.empty} of {report.scored} responses are EMPTY and count as wrong: "
             "the model or its generation settings are broken, do not use this score"
+        )
+    if report.damaged:
+        found.append(
+            f"{report.damaged} of {report.scored} items were answered from clips with damaged frames; "
+            "--corrupt error --missing skip leaves them out"
         )
     bare = [name for name, task in report.tasks.items() if task.score is None]
     if bare:

@@ -20,6 +20,7 @@ class Medium:
 
     Attributes:
         key: equal for equal media. source: what was given in memory, kept so that its identity stays its own.
+        corrupt: (first, last) seconds within which its frames may be damaged.
         features: {encoder: tensors kept of it}, in place of its pixels. keys: {encoder: where to keep what it makes}.
     """
 
@@ -30,11 +31,13 @@ class Medium:
     features: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     source: Any = None
+    corrupt: tuple[tuple[float, float], ...] = ()
 
     def for_model(self) -> dict[str, Any]:
-        """What the front end takes of it."""
+        """What the front end takes of it, and its file where that is damaged."""
         names = ("spec", "times", "pixels", "features", "keys")
-        return {name: getattr(self, name) for name in names}
+        taken = {name: getattr(self, name) for name in names}
+        return taken | ({"damaged": str(self.source)} if self.corrupt else {})
 
 
 @dataclass

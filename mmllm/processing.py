@@ -338,7 +338,7 @@ def _checked_level(level: int | None, known: int | None, name: str) -> int:
 
 
 def _medium(key: Any, loaded: Loaded, source: Any) -> Medium:
-    return Medium(key, loaded.spec, loaded.times, loaded.pixels, loaded.features, loaded.keys, source)
+    return Medium(key, loaded.spec, loaded.times, loaded.pixels, loaded.features, loaded.keys, source, loaded.corrupt)
 
 
 def _flat(media: Any) -> list:

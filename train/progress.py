@@ -29,6 +29,7 @@ class StageProgress(TrainerCallback):
         self.run, self.stage, self.batch, self.quiet = run, stage, samples_per_step, quiet
         self.trainer: Any = None
         self.loss: float | None = None
+        self.skipped = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock at the step it continues from."""
@@ -43,7 +44,16 @@ class StageProgress(TrainerCallback):
         if self.loss is not None:
             facts = {"loss": f"{self.loss:.3f}", **facts}
         facts["data wait"] = f"{100 * self.trainer.data_seconds / max(seconds, 1e-9):.0f} %"
-        self.bar.update(state.global_step, {**facts, **self.trainer.looked_up.facts()})
+        self._say_skipped()
+        skipped = {"skipped": str(self.skipped)} if self.skipped else {}
+        self.bar.update(state.global_step, {**facts, **skipped, **self.trainer.looked_up.facts()})
+
+    def _say_skipped(self) -> None:
+        """Each bad sample once in events.txt, whichever process met it."""
+        for reason in self.trainer.skipped:
+            self.run.log_event(self.stage, f"skipped {reason}")
+        self.skipped += len(self.trainer.skipped)
+        self.trainer.skipped.clear()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         """A record of the trainer, as one JSON line."""

@@ -38,6 +38,7 @@ class Options:
         save_steps, log_steps: steps between checkpoints and between lines of log.jsonl.
         cache: where shared stages are kept, and media. keep: what is kept of media, among "frames" and "features".
         keep_bytes: how much of each. reader: how media files are read; None = as the processor does by itself.
+        skip_bad: put the next sample in the place of one that cannot be read, instead of stopping.
     """
 
     seed: int = 0
@@ -53,6 +54,7 @@ class Options:
     keep: tuple[str, ...] = ()
     keep_bytes: int | None = None
     reader: GuardedReader | None = None
+    skip_bad: bool = False
     quiet: bool = False
 
     def caches(self) -> Any:

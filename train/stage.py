@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from mmllm.contract.errors import UserError, nearest
-from mmllm.contract.registry import load_plugin, plugins
 from mmllm.data import mix
 from mmllm.data.conversations import Sample
 from mmllm.data.mixture import Joined
@@ -17,9 +16,10 @@ from mmllm.front_end import FrontEnd
 from mmllm.recipe import Recipe
 from mmllm.run_folder import RunFolder
 from mmllm.sections import Stage
-from mmllm.train.caching import attach_caches, counted, since
+from mmllm.train.caching import attach_caches
 from mmllm.train.checkpoints import check_checkpoint, last_checkpoint
 from mmllm.train.machine import join, precision, recompute, training_arguments
+from mmllm.train.preparing import Preparer
 from mmllm.train.progress import StageProgress, StopOnSignal
 from mmllm.train.run import Options, build_objective
 from mmllm.train.trainer import StageTrainer
@@ -146,49 +146,6 @@ def _data(stage: Stage, recipe: Recipe) -> list[tuple[str, str | None]]:
     return [(recipe.path(name), media if recipe.path(name) == name else None) for name in names]
 
 
-class _Plugins:
-    """Loads plug-ins where it is unpickled."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-
-    def __reduce__(self) -> tuple[Any, tuple[list[Path]]]:
-        return _loaded, (self.paths,)
-
-
-def _loaded(paths: list[Path]) -> _Plugins:
-    for path in paths:
-        load_plugin(path)
-    return _Plugins(paths)
-
-
-class Preparer:
-    """Sample numbers to a batch, in a loader worker; what is wrong with the data comes back as part of the batch.
-
-    An exception of a worker would reach the trainer as text with a traceback; this way it arrives as itself.
-    """
-
-    def __init__(self, data: Sequence[Sample], objective: Any, processor: Any) -> None:
-        self.data, self.objective, self.processor = data, objective, processor
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A spawned worker has an empty registry: the plug-ins travel before what may be theirs."""
-        return {"plugins": _Plugins(plugins()), **vars(self)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({name: value for name, value in state.items() if name != "plugins"})
-
-    def __call__(self, numbers: list[int]) -> dict[str, Any]:
-        """The batch of some samples, or `{"error": ...}`."""
-        caches = self.processor.loader.caches
-        before = counted(caches)
-        try:
-            batch = self.objective.prepare([self.data[number] for number in numbers], self.processor)
-        except UserError as error:
-            return {"error": error}
-        return {**batch, "looked_up": since(before, caches)} if caches is not None else batch
-
-
 def make_trainer(
     name: str, number: int, stage: Stage, recipe: Recipe, model: Any, processor: Any, run: RunFolder, options: Options
 ) -> tuple[StageTrainer, StopOnSignal, Path | None]:
@@ -206,7 +163,7 @@ def make_trainer(
         model=model,
         args=training_arguments(name, stage, recipe, folder, options),
         train_dataset=range(len(data)),
-        data_collator=Preparer(data, objective, processor),
+        data_collator=Preparer(data, objective, processor, options.skip_bad),
         processing_class=processor,
         callbacks=[progress, stopper],
         objective=objective,

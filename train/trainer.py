@@ -46,6 +46,7 @@ class StageTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the count of all micro-batches itself
         self.data_seconds = 0.0
         self.looked_up = LookUps()
+        self.skipped: list[str] = []
         self.checkpoint: Path | None = None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -94,6 +95,7 @@ class StageTrainer(Trainer):
             if "error" in batch:
                 self._keep_before(batch["error"])
             self.looked_up.add(batch.pop("looked_up", {}))
+            self.skipped += batch.pop("skipped", [])
         totals: dict[str, int] = {}
         for batch in batches:
             for name, count in self.objective.counts(batch).items():

@@ -49,6 +49,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=flag(Count), help="of each process on the CPU (default: the free cores)")
     what = "with --dry-run: processes that the run will have (default: torchrun's WORLD_SIZE, or 1)"
     parser.add_argument("--processes", type=flag(Count), metavar="N", help=what)
+    bad = "what becomes of samples that cannot be read (default error): stop, or train the next one in their place"
+    parser.add_argument("--bad-samples", choices=["error", "skip"], default="error", help=bad)
     cache_flags(parser)
     reader_flags(parser)
     names = ("--json", "--quiet", "--plugin", "--trust-remote-code", "--jobs", "--seed", "--device", "--dtype")
@@ -81,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
         keep=keep,
         keep_bytes=keep_bytes,
         reader=media_reader(options.backend, options.time_limit, options.corrupt),
+        skip_bad=options.bad_samples == "skip",
         quiet=options.quiet,
     )
     if options.dry_run:

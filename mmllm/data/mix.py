@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError, nearest
 from mmllm.data.conversations import Sample, exists, expand_braces, files_of, open_source
 from mmllm.data.formats.records import CONTAINERS
@@ -145,35 +146,13 @@ def open_entry(entry: Entry, seed: int = 0, spill: Path | None = None) -> Sequen
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
     if not path.is_file():
         raise UserError(path, "no such mix", expected="a .yaml file with datasets")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        # aliases of aliases are small as nodes, and without end as values
-        if _values(yaml.compose(text, Loader=yaml.SafeLoader), {}) > VALUES:
-            raise UserError(path, "too large a mix, or one that repeats itself", expected=f"at most {VALUES} values")
-        data = yaml.safe_load(text)
-    except RecursionError as error:
-        raise UserError(path, "not a mix, it is nested too deeply") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(path, f"not YAML: {error}") from error
+    data = read_yaml(path)
     _check_keys(data, TOP_KEYS, f"{path}:")
     if not isinstance(data.get("datasets"), list) or not data["datasets"]:
         raise UserError(f"{path}:datasets", "missing", expected="a list of json_path: file")
     return data
-
-
-def _values(node: Any, known: dict[int, float]) -> float:
-    """How many values a node of YAML stands for, with those of its aliases; without end for one inside itself."""
-    if not isinstance(getattr(node, "value", None), list):
-        return 1
-    if id(node) not in known:
-        known[id(node)] = math.inf
-        parts = (part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,)))
-        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
-    return known[id(node)]
 
 
 def _entries(item: Any, where: str, folder: Path, root: Path | None) -> list[Entry]:

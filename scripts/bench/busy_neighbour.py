@@ -2,7 +2,7 @@
 
     python scripts/bench/busy_neighbour.py --steps 40 --out busy_neighbour.json
 
-The neighbour is one process for each core that multiplies matrices. Each way of waiting is measured alone and beside it.
+The neighbour is one process per core that multiplies matrices. Each way of waiting is measured alone and beside it.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def test_the_subject_says_what_else_answers_depend_on():
     def subject(template: str = "t", tokens: int = 1, backend: str = "pyav", bits: torch.dtype = torch.float32) -> Any:
         backend_tokenizer = SimpleNamespace(to_str=lambda: "{}")
         tokenizer = SimpleNamespace(backend_tokenizer=backend_tokenizer, chat_template=template)
-        reader = SimpleNamespace(reader=SimpleNamespace(backend=backend))
+        reader = SimpleNamespace(reader=SimpleNamespace(backend=backend, corrupt="warn"))
         model = torch.nn.Linear(1, 1, bias=False).to(bits)
         torch.nn.init.ones_(model.weight)
         model.generation_config = SimpleNamespace(to_dict=lambda: {"max_new_tokens": tokens})
@@ -180,3 +180,16 @@ def test_the_subject_says_what_else_answers_depend_on():
     assert base == subject()
     for other in (subject("u"), subject(tokens=2), subject(backend="decord"), subject(bits=torch.bfloat16)):
         assert other != base
+
+
+def test_answers_about_damaged_clips_are_counted_apart(mvbench_root, tmp_path):
+    class Damaged(Fake):
+        """Finds one clip damaged."""
+
+        damaged = {str(mvbench_root / "video/star/Charades_v1_480/action_sequence_0.mp4")}
+
+    report = run(mvbench_root, tmp_path, Damaged())
+    assert (report.damaged, report.scored) == (1, 80)
+    assert any("1 of 80 items were answered from clips with damaged frames" in text for text in report.warnings)
+    assert run(mvbench_root, tmp_path, Fake()).damaged == 1  # kept with the answers
+    assert Report.read(tmp_path).damaged == 1

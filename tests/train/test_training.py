@@ -241,3 +241,83 @@ def test_generation_stops_at_the_tokenizers_end_where_the_llm_names_none(data, t
         processor.tokenizer.eos_token_id,
         [processor.tokenizer.eos_token_id],
     )
+
+
+def test_bad_samples_are_skipped_where_that_is_asked_for(data, tmp_path):
+    lines = data.read_text().splitlines()
+    record = json.loads(lines[1])
+    record["messages"][0]["content"][0]["path"] = "nowhere.mp4"
+    broken = data.parent / "broken.jsonl"
+    broken.write_text("\n".join([lines[0], json.dumps(record), *lines[2:]]) + "\n")
+    with pytest.raises(UserError, match=r"nowhere\.mp4"):
+        train(recipe(broken), tmp_path / "stops", options())
+    train(recipe(broken), tmp_path / "skips", options(skip_bad=True))
+    assert "skipped" in (tmp_path / "skips" / "events.txt").read_text()
+    assert "nowhere.mp4" in (tmp_path / "skips" / "events.txt").read_text()
+    assert len(losses(tmp_path / "skips")) == 6
+
+
+def test_data_of_bad_samples_alone_stop_though_they_may_be_skipped(data, tmp_path):
+    record = json.loads(data.read_text().splitlines()[1])
+    record["messages"][0]["content"][0]["path"] = "nowhere.mp4"
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("\n".join([json.dumps(record)] * 4) + "\n")
+    with pytest.raises(UserError, match=r"nowhere\.mp4"):
+        train(recipe(broken), tmp_path / "run", options(skip_bad=True))
+
+
+def test_a_term_of_nothing_is_zero_and_no_nan(data, tmp_path, monkeypatch):
+    from mmllm.contract.types import Term
+    from mmllm.train.objectives.language_modeling import LanguageModeling
+
+    real = LanguageModeling.forward
+
+    def with_nothing(self, model, batch):
+        terms = real(self, model, batch)
+        return {**terms, "nothing": Term(0.0 * terms["language_modeling"].sum, 0)}
+
+    train(recipe(data, steps=2), tmp_path / "plain", options())
+    monkeypatch.setattr(LanguageModeling, "forward", with_nothing)
+    train(recipe(data, steps=2), tmp_path / "more", options())
+    assert losses(tmp_path / "more") == losses(tmp_path / "plain")
+
+
+def test_positions_reach_an_objective(data):
+    from small_runs import recipe as small_recipe
+    from tiny import tiny_model
+
+    model, seen = tiny_model(small_recipe(data)), []
+    ids = torch.arange(1, 5)[None]
+    model(ids, position_ids=ids + 7, objective=lambda model, batch: seen.append(batch["position_ids"]))
+    assert torch.equal(seen[0], ids + 7)
+    with_positions = model(ids, position_ids=ids * 3, objective=lambda model, batch: model.run(model.embed(batch)))
+    without = model(ids, objective=lambda model, batch: model.run(model.embed(batch)))
+    assert not torch.allclose(with_positions, without)
+
+
+def test_shared_stages_tell_number_formats_and_versions_apart(data, tmp_path, monkeypatch):
+    from mmllm.build import build_processor
+    from mmllm.train import shared
+
+    made = recipe(data, trains=["llm"], share=True)
+    processor = build_processor(made)
+
+    def file(**changes: object) -> str:
+        return shared.SharedStage("instruct", made, processor, options(cache=tmp_path, **changes)).file.name
+
+    plain = file()
+    assert file(precision="bfloat16") != plain
+    monkeypatch.setattr(shared, "VERSION", shared.VERSION + 1)
+    assert file() != plain
+
+
+def test_a_damaged_shared_stage_is_made_anew(data, tmp_path, capsys):
+    made = recipe(data, trains=["llm"], share=True, steps=2)
+    settings = options(cache=tmp_path / "cache")
+    train(made, tmp_path / "first", settings)
+    (file,) = (tmp_path / "cache" / "stages").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:200])
+    train(made, tmp_path / "second", settings)
+    assert "damaged" in capsys.readouterr().err
+    for name, value in weights(tmp_path / "first").items():
+        assert torch.equal(weights(tmp_path / "second")[name], value), name
