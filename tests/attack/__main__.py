@@ -1,0 +1,147 @@
+"""`python -m attack`: see scripts/attack.sh."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from attack import kills, table
+from attack.bench import Bench, build
+from attack.case import Name, Verdict
+from attack.generators import GENERATORS, names
+from attack.server import forked, import_everything, run_cases, verdict_rows
+
+EPILOG = """\
+examples:
+  scripts/attack.sh                                      1,500 inputs and 60 kills
+  scripts/attack.sh --inputs 200 --kills 0 --only recipes,media
+  scripts/attack.sh --case recipes-0017 --seed 3         one input again, with all that it says
+  scripts/attack.sh --seed 7 --json attack.json --keep bad
+
+Columns: answered and refused are right; exit 1 also counts crashes and memory that ran out; silent is an answer where
+there must be none, a refusal of a good input, or a difference after a kill.
+exit codes: 0 the last four columns are all 0, 1 they are not
+"""
+
+
+def main() -> int:
+    """Attack, and say what came of it."""
+    options = _options()
+    began = time.monotonic()
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmllm-attack-")))
+        print("attack: imports, a tiny model and a tiny world first", file=sys.stderr)
+        import_everything()
+        bench = Bench(scratch / "bench")
+        bench.root.mkdir()
+        forked(_build_quietly, bench.root)
+        if options.case:
+            return _one(options, bench, scratch)
+        only = options.only.split(",") if options.only else None
+        inputs = names(options.inputs, options.seed, only)
+        number = options.kills if only is None or "kills" in only else 0
+        progress = _Progress(len(inputs) + number)
+        cases = options.keep or scratch / "cases"
+        verdicts = run_cases(
+            inputs,
+            bench,
+            cases,
+            workers=options.workers,
+            limit=options.limit,
+            keep=options.keep is not None,
+            told=progress,
+        )
+        verdicts += kills.run(number, options.seed, bench, scratch / "kills", options.workers, progress)
+    _report(verdicts, options, time.monotonic() - began)
+    return 1 if table.bad(verdicts) else 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/attack.sh",
+        description="Give mmllm what nobody should give it, and count what comes of it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--inputs", type=int, default=1500, help="how many inputs (default 1500)")
+    parser.add_argument("--kills", type=int, default=60, help="how many kills of running commands (default 60)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every draw (default 0)")
+    parser.add_argument("--only", help=f"some of {', '.join([*GENERATORS, 'kills'])}, separated by commas")
+    parser.add_argument("--case", metavar="NAME", help="run one case again and show what it says")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts and all verdicts there")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the folders of the bad cases there")
+    parser.add_argument("--workers", type=int, default=2, help="inputs at a time (default 2)")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds after which one hangs (default 60)")
+    options = parser.parse_args()
+    known = [*GENERATORS, "kills"]
+    for name in options.only.split(",") if options.only else ():
+        if name not in known:
+            parser.error(f"--only {name}: unknown, expected some of {', '.join(known)}")
+    options.keep = options.keep and options.keep.resolve()
+    return options
+
+
+def _build_quietly(root: Path) -> None:
+    import os
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tempdir = root / "tmp"
+    tempdir.mkdir()
+    os.environ["TMPDIR"], tempfile.tempdir = str(tempdir), None
+    build(root)
+
+
+def _one(options: argparse.Namespace, bench: Bench, scratch: Path) -> int:
+    """Run one case again."""
+    generator, _, number = options.case.rpartition("-")
+    if generator == "kills":
+        verdicts = kills.run_one(int(number), options.seed, bench, scratch / "kills")
+    else:
+        folder = options.keep or scratch / "cases"
+        name = Name(generator, int(number), options.seed)
+        verdicts = run_cases([name], bench, folder, limit=options.limit, keep=True)
+        for stream in ("stdout", "stderr"):
+            path = folder / str(name) / stream
+            print(f"--- {stream}\n{path.read_text(errors='replace') if path.is_file() else '(removed: it is good)'}")
+        crash = folder / str(name) / "work/crash.txt"
+        print(f"--- crash.txt\n{crash.read_text()}" if crash.is_file() else "---")
+    print(table.describe(verdicts[0]))
+    return 1 if table.bad(verdicts) else 0
+
+
+class _Progress:
+    """A line on stderr now and then."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.wrong, self.began, self.last = total, 0, 0, time.monotonic(), 0.0
+
+    def __call__(self, verdict: Verdict) -> None:
+        """One more."""
+        self.done += 1
+        self.wrong += bool(table.bad([verdict]))
+        now = time.monotonic()
+        if now - self.last > 5 or self.done == self.total:
+            self.last = now
+            left = (now - self.began) / self.done * (self.total - self.done)
+            print(f"attack: {self.done}/{self.total}, {self.wrong} bad, {left / 60:.1f} min left", file=sys.stderr)
+
+
+def _report(verdicts: list[Verdict], options: argparse.Namespace, seconds: float) -> None:
+    counted = table.counts(verdicts)
+    for verdict in table.bad(verdicts):
+        print(table.describe(verdict))
+    print(f"\n{table.render(counted)}\n\nseed {options.seed}, {seconds / 60:.1f} min")
+    if options.json:
+        facts = {"seed": options.seed, "seconds": round(seconds), "counts": counted, "cases": verdict_rows(verdicts)}
+        options.json.write_text(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
