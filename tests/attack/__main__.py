@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import tempfile
 import time
@@ -33,8 +35,10 @@ def main() -> int:
     """Attack, and say what came of it."""
     options = _options()
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # leaves nothing behind either
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmllm-attack-")))
+        os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is asked for nowhere
         print("attack: imports, a tiny model and a tiny world first", file=sys.stderr)
         import_everything()
         bench = Bench(scratch / "bench")
@@ -87,8 +91,6 @@ def _options() -> argparse.Namespace:
 
 
 def _build_quietly(root: Path) -> None:
-    import os
-
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -117,7 +119,7 @@ def _one(options: argparse.Namespace, bench: Bench, scratch: Path) -> int:
 
 
 class _Progress:
-    """A line on stderr now and then."""
+    """A line on stderr now and then, and each bad case as it comes."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.wrong, self.began, self.last = total, 0, 0, time.monotonic(), 0.0
@@ -125,7 +127,9 @@ class _Progress:
     def __call__(self, verdict: Verdict) -> None:
         """One more."""
         self.done += 1
-        self.wrong += bool(table.bad([verdict]))
+        if table.bad([verdict]):
+            self.wrong += 1
+            print(table.describe(verdict), file=sys.stderr)
         now = time.monotonic()
         if now - self.last > 5 or self.done == self.total:
             self.last = now

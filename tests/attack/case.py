@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 Expect = Literal["refuse", "answer", "either"]
+HARNESS = "the attack itself failed"
+"""Column of a case that could not be made or looked at; no fault of what is attacked, and in no table."""
 COLUMNS = ("answered", "refused", "exit 1", "traceback", "hang", "silent")
 BAD = COLUMNS[2:]
 ERROR_LINE = re.compile(r"^(mmllm[\w -]*: )?error: ", re.MULTILINE)
@@ -43,7 +45,7 @@ class Case:
         note: what was done to the input, for a person.
         expect: "refuse" = exit 2 and one `error:` line, "answer" = exit 0 or 3, "either" = one of the two.
         yes: stdin is a file full of "y" instead of empty.
-        reports: exit 2 may also come with a report on stdout instead of the `error:` line.
+        reports: exit 2 may also come with a report on stdout instead of the `error:` line, and 3 refuses too.
         call: run instead of the command line; returns an exit code.
         check: looks at what came of it; returns what is wrong, or None.
     """
@@ -92,7 +94,7 @@ class Generator:
     prepare: Callable[[Path, Any], object] = lambda folder, bench: None
 
     def case(self, name: Name, folder: Path, bench: Any) -> Case:
-        """Write the case of a name: three of five are known by hand, in an order of the seed's own, the others drawn."""
+        """Write the case of a name: three of five are known by hand, in the seed's own order, the others drawn."""
         self.prepare(folder, bench)
         known = self.fixed(bench)
         random.Random(f"{name.seed}/{name.generator}").shuffle(known)
@@ -122,18 +124,19 @@ class Verdict:
 def judge(case: Case, ran: Ran, complaint: str | None) -> tuple[str, str]:
     """(column, why) of what came of a case; `complaint` is what its own check says."""
     lines = len(ERROR_LINE.findall(ran.err))
-    if ran.late:
-        return "hang", f"stopped after {ran.seconds:.0f} s"
     if complaint and complaint.startswith("canary"):
         return "silent", complaint
+    if ran.late:
+        return "hang", f"stopped after {ran.seconds:.0f} s"
     if "Traceback (most recent call last)" in ran.err:
         return "traceback", f"exit code {ran.code}"
     if ran.code not in (0, 2, 3):
         return "exit 1", f"exit code {ran.code}"
     if complaint:
         return "silent", complaint
-    if ran.code == 2:
-        if lines != 1 and not (case.reports and not lines and ran.out.strip()):
+    holes = case.reports and ran.code == 3
+    if ran.code == 2 or holes:
+        if not holes and lines != 1 and not (case.reports and not lines and ran.out.strip()):
             return "silent", f"exit 2 with {lines} error lines on stderr"
         if case.expect == "answer":
             return "silent", "refused, although it is good"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from attack import zoo
 from attack.bench import Bench
 from attack.case import Case, Expect, Write
@@ -165,7 +164,11 @@ def _flags() -> list[Write]:
     words += [["train", name] for name in ("", ".", "/", "/dev/null", "../..", "x" * 5000, "nano", "\udcff", "a\nb")]
     words += [["recipe", "show", name] for name in ("", ".", "/dev/zero", "nano/", "nano/../nano/llava", "\x00")]
     words += [["lab", name] for name in ("", ".", "nobody.yaml", "/dev/null")]
-    words += [["inspect", "--model", "nowhere"], ["world", "make", "--level", "nobody"], ["world", "make", "--jobs", "x"]]
+    words += [
+        ["inspect", "--model", "nowhere"],
+        ["world", "make", "--level", "nobody"],
+        ["world", "make", "--jobs", "x"],
+    ]
     words += [["world", "show", "--out", "nowhere"], ["world", "make", "--level", "tiny", "--out", "/dev/null"]]
     words += [["world", "make", "--level", "tiny", "--out", "good.yaml"], ["world", "show", "--out", "."]]
     words += [["world", "make", "--level", "tiny", "--out", "w", "--seed", seed] for seed in ("-1", "x", "1.5")]
@@ -178,15 +181,35 @@ def _flags() -> list[Write]:
 
 def _overrides() -> list[Write]:
     """Overrides by hand."""
-    refused = ["data=/", "nobody=1", "=1", "x", "model=1", "model=", "stages=1", "stages.instruct=1", "stages.nobody.lr=1"]
+    refused = [
+        "data=/",
+        "nobody=1",
+        "=1",
+        "x",
+        "model=1",
+        "model=",
+        "stages=1",
+        "stages.instruct=1",
+        "stages.nobody.lr=1",
+    ]
     refused += ["model.connector=1", "model.connector.mlp=1", "model.connector.nobody.x=1", "model.encoders=1"]
-    refused += ["model.llm.config=1", "model.media=1", "model.media.frames=1e9", "model.media.frames=", "base=nano/merv"]
+    refused += [
+        "model.llm.config=1",
+        "model.media=1",
+        "model.media.frames=1e9",
+        "model.media.frames=",
+        "base=nano/merv",
+    ]
     refused += ["stages.instruct.lr=nan", "stages.instruct.lr=inf", "stages.instruct.lr=-1", "stages.instruct.lr=abc"]
     refused += ["stages.instruct.lr=[", "stages.instruct.lr={", "stages.instruct.lr=!!python/object:x", "a..b=1", ".=1"]
     refused += ["stages.instruct.steps=0", "stages.instruct.steps=-1", "stages.instruct.steps=1.5"]
     refused += ["stages.instruct.batch=0", "stages.instruct.batch=-1", "stages.instruct.batch=x"]
     refused += ["stages.instruct.data=/", "stages.instruct.data=", "stages.instruct.data=nobody.jsonl", "roots=1"]
-    refused += ["stages.instruct.data=/dev/zero", "stages.instruct.data=/proc/self/mem", "stages.instruct.trains=nobody"]
+    refused += [
+        "stages.instruct.data=/dev/zero",
+        "stages.instruct.data=/proc/self/mem",
+        "stages.instruct.trains=nobody",
+    ]
     refused += ["stages.instruct.warmup=-1", "stages.instruct.warmup=nan", "stages.instruct.clip=-1", "summary.x=1"]
     refused += ["model.connector.mlp.width=0", "model.connector.mlp.width=-5", "model.connector.mlp.depth=1e9"]
     refused += [f"model.connector.mlp.width={'9' * 5000}", f"stages.instruct.lr={'9' * 5000}", "model.output=nobody"]
@@ -203,15 +226,27 @@ def _overrides() -> list[Write]:
 
 def _brace_patterns() -> list[Write]:
     """Names with braces that stand for millions of files, in a mix."""
-    patterns = ["d_{0..29999999}.json", "d_{00000000..30000000}.jsonl", "{0..9999}/{0..2999}.json", "{a,b}" * 25 + ".json"]
-    patterns += ["s-{000000..30000000}.tar", "{" * 3000 + "a,b" + "}" * 3000, "{0..99999999999999999999}.json", "{5..1}.json"]
+    patterns = [
+        "d_{0..29999999}.json",
+        "d_{00000000..30000000}.jsonl",
+        "{0..9999}/{0..2999}.json",
+        "{a,b}" * 25 + ".json",
+    ]
+    patterns += [
+        "s-{000000..30000000}.tar",
+        "{" * 3000 + "a,b" + "}" * 3000,
+        "{0..99999999999999999999}.json",
+        "{5..1}.json",
+    ]
     patterns += ["{-1..3}.json", "{a..}.json", "{}.json", "{,}.json", "{0..9" * 2000, "{1..x}.json", "{٣..٤}.json"]
 
     def in_mix(pattern: str, verb: str) -> Write:
         def write(here: Path, bench: Bench) -> Case:
             (here / "mix.yaml").write_text(yaml.safe_dump({"datasets": [{"json_path": pattern}]}))
             if verb == "check":
-                return Case(["data", "check", "mix.yaml", "--quiet"], f"check {zoo.short(pattern)}", "refuse", reports=True)
+                return Case(
+                    ["data", "check", "mix.yaml", "--quiet"], f"check {zoo.short(pattern)}", "refuse", reports=True
+                )
             note = f"train {zoo.short(pattern)}"
             return run(DRY, "good.yaml", note, "refuse", f"stages.instruct.data={verb or 'mix.yaml'}")
 

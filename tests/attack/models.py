@@ -121,8 +121,15 @@ def _hostile() -> list[Write]:
         return make_it
 
     made = []
-    classes = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor", "AutoTokenizer", "AutoVideoProcessor")
-    single = {name: "evil.X" for name in classes} | {"AutoTokenizer": ["evil.X", "evil.X"]}
+    classes = (
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoProcessor",
+        "AutoTokenizer",
+        "AutoVideoProcessor",
+    )
+    single = dict.fromkeys(classes, "evil.X") | {"AutoTokenizer": ["evil.X", "evil.X"]}
     for verb in (ASK, LOAD):
         for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
             made.append(write(f"auto_map in {name}", name, {"auto_map": single}, "either", verb))
@@ -264,12 +271,19 @@ def _keys() -> list[Write]:
     for key in ("torch_dtype", "dtype"):
         add("config.json", key, ["nobody", 5, [], {}, "int8"], "either")
     add("config.json", "transformers_version", [5, None, "x", []], "either")
-    add("config.json", "quantization_config", [5, "x", {}, {"quant_method": "nobody"}, {"quant_method": "bitsandbytes"}])
+    add(
+        "config.json", "quantization_config", [5, "x", {}, {"quant_method": "nobody"}, {"quant_method": "bitsandbytes"}]
+    )
     add("config.json", "tie_word_embeddings", [5, "x", [], None], "either")
     add("tokenizer_config.json", "tokenizer_class", [5, None, "Nobody", [], "LlamaTokenizer", "os.system"], "either")
-    add("tokenizer_config.json", "chat_template", [5, [], {}, "{% for", "{{ 1/0 }}", "no messages"], "refuse")
+    add("tokenizer_config.json", "chat_template", [5, [], {}, "{% for", "{{ 1/0 }}", "no messages"], "either")
     loops = "{% for i in range(10**9) %}{% for j in range(10**9) %}x{% endfor %}{% endfor %}"
-    add("tokenizer_config.json", "chat_template", [loops, "{{ 'x' * 10**11 }}"], "refuse")
+    climbs = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    for place, text in enumerate(
+        (loops, climbs, "{{ 'x' * 10**11 }}", "{% for", "{{ 1/0 }}", "no messages", "", "{{ x.y }}")
+    ):
+        change = _replaced("chat_template.jinja", text.encode())
+        made.append(_changed(f"template {zoo.short(text)}", change, "refuse", (ASK, LOAD)[place % 2]))
     add("tokenizer_config.json", "model_max_length", [0, -1, "x", [], None], "either")
     for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
         add("generation_config.json", key, [-1, 10**9, "x", [], {}, 1.5, [5, -1], zoo.DIGITS_400], "either")

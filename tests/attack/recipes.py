@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from attack import zoo
 from attack.bench import Bench
 from attack.case import Case, Expect, Ran, Write
@@ -117,7 +116,6 @@ def _texts() -> list[Write]:
     levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
     bomb = "a0: &a0 [x, x]\n" + "\n".join(levels) + "\n"
     maps = ["m0: &m0 {x: 1}", *(f"m{n}: &m{n} {{a: *m{n - 1}, b: *m{n - 1}, c: *m{n - 1}}}" for n in range(1, 26))]
-    end = dict(model=1)
     wrong = [
         ("empty file", ""),
         ("only a comment", "# nothing\n"),
@@ -145,7 +143,7 @@ def _texts() -> list[Write]:
         ("base: a folder", "base: .\n"),
         ("base: /dev/zero", "base: /dev/zero\n"),
         ("base: a path of 9,000 characters", f"base: {'x' * 9000}\n"),
-        ("model: 1", yaml.safe_dump({"base": "nano/llava", **end})),
+        ("model: 1", "base: nano/llava\nmodel: 1\n"),
         ("model: null", "base: nano/llava\nmodel: null\n"),
         ("only a base of a base", "base: nano/base\nmodel: {encoders: null}\n"),
     ]
@@ -200,11 +198,19 @@ def _values() -> list[Write]:
     add("show check dry", "model.llm.config.model_type", ["t5", "bert", "nobody", "clip", 5, None, [], {}, True, ""])
     add("show check dry", "model.llm.config", [5, "x", [], [1], True])
     add("show check dry", "model.llm", [None, 5, [], {}, True, "nobody/nothing", "package:os", "package:..", "."])
-    add("dry train", "model.llm.tokenizer", [5, [], {}, True, "", "nobody", ".", "/dev/null", "nobody/nothing", "/proc"])
+    add(
+        "dry train", "model.llm.tokenizer", [5, [], {}, True, "", "nobody", ".", "/dev/null", "nobody/nothing", "/proc"]
+    )
     add("dry train", "model.llm.template", [5, [], {}, True])
     templates = ["{% for", "{{ 1 / 0 }}", "{{ nobody.x }}", "{% for i in range(10**9) %}{% for j in range(10**9) %}"]
     templates[-1] += "x{% endfor %}{% endfor %}"
-    templates += ["", "no messages", "{{ messages[0].content * 10**9 }}", "{{ raise_exception('no') }}", "{{ [] | sum }}"]
+    templates += [
+        "",
+        "no messages",
+        "{{ messages[0].content * 10**9 }}",
+        "{{ raise_exception('no') }}",
+        "{{ [] | sum }}",
+    ]
     templates += ["{{ messages.__class__.__mro__ }}", "{{ ''.__class__.__base__.__subclasses__() }}"]
     add("dry train", "model.llm.template", templates, "refuse")
     add("dry show train", "stages", [5, "x", True, [], [1], {"instruct": 5}, {"instruct": "x"}, {"instruct": []}])
@@ -220,7 +226,7 @@ def _values() -> list[Write]:
     add("dry train", "stages.instruct.optimizer", ["sgd", 5, None, [], {}, True])
     add("dry train", "stages.instruct.schedule", ["nobody", 5, None, [], {}, True])
     add("dry train", "stages.instruct.objective", [None, 5, [], {}, True, "nobody", {"type": "nobody"}, {"type": 5}])
-    groups = [{"type": "language_modeling", "groups": value} for value in (0, -1, 1.5, "x", None, [], 2**40)]
+    groups = [{"type": "language_modeling", "groups": value} for value in (0, -1, 1.5, "x", None, [])]
     add("dry train", "stages.instruct.objective", groups)
     add("dry train", "stages.instruct.trains", [None, 5, {}, True, [5], [None], ["nobody"], [[]], ["llm.x"], ["."]])
     add("train", "stages.instruct.trains", [[]], "refuse")
@@ -236,7 +242,12 @@ def _values() -> list[Write]:
     add("show check", "nobody", [5, None, {}])
     add("show check", "model.nobody", [5, None, {}])
     add("show check dry", "model.connector.0.depth", [0, -1, 10**9, 1.5, "x", [], {}, True])
-    add("show check", "model.connector.4.grid", [0, [], [0, 0, 0], [-1, 3, 3], "x", {}, [8, 3], [2**40, 1, 1]], name="merv")
+    add(
+        "show check",
+        "model.connector.4.grid",
+        [0, [], [0, 0, 0], [-1, 3, 3], "x", {}, [8, 3], [2**40, 1, 1]],
+        name="merv",
+    )
     add("show check", "model.connector.6.in", [5, [], {}, "nobody", ["colour_stream"] * 3, [5, 5]], "either", "merv")
     return rows
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from attack.bench import Bench
-from attack.case import Case, Name, Ran, Verdict, judge
+from attack.case import HARNESS, Case, Name, Ran, Verdict, judge
 
 MEMORY = 6 << 30
 """Bytes of private memory that a case may ask for; above, the allocation fails."""
@@ -42,12 +42,9 @@ def import_everything() -> None:
         if not module.name.endswith(("__main__", "guard_child")):
             with contextlib.suppress(ImportError):  # an extra that is not installed
                 importlib.import_module(module.name)
-    import accelerate
-    import matplotlib.figure
-    import transformers.generation
-    import transformers.models.llama.modeling_llama
-    import transformers.models.qwen3.modeling_qwen3
-    import transformers.trainer  # noqa: F401
+    others = ("accelerate", "matplotlib.figure", "transformers.generation", "transformers.trainer")
+    for name in (*others, *(f"transformers.models.{llm}.modeling_{llm}" for llm in ("llama", "qwen3"))):
+        importlib.import_module(name)
 
 
 def forked(target: Callable[..., Any], *arguments: Any) -> None:
@@ -127,10 +124,9 @@ def _finish(one: _Running, late: bool) -> Verdict:
     made = _read(one.folder / "case.json")
     result = _read(one.folder / "result.json")
     texts = {name: _text(one.folder / name) for name in ("stdout", "stderr")}
-    if "harness" in made or not made:
-        raise RuntimeError(f"{one.name}: the attack itself failed: {made.get('harness', one.process.exitcode)}")
-    if "harness" in result:
-        raise RuntimeError(f"{one.name}: the check of the attack failed: {result['harness']}")
+    failed = made.get("harness") or result.get("harness") or ("" if made else f"ended with {one.process.exitcode}")
+    if failed:
+        return Verdict(str(one.name), one.name.generator, one.name.seed, HARNESS, failed, made.get("note", ""))
     code = result.get("code", one.process.exitcode)
     ran = Ran(-signal.SIGKILL if code is None else code, texts["stdout"], texts["stderr"], seconds, late)
     case = Case(made["argv"], made["note"], made["expect"], reports=made["reports"])
@@ -190,6 +186,7 @@ def _child(name: Name, bench: Bench, folder: Path) -> None:
     from attack.generators import GENERATORS
 
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.chdir(folder / "work")
     os.environ.update(HOME=str(folder / "home"), XDG_CACHE_HOME=str(folder / "home/cache"), TMPDIR=str(folder / "tmp"))
     tempfile.tempdir = None
@@ -226,7 +223,7 @@ def run_case(case: Case, folder: Path) -> int:
         file = os.open(folder / name, flags, 0o644)
         os.dup2(file, number)
         os.close(file)
-    sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, mode, closefd=False) for number, mode in enumerate("rww"))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE, FILE))
     sys.argv = ["mmllm", *case.argv]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from attack.case import BAD, COLUMNS, Verdict
+from attack.case import BAD, COLUMNS, HARNESS, Verdict
 
 
 def counts(verdicts: Sequence[Verdict]) -> dict[str, dict[str, int]]:
     """{generator: {"inputs" and each column: how many}}, "total" last."""
     table: dict[str, dict[str, int]] = {}
     for verdict in verdicts:
-        for name in (verdict.generator, "total"):
+        for name in () if verdict.column == HARNESS else (verdict.generator, "total"):
             row = table.setdefault(name, dict.fromkeys(("inputs", *COLUMNS), 0))
             row["inputs"] += 1
             row[verdict.column] += 1
@@ -41,5 +41,6 @@ def describe(verdict: Verdict) -> str:
 
 
 def bad(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Those of the last four columns, the worst first."""
-    return sorted((v for v in verdicts if v.column in BAD), key=lambda v: (-BAD.index(v.column), v.name))
+    """Those of the last four columns, the worst first, and behind them cases that the attack could not judge."""
+    order = (HARNESS, *BAD)
+    return sorted((v for v in verdicts if v.column in order), key=lambda v: (-order.index(v.column), v.name))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from attack import zoo
 from attack.bench import Bench
 from attack.case import Case, Expect, Write
@@ -123,7 +122,7 @@ def _texts() -> list[Write]:
     rows: list[tuple[str, str | bytes, Expect]] = [
         ("empty", "", "refuse"),
         ("white space", "\n \n\n", "refuse"),
-        ("BOM", "\ufeff" + one * 8, "answer"),
+        ("BOM", "\ufeff" + one * 8, "either"),
         ("UTF-16", one.encode("utf-16"), "refuse"),
         ("not UTF-8", one.encode() + b'{"messages": "\xff"}\n', "refuse"),
         ("lists in one another", "[" * depth + "]" * depth + "\n", "refuse"),
@@ -159,7 +158,11 @@ def _messages() -> list[Write]:
     add("messages.0", [None, 5, "x", {}, [], True])
     add("messages.0.role", [None, 5, [], {}, True, "", "nobody", "assistant"])
     add("messages.0.content", [None, 5, {}, True, [5], [None], [[]], [{}], [{"type": 5}], [{"type": "nobody"}]])
-    add("messages.0.content", ["", [], "<video>", "<image>", [{"type": "text"}], [{"type": "text", "text": 5}]], "either")
+    add(
+        "messages.0.content",
+        ["", [], "<video>", "<image>", [{"type": "text"}], [{"type": "text", "text": 5}]],
+        "either",
+    )
     add("messages.1.content", [None, 5, {}, True, [5], [None]])
     add("messages.1.content", ["", [], " "], "either")
     add("messages.0.content.0.type", [None, 5, [], {}, "nobody", "image", "audio"])
@@ -213,7 +216,9 @@ def _llava() -> list[Write]:
     for key in ("image", "conversations"):
         rows += [(key, value) for value in (5, True, {}, [5], [None], [[]])]
     rows += [("conversations", value) for value in (None, "x", [])]
-    rows += [(f"conversations.{place}.{key}", v) for place in (0, 1) for key in ("from", "value") for v in zoo.TYPES[:4]]
+    rows += [
+        (f"conversations.{place}.{key}", v) for place in (0, 1) for key in ("from", "value") for v in zoo.TYPES[:4]
+    ]
     rows += [("conversations.0.from", "nobody"), ("conversations.0.value", "<image>" * 50), ("image", "nobody.png")]
     rows += [("conversations.0.value", {}), ("conversations.0.value", []), ("conversations.0.from", {})]
 
@@ -242,8 +247,28 @@ def _mixes() -> list[Write]:
     nan, inf = float("nan"), float("inf")
     add("datasets.0.weight", [nan, inf, -inf, -1, 0, "x", [], {}, True, zoo.DIGITS_400, zoo.DIGITS_5000, None])
     add("datasets.0.weight", [1e308, 1e-308], "either")
-    strategies = ["first:inf%", "first:nan%", "first:-5%", "first:0", "first:-1", "first:x", "first:", "nobody:5", "all:5"]
-    strategies += ["first:1e400%", "random:inf", "random:5.5", "end:%", "first:5%%", "", ":", "random:" + "9" * 5000, "٣"]
+    strategies = [
+        "first:inf%",
+        "first:nan%",
+        "first:-5%",
+        "first:0",
+        "first:-1",
+        "first:x",
+        "first:",
+        "nobody:5",
+        "all:5",
+    ]
+    strategies += [
+        "first:1e400%",
+        "random:inf",
+        "random:5.5",
+        "end:%",
+        "first:5%%",
+        "",
+        ":",
+        "random:" + "9" * 5000,
+        "٣",
+    ]
     add("datasets.0.sampling_strategy", [*strategies, 5, None, [], {}, True])
     add("datasets.0.sampling_strategy", ["first:1000%", "end:" + "9" * 400, "all:", "first:0.0001%"], "either")
     add("datasets.0.start", [-1, 10**9, 1.5, nan, "x", [], True, zoo.DIGITS_400])
@@ -273,5 +298,13 @@ def _mixes() -> list[Write]:
 
     verbs = (CHECK, DRY)
     made = [write(path, value, expect, verbs[place % 2]) for place, (path, value, expect) in enumerate(rows)]
-    texts = ["", "[1]", "x", "datasets: [", "datasets: &d [*d]", "datasets: !!python/object/apply:os.system [x]", "\x00"]
+    texts = [
+        "",
+        "[1]",
+        "x",
+        "datasets: [",
+        "datasets: &d [*d]",
+        "datasets: !!python/object/apply:os.system [x]",
+        "\x00",
+    ]
     return made + [_file(f"mix {zoo.short(text)}", text, "refuse", CHECK, "mix.yaml") for text in texts]

@@ -128,4 +128,4 @@ def mutated(tree: Any, draw: random.Random, values: list[Any] = ALL) -> tuple[An
 def short(value: Any) -> str:
     """A value in a few characters."""
     shown = "7" * 9 + "..." if value == DIGITS_400 else repr(value)
-    return shown if len(shown) < 50 else f"{shown[:40]}... ({len(shown)} characters)"
+    return shown if len(shown) < 80 else f"{shown[:60]}... ({len(shown)} characters)"
