@@ -239,10 +239,11 @@ def _weights() -> list[Write]:
         ("weights of another name", states(lambda state, name: state.update({name + "x": state.pop(name)}))),
         ("weights too many", states(lambda state, name: state.update({"other": state[name].clone()}))),
         ("weights too few", states(lambda state, name: state.pop(name))),
-        ("weights of whole numbers", states(lambda state, name: state.update({name: state[name].long()}))),
         ("pickled weights", pickled),
     ]
-    return [_changed(note, change, "refuse", verb) for note, change in rows for verb in (ASK, LOAD)]
+    whole = states(lambda state, name: state.update({name: state[name].long()}))
+    made = [_changed(note, change, "refuse", verb) for note, change in rows for verb in (ASK, LOAD)]
+    return [*made, *(_changed("weights of whole numbers", whole, "either", verb) for verb in (ASK, LOAD))]
 
 
 def _keys() -> list[Write]:
@@ -271,8 +272,12 @@ def _keys() -> list[Write]:
     for key in ("torch_dtype", "dtype"):
         add("config.json", key, ["nobody", 5, [], {}, "int8"], "either")
     add("config.json", "transformers_version", [5, None, "x", []], "either")
+    add("config.json", "quantization_config", [5, "x", "nobody", [1]])
     add(
-        "config.json", "quantization_config", [5, "x", {}, {"quant_method": "nobody"}, {"quant_method": "bitsandbytes"}]
+        "config.json",
+        "quantization_config",
+        [{}, {"quant_method": "nobody"}, {"quant_method": "bitsandbytes"}],
+        "either",
     )
     add("config.json", "tie_word_embeddings", [5, "x", [], None], "either")
     add("tokenizer_config.json", "tokenizer_class", [5, None, "Nobody", [], "LlamaTokenizer", "os.system"], "either")
