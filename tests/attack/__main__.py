@@ -13,10 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from attack import kills, table
-from attack.bench import Bench, build
+from attack.bench import Bench, build, start_world, wait_for
 from attack.case import Name, Verdict
 from attack.generators import GENERATORS, names
-from attack.server import forked, import_everything, run_cases, verdict_rows
+from attack.processes import unmount
+from attack.server import FORK, end, forked, import_everything, run_cases, verdict_rows
 
 EPILOG = """\
 examples:
@@ -36,33 +37,58 @@ def main() -> int:
     options = _options()
     began = time.monotonic()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # leaves nothing behind either
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is asked for nowhere
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmllm-attack-")))
-        os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is asked for nowhere
+        stack.callback(unmount, scratch)
         print("attack: imports, a tiny model and a tiny world first", file=sys.stderr)
-        import_everything()
-        bench = Bench(scratch / "bench")
-        bench.root.mkdir()
-        forked(_build_quietly, bench.root)
+        bench = _bench(scratch / "bench", stack)
         if options.case:
             return _one(options, bench, scratch)
-        only = options.only.split(",") if options.only else None
-        inputs = names(options.inputs, options.seed, only)
-        number = options.kills if only is None or "kills" in only else 0
-        progress = _Progress(len(inputs) + number)
-        cases = options.keep or scratch / "cases"
-        verdicts = run_cases(
-            inputs,
-            bench,
-            cases,
-            workers=options.workers,
-            limit=options.limit,
-            keep=options.keep is not None,
-            told=progress,
-        )
-        verdicts += kills.run(number, options.seed, bench, scratch / "kills", options.workers, progress)
+        verdicts = _attack(options, bench, scratch, stack)
     _report(verdicts, options, time.monotonic() - began)
     return 1 if table.bad(verdicts) else 0
+
+
+def _bench(root: Path, stack: ExitStack) -> Bench:
+    """The good things, made while everything is imported."""
+    bench = Bench(root)
+    root.mkdir()
+    world = start_world(bench)
+    stack.callback(world.kill)
+    import_everything()
+    forked(build, root)
+    wait_for(world)
+    return bench
+
+
+def _attack(options: argparse.Namespace, bench: Bench, scratch: Path, stack: ExitStack) -> list[Verdict]:
+    """All inputs, and beside them the kills in a process of their own."""
+    only = options.only.split(",") if options.only else None
+    number = options.kills if only is None or "kills" in only else 0
+    inputs = names(options.inputs, options.seed, only)
+    found = scratch / "kills.json"
+    beside = FORK.Process(target=_kills, args=(number, options, bench, scratch / "kills", found))
+    beside.start()
+    stack.callback(end, beside)
+    verdicts = run_cases(
+        inputs,
+        bench,
+        options.keep or scratch / "cases",
+        workers=options.workers,
+        limit=options.limit,
+        keep=options.keep is not None,
+        told=_Progress("inputs", len(inputs)),
+    )
+    beside.join()
+    if beside.exitcode:
+        raise RuntimeError(f"the kills ended with {beside.exitcode}")
+    return [*verdicts, *(Verdict(**row) for row in json.loads(found.read_text()))]
+
+
+def _kills(number: int, options: argparse.Namespace, bench: Bench, scratch: Path, found: Path) -> None:
+    verdicts = kills.run(number, options.seed, bench, scratch, options.workers, _Progress("kills", number))
+    found.write_text(json.dumps(verdict_rows(verdicts)))
 
 
 def _options() -> argparse.Namespace:
@@ -90,16 +116,6 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _build_quietly(root: Path) -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    tempdir = root / "tmp"
-    tempdir.mkdir()
-    os.environ["TMPDIR"], tempfile.tempdir = str(tempdir), None
-    build(root)
-
-
 def _one(options: argparse.Namespace, bench: Bench, scratch: Path) -> int:
     """Run one case again."""
     generator, _, number = options.case.rpartition("-")
@@ -121,8 +137,8 @@ def _one(options: argparse.Namespace, bench: Bench, scratch: Path) -> int:
 class _Progress:
     """A line on stderr now and then, and each bad case as it comes."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.wrong, self.began, self.last = total, 0, 0, time.monotonic(), 0.0
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done, self.wrong, self.began, self.last = what, total, 0, 0, time.monotonic(), 0.0
 
     def __call__(self, verdict: Verdict) -> None:
         """One more."""
@@ -134,7 +150,8 @@ class _Progress:
         if now - self.last > 5 or self.done == self.total:
             self.last = now
             left = (now - self.began) / self.done * (self.total - self.done)
-            print(f"attack: {self.done}/{self.total}, {self.wrong} bad, {left / 60:.1f} min left", file=sys.stderr)
+            line = f"{self.what}: {self.done}/{self.total}, {self.wrong} bad, {left / 60:.1f} min left"
+            print(line, file=sys.stderr)
 
 
 def _report(verdicts: list[Verdict], options: argparse.Namespace, seconds: float) -> None:

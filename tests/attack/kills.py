@@ -9,30 +9,27 @@ import contextlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from attack.bench import Bench
 from attack.case import ERROR_LINE, Name, Ran, Verdict
+from attack.processes import Place, mount, wait_until
 from attack.recipes import dump
 
 ORDER = ("last", "train", "disk", "eval", "train", "last", "train", "last", "train", "eval", "train", "last")
 """Kinds of kills, in turn; "last": at once after the last checkpoint of a stage."""
 STAGES, STEPS = ("first", "second"), 11
 """The trained recipe: the log has the losses of steps 1 and 10 of each stage."""
-SECONDS = 180
-"""A command that takes longer hangs."""
 
 
 @dataclass
@@ -50,73 +47,16 @@ class Straight:
     whole: int
 
 
-@dataclass
-class Place:
-    """A folder to run one command in, and what was said there."""
-
-    folder: Path
-    bench: Bench
-    runs: list[Ran] = field(default_factory=list)
-
-    @property
-    def out(self) -> Path:
-        """The run folder."""
-        return self.folder / "out"
-
-    def start(self, argv: list[str], limit: int | None = None) -> subprocess.Popen:
-        """Start `mmllm`.
-
-        Args:
-            limit: bytes of the largest file that it may write.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        home = self.folder / "home"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
-        before = None if limit is None else partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
-        number = len(list(self.folder.glob("*.err")))
-        with (self.folder / f"{number}.out").open("wb") as out, (self.folder / f"{number}.err").open("wb") as err:
-            return subprocess.Popen(
-                [sys.executable, "-m", "mmllm", *argv],
-                cwd=self.folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-                preexec_fn=before,
-            )
-
-    def end(self, process: subprocess.Popen, began: float) -> Ran:
-        """Wait for a command and note what it said."""
-        late = False
-        try:
-            process.wait(max(1.0, SECONDS - (time.monotonic() - began)))
-        except subprocess.TimeoutExpired:
-            late = True
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        number = len(list(self.folder.glob("*.err"))) - 1
-        texts = [(self.folder / f"{number}.{name}").read_text(errors="replace") for name in ("out", "err")]
-        self.runs.append(Ran(process.returncode, *texts, time.monotonic() - began, late))
-        return self.runs[-1]
-
-    def run(self, argv: list[str], limit: int | None = None) -> Ran:
-        """Run a command to its end."""
-        began = time.monotonic()
-        return self.end(self.start(argv, limit), began)
-
-
 @dataclass(frozen=True)
 class Kind:
     """One command that is killed.
 
     Attributes:
-        argv: its words. begun: a file whose presence says that it works. result: what must come out again.
+        argv: its words. starts: how often it has begun to work on a folder. result: what must come out again.
     """
 
     argv: Callable[[Place], list[str]]
-    begun: str
+    starts: Callable[[Path], int]
     result: Callable[[Path], dict[str, Any]]
 
 
@@ -174,11 +114,17 @@ def _answered(out: Path) -> dict[str, Any]:
     return {**found, "scores": [report.get("average") for report in reports if isinstance(report, dict)]}
 
 
+def _commands(out: Path) -> int:
+    """How many commands a run folder has seen."""
+    path = out / "command.txt"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
 KINDS = {
-    "train": Kind(_train, "recipe.yaml", _trained),
-    "last": Kind(_train, "recipe.yaml", _trained),
-    "disk": Kind(partial(_train, text=True), "recipe.yaml", _trained),
-    "eval": Kind(_eval, "eval", _answered),
+    "train": Kind(_train, _commands, _trained),
+    "last": Kind(_train, _commands, _trained),
+    "disk": Kind(partial(_train, text=True), _commands, _trained),
+    "eval": Kind(_eval, lambda out: int((out / "eval").exists()), _answered),
 }
 
 
@@ -225,7 +171,7 @@ def _straight_runs(kinds: set[str], bench: Bench, scratch: Path, pool: ThreadPoo
         place = Place(scratch / f"straight-{kind}", bench)
         argv = KINDS[kind].argv(place)
         process, began = place.start(argv), time.monotonic()
-        _until(lambda: (place.out / KINDS[kind].begun).exists(), process)
+        wait_until(lambda: KINDS[kind].starts(place.out) > 0, process)
         seen = time.monotonic()
         ran = place.end(process, began)
         if ran.code:
@@ -250,7 +196,7 @@ def _judged(name: Name, straight: Straight, place: Place) -> Verdict:
         else:
             note = _killed(kind, argv, straight, place, draw)
         last = place.run(argv)
-        column, why = _compare(kind, straight, place, last)
+        column, why = compare(kind, straight, place, last)
     lines = [line for line in last.err.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return Verdict(
@@ -275,13 +221,11 @@ def _killed(kind: str, argv: list[str], straight: Straight, place: Place, draw: 
         stage = draw.randrange(len(STAGES))
         if kind == "last":
             marker = place.out / f"stages/{stage + 1}-{STAGES[stage]}/checkpoint-{STEPS}/complete"
-            _until(marker.exists, process)
+            wait_until(marker.exists, process)
             notes.append(f"killed right after the last checkpoint of stage {STAGES[stage]}")
         else:
-            lines = len(_lines(place.out))
-            _until(
-                lambda lines=lines: len(_lines(place.out)) > lines or (place.out / KINDS[kind].begun).exists(), process
-            )
+            before = KINDS[kind].starts(place.out)
+            wait_until(lambda before=before: KINDS[kind].starts(place.out) > before, process)
             wait = draw.uniform(0, straight.seconds)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(wait)
@@ -297,12 +241,6 @@ def _killed(kind: str, argv: list[str], straight: Straight, place: Place, draw: 
     return ", ".join(notes)
 
 
-def _lines(out: Path) -> list[str]:
-    """Command lines that a run folder has seen."""
-    path = out / "command.txt"
-    return path.read_text().splitlines() if path.is_file() else []
-
-
 def _filled(argv: list[str], straight: Straight, place: Place, draw: random.Random, disks: ExitStack) -> str:
     """Run a command on a small disk, then give it room; says how small it was.
 
@@ -310,7 +248,7 @@ def _filled(argv: list[str], straight: Straight, place: Place, draw: random.Rand
     """
     small = draw.randrange(64 << 10, straight.whole)
     place.out.mkdir()
-    if not _mounted(place.out, small):
+    if not mount(place.out, small):
         limit = draw.randrange(2 << 10, straight.largest)
         ran = place.run(argv, limit)
         return f"no file larger than {limit} bytes could be written; it ended with {ran.code}"
@@ -320,23 +258,7 @@ def _filled(argv: list[str], straight: Straight, place: Place, draw: random.Rand
     return f"a disk of {small >> 10} of {straight.whole >> 10} kB; it ended with {ran.code}"
 
 
-def _mounted(folder: Path, size: int) -> bool:
-    """Put a disk of so many bytes at a folder; False where that is not allowed."""
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    try:
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False
-
-
-def _until(holds: Callable[[], bool], process: subprocess.Popen) -> None:
-    """Wait until something holds or a process ends."""
-    until = time.monotonic() + SECONDS
-    while not holds() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.0005)
-
-
-def _compare(kind: str, straight: Straight, place: Place, last: Ran) -> tuple[str, str]:
+def compare(kind: str, straight: Straight, place: Place, last: Ran) -> tuple[str, str]:
     """(column, why): what came out of the last run against the uninterrupted one."""
     first = place.runs[0]
     for ran in (first, last) if kind == "disk" else (last,):

@@ -46,7 +46,7 @@ def drawn(draw: random.Random, here: Path, bench: Bench) -> Case:
     where = DAMAGE[how](data, draw, bench)
     file.write_bytes(data)
     note = f"{how} {where} of {clean.name}"
-    check = _same_frames(clean, target) if how in ("flips", "zeroes") else None
+    check = same_frames(clean, target) if how in ("flips", "zeroes") else None
     return ask(bench, target, note, "either", check=check)
 
 
@@ -117,7 +117,7 @@ DAMAGE: dict[str, Callable[[bytearray, random.Random, Bench], str]] = {
 }
 
 
-def _same_frames(clean: Path, damaged: Path) -> Callable[[Ran], str | None]:
+def same_frames(clean: Path, damaged: Path) -> Callable[[Ran], str | None]:
     """What must hold of an answer about a damaged file: the clean frames, or a warning that names it."""
 
     def check(ran: Ran) -> str | None:
@@ -145,9 +145,13 @@ def read(path: Path) -> np.ndarray:
     from mmllm.data.media import MediaRef
     from mmllm.data.sampling import Sampling
 
-    logging.disable(logging.CRITICAL)
-    with GuardedReader() as reader:
-        return reader.read(MediaRef("image" if path.suffix in IMAGES else "video", str(path)), Sampling(4)).frames
+    ref = MediaRef("image" if path.suffix in IMAGES else "video", str(path))
+    logging.disable(logging.CRITICAL)  # the command has said it all before
+    try:
+        with GuardedReader() as reader:
+            return reader.read(ref, Sampling(4)).frames
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 Asked = Callable[[Path, Bench, str, Expect], Case]

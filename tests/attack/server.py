@@ -103,7 +103,7 @@ def run_cases(
                 told(verdict)
     finally:
         for one in running:
-            _kill(one.process)
+            end(one.process)
     return verdicts
 
 
@@ -120,7 +120,7 @@ def _start(name: Name, bench: Bench, scratch: Path) -> _Running:
 def _finish(one: _Running, late: bool) -> Verdict:
     """End a case and judge it."""
     seconds = time.monotonic() - one.began
-    _kill(one.process)
+    end(one.process)
     made = _read(one.folder / "case.json")
     result = _read(one.folder / "result.json")
     texts = {name: _text(one.folder / name) for name in ("stdout", "stderr")}
@@ -168,8 +168,8 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def _kill(process: Any) -> None:
-    """End a case and all that it has started."""
+def end(process: Any) -> None:
+    """End a process and all that it has started."""
     below = _descendants(process.pid) if process.is_alive() else []
     for pid in below:
         with contextlib.suppress(OSError):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from attack import kills
 from attack.case import Case, Ran, judge
 from attack.generators import FULL, GENERATORS, SHARES, names
+from attack.media import same_frames
+from tiny import image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -42,6 +46,30 @@ def test_an_attack_is_the_same_for_the_same_seed_and_covers_every_generator():
     assert names(FULL, 0)[:60] == names(60, 0)
     assert {name.generator for name in names(FULL, 0)} == set(GENERATORS) == set(SHARES)
     assert {name.generator for name in names(60, 0)} == set(GENERATORS)
+
+
+def test_an_answer_about_other_frames_is_seen_unless_a_warning_names_the_file(tmp_path):
+    for number, name in enumerate(("clean.png", "other.png")):
+        image(number).save(tmp_path / name)
+    same = same_frames(tmp_path / "clean.png", tmp_path / "clean.png")
+    other = same_frames(tmp_path / "clean.png", tmp_path / "other.png")
+    assert same(Ran(0, "left", "")) is None
+    assert "frame 0" in other(Ran(0, "left", ""))
+    assert other(Ran(0, "left", "warning: other.png is damaged\n")) is None
+
+
+def test_answers_that_a_kill_lost_or_doubled_are_seen(tmp_path):
+    file = tmp_path / "out/eval/predictions.jsonl"
+    file.parent.mkdir(parents=True)
+    lines = [json.dumps({"id": name, "condition": "model", "response": "A"}) + "\n" for name in "ab"]
+    file.write_text("".join(lines))
+    ended = Ran(0, "", "")
+    place = kills.Place(tmp_path, None, [ended, ended])
+    straight = kills.Straight(kills.KINDS["eval"].result(place.out), 1.0, 1, 1)
+    assert kills.compare("eval", straight, place, ended) == ("answered", "")
+    for text in (lines[0], lines[0] + lines[1] * 2, lines[1] + lines[0], lines[0] + lines[1].replace("A", "B")):
+        file.write_text(text)
+        assert kills.compare("eval", straight, place, ended)[0] == "silent"
 
 
 def test_nothing_breaks_and_nothing_is_taken_silently(tmp_path):
