@@ -69,7 +69,7 @@ def _train(place: Place, *, text: bool = False) -> list[str]:
         place.folder.mkdir(parents=True, exist_ok=True)
         data.write_text("\n".join(lines * 2) + "\n")
     stage = {**recipe["stages"]["instruct"], "data": str(data) if not text else "text.jsonl", "steps": STEPS}
-    recipe["stages"] = dict.fromkeys(STAGES, stage)
+    recipe["stages"] = {name: dict(stage) for name in STAGES}
     place.folder.mkdir(parents=True, exist_ok=True)
     (place.folder / "mine.yaml").write_text(dump(recipe))
     flags = ["--out", "out", "--save-steps", "2", "--device", "cpu", "--jobs", "0" if text else "1"]
@@ -271,7 +271,10 @@ def compare(kind: str, straight: Straight, place: Place, last: Ran) -> tuple[str
     if last.code == 2:
         named = "out" in last.err and len(ERROR_LINE.findall(last.err)) == 1
         return ("refused", "") if kind == "disk" and named else ("silent", "does not go on after it")
-    found = KINDS[kind].result(place.out)
+    try:
+        found = KINDS[kind].result(place.out)
+    except (OSError, ValueError, KeyError) as error:
+        return "silent", f"what the last run left cannot be read: {error!r}"
     keys = [key for key in {**straight.result, **found} if straight.result.get(key) != found.get(key)]
     if keys:
         shown = [

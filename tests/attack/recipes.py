@@ -35,8 +35,16 @@ def drawn(draw: random.Random, here: Path, bench: Bench) -> Case:
 
 
 def dump(data: Any) -> str:
-    """A recipe as YAML."""
-    return zoo.text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+    """A recipe or a mix as YAML, with equal values written out: nothing but the change is unusual in it."""
+    return zoo.text(yaml.dump(data, Dumper=_Plain, sort_keys=False, allow_unicode=True))
+
+
+class _Plain(yaml.SafeDumper):
+    """Writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Whether a value is written out again."""
+        return True
 
 
 def run(verb: str, file: str, note: str, expect: Expect, *more: str, **kinds: Any) -> Case:

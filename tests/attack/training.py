@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from attack import zoo
 from attack.bench import Bench
 from attack.case import Case, Expect, Write
@@ -42,7 +41,7 @@ def drawn(draw: random.Random, here: Path, bench: Bench) -> Case:
         return _run(verb, here, bench, f"bytes changed at {place}", "either")
     if how == "mix":
         mix, note = zoo.mutated(_mix(), draw)
-        (here / "d/mix.yaml").write_text(zoo.text(yaml.safe_dump(mix)))
+        (here / "d/mix.yaml").write_text(dump(mix))
         return _run(verb, here, bench, f"mix: {note}", "either", "d/mix.yaml")
     records = _as_llava() if how == "llava" else bench.conversations()
     place = draw.choice([1, 2, 5, 0])
@@ -86,7 +85,7 @@ def _good() -> list[Write]:
 
     def mix(verb: str) -> Write:
         def write(here: Path, bench: Bench) -> Case:
-            (here / "d/mix.yaml").write_text(yaml.safe_dump(_mix()))
+            (here / "d/mix.yaml").write_text(dump(_mix()))
             return _run(verb, here, bench, "a mix", "answer", "d/mix.yaml")
 
         return write
@@ -291,7 +290,7 @@ def _mixes() -> list[Write]:
 
         def make_it(here: Path, bench: Bench) -> Case:
             mix = zoo.put(copy.deepcopy(_mix()), keys, value)
-            (here / "d/mix.yaml").write_text(zoo.text(yaml.safe_dump(mix)))
+            (here / "d/mix.yaml").write_text(dump(mix))
             return _run(verb, here, bench, f"mix {path} = {zoo.short(value)}", expect, "d/mix.yaml")
 
         return make_it
