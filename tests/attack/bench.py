@@ -16,6 +16,8 @@ import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLIP = REPOSITORY / "tests" / "assets" / "tablet_drawing.mp4"
+CAPTIONS = "captions.jsonl"
+"""The records of the training data that have a medium."""
 LATE = 5000.0
 """Seconds at which the stamps of the late clips begin."""
 
@@ -172,6 +174,8 @@ def _data(path: Path) -> None:
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"id": f"sample-{number}", "messages": messages}))
     path.write_text("\n".join(lines) + "\n")
+    clips = [line for line in lines if '"path"' in line]
+    (path.parent / CAPTIONS).write_text("\n".join(clips) + "\n")
 
 
 def _recipes(bench: Bench) -> None:
@@ -190,6 +194,8 @@ def _recipes(bench: Bench) -> None:
         objective = next((stage.objective for stage in recipe.stages.values()), None)
         if name == "nano/clip":
             settings |= {"objective": objective, "trains": ["encoders", "connector", "text"]}
+            recipe.model["text"]["words"]["joint"] = recipe.model["llm"]["config"]["hidden_size"]
+            settings["data"] = str(bench.data.with_name(CAPTIONS))
         else:
             settings["trains"].append("llm")
         recipe.data["stages"] = {"instruct": settings}
