@@ -141,5 +141,5 @@ def build_encoder(section: dict[str, Any], where: str) -> Encoder:
     bound = bind(cls, arguments, where)
     try:
         return cls(Site(), **bound)
-    except ValueError as error:
-        raise UserError(where, str(error)) from error
+    except (ValueError, RuntimeError, ArithmeticError) as error:  # torch refuses sizes as it makes tensors of them
+        raise UserError(where, " ".join(str(error).split())[:200]) from error

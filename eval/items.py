@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmllm.contract.errors import UserError
+from mmllm.contract.errors import UserError, shown
+from mmllm.data.json_files import read_json
 
+MOST_SECONDS = 1e12
+"""What lies beyond is no moment of a clip, and may be more than a float holds."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -110,10 +113,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise UserError(
             path, "annotation file missing", hint="download the json files of the benchmark into this folder"
         )
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(path, f"not valid JSON ({error})", hint="download the file again") from error
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise UserError(path, "wrong content", expected="a JSON list of items", got=type(rows).__name__)
     for index, row in enumerate(rows):
@@ -158,9 +158,9 @@ def seconds_of(row: dict[str, Any], key: str, where: str) -> float:
     """
     value = row.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        got = "nothing" if value is None else repr(value)
+        got = "nothing" if value is None else shown(value)
         raise UserError(f"{where}:{key}", "wrong bound", expected="a number of seconds", got=got)
-    return float(value)
+    return float(value) if abs(value) < MOST_SECONDS else math.copysign(math.inf, value)
 
 
 def _text(value: object, where: str) -> str:

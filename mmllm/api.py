@@ -11,7 +11,7 @@ from typing import Any
 
 from mmllm.contract.errors import UserError
 from mmllm.contract.library import pretrained
-from mmllm.model_folder import check_model_folder, model_folder
+from mmllm.model_folder import check_generation, check_model_folder, check_tokenizer, model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ def load(path: str | Path, *, device: str | None = None, dtype: Any = "auto") ->
     except (OSError, ValueError) as error:
         raise UserError(folder, f"cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     _refuse_holes(folder, info)
+    check_generation(model, folder)
+    check_tokenizer(processor, folder)
     if processor.model_section != model.config.model_section:
         from mmllm.recipe import differences
 
@@ -92,7 +94,7 @@ def load_weights(model: Any, path: str | Path, modules: list[Any] | None = None)
     from safetensors.torch import load_file
 
     folder = model_folder(path)
-    check_model_folder(folder)
+    check_model_folder(folder, needed=("config.json",))
     state: dict[str, Any] = {}
     for file in sorted(folder.glob("*.safetensors")):
         state |= load_file(file)
@@ -189,7 +191,7 @@ def pipeline(path: str | Path, **options: Any) -> Any:
 
 def stream_answer(model: Any, processor: Any, batch: Any, **options: Any) -> Iterator[str]:
     """The answer to one prepared conversation, piece by piece as it is generated; greedy unless `options` say else."""
-    options = {"do_sample": False, **options}
+    options = {"do_sample": False, "num_beams": 1, **options}
     from threading import Thread
 
     from transformers import TextIteratorStreamer

@@ -113,8 +113,8 @@ class FrontEnd(nn.Module):
             part = cls(Site(inputs, self.llm_width, *widths), **bound)
         except NoPrompt as error:
             raise self._no_prompt(where) from error
-        except ValueError as error:
-            raise UserError(where, str(error)) from error
+        except (ValueError, RuntimeError, ArithmeticError) as error:  # torch refuses sizes as it makes tensors of them
+            raise UserError(where, " ".join(str(error).split())[:200]) from error
         self._check_needs(node, part.needs(), where)
         return part
 

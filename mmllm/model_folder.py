@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from mmllm.contract.arguments import Count, NotNegative, Number, Positive, parse
 from mmllm.contract.errors import UserError
 
 JSON_FILES = (
@@ -15,6 +17,23 @@ JSON_FILES = (
     "tokenizer_config.json",
     "model.safetensors.index.json",
 )
+GENERATION: dict[str, Any] = {
+    "max_length": Count | None,
+    "max_new_tokens": Count | None,
+    "min_length": Number | None,
+    "min_new_tokens": Number | None,
+    "num_beams": Count | None,
+    "num_return_sequences": Count | None,
+    "no_repeat_ngram_size": Number | None,
+    "top_k": Number | None,
+    "temperature": NotNegative | None,
+    "top_p": NotNegative | None,
+    "repetition_penalty": Positive | None,
+    "length_penalty": float | None,
+    "do_sample": bool | None,
+    "use_cache": bool | None,
+}
+"""What a generation config may say, of those keys that change an answer."""
 NEEDED = ("config.json", "processor_config.json", "tokenizer.json")
 
 
@@ -34,8 +53,11 @@ def model_folder(path: str | Path) -> Path:
     )
 
 
-def check_model_folder(folder: Path) -> None:
+def check_model_folder(folder: Path, needed: tuple[str, ...] = NEEDED) -> None:
     """See that the files of a model are there and can be read; the library says less of what is wrong.
+
+    Args:
+        needed: files that have to be there beside the weights; weights alone are used without the rest.
 
     Raises:
         UserError: names the file that is absent or damaged.
@@ -45,10 +67,10 @@ def check_model_folder(folder: Path) -> None:
     hint = "copy or train it again"
     for name in JSON_FILES:
         path = folder / name
-        if not path.is_file():
-            if name in NEEDED:
-                raise UserError(path, "absent", hint=hint)
+        if not path.exists() and name not in needed:
             continue
+        if not path.is_file():
+            raise UserError(path, "not a file" if path.exists() else "absent", hint=hint)
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
@@ -66,3 +88,37 @@ def check_model_folder(folder: Path) -> None:
                 file.keys()
         except (SafetensorError, OSError) as error:
             raise UserError(path, f"damaged ({error})", hint=hint) from error
+
+
+def check_generation(model: Any, folder: Path) -> None:
+    """See that a model's generation config has numbers where it needs them, and ids of its vocabulary.
+
+    Raises:
+        UserError: names the key.
+    """
+    config, where = model.generation_config, f"{folder / 'generation_config.json'}:"
+    for key, annotation in GENERATION.items():
+        parse(getattr(config, key, None), annotation, f"{where}{key}")
+    rows = model.config.text_config.vocab_size
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, key, None)
+        for token in value if isinstance(value, list) else [value]:
+            if token is not None and not 0 <= parse(token, int, f"{where}{key}") < rows:
+                raise UserError(f"{where}{key}", "not of the vocabulary", expected=f"below {rows}", got=token)
+
+
+def check_tokenizer(processor: Any, folder: Path) -> None:
+    """See that a tokenizer and its chat template work at all.
+
+    Raises:
+        UserError: they do not.
+    """
+    try:
+        processor.tokenizer("?")
+        if processor.tokenizer.chat_template is not None:
+            processor.apply_chat_template([{"role": "user", "content": "?"}], tokenize=True, add_generation_prompt=True)
+    except UserError as error:
+        raise UserError(folder, f"{error.where}: {error.what}", expected=error.expected, got=error.got) from error
+    except Exception as error:  # whatever a damaged tokenizer leads to
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(folder / "tokenizer_config.json", f"its tokenizer does not work ({reason})") from error

@@ -77,8 +77,10 @@ def _check_key(here: Any, parents: list[str], last: str, where: str) -> None:
         known = list(signature(LLM))
     elif parents == ["model", "media"]:
         known = list(signature(Sampling))
-    elif parents[:1] in (["roots"], ["eval"]) or "config" in parents:
+    elif parents[:1] in (["roots"], ["eval"]):
         return
+    elif "config" in parents:
+        known = _config_keys(here) or [last]
     elif "type" in here:
         from mmllm.contract.registry import find
 
@@ -86,6 +88,14 @@ def _check_key(here: Any, parents: list[str], last: str, where: str) -> None:
         known = list(dict.fromkeys([*signature(find(kind, here["type"], where)), *beside, *known]))
     if last not in known:
         raise UserError(where, "unknown key", hint=nearest(last, known))
+
+
+def _config_keys(config: dict[str, Any]) -> list[str]:
+    """The keys of a library's config, by its `model_type`; nothing for a part of one that says none."""
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    return [*config, *CONFIG_MAPPING[kind]().to_dict()] if isinstance(kind, str) and kind in CONFIG_MAPPING else []
 
 
 def _typed(old: Any, value: str) -> Any:

@@ -11,6 +11,7 @@ from transformers import AutoProcessor, ProcessorMixin
 from mmllm.batch import Example, Medium, VisualBatch, collate
 from mmllm.chat import Rendered, render
 from mmllm.content import PLACEHOLDERS, MediumEntry, entries_of
+from mmllm.contract.arguments import Count, Number, parse
 from mmllm.contract.errors import UserError
 from mmllm.data.loading import Loaded, MediaLoader, resized
 from mmllm.data.media import Clip
@@ -18,6 +19,9 @@ from mmllm.data.sampling import Sampling
 from mmllm.front_end import FrontEnd, shape_copy
 from mmllm.processor_options import SAMPLING, read_options, refuse_unknown
 from mmllm.prompts import said_by_user
+
+CHARACTERS = 256
+"""No tokenizer makes a token of more characters, on average over a text."""
 
 
 class MMLLMProcessor(ProcessorMixin):
@@ -42,7 +46,9 @@ class MMLLMProcessor(ProcessorMixin):
         chat_template: str | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
-        self.model_section, self.llm_width, self.max_length = model_section, llm_width, max_length
+        self.model_section = parse(model_section, dict | None, "processor_config.json: model_section")
+        self.llm_width = parse(llm_width, Number, "processor_config.json: llm_width")
+        self.max_length = parse(max_length, Count | None, "processor_config.json: max_length")
         self._section = json.dumps(model_section, sort_keys=True)
         self.loader = MediaLoader()
         missing = [token for token in PLACEHOLDERS.values() if token not in tokenizer.get_vocab()]
@@ -51,6 +57,8 @@ class MMLLMProcessor(ProcessorMixin):
         self.placeholder_ids = {tokenizer.convert_tokens_to_ids(token) for token in PLACEHOLDERS.values()}
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token_id is None:
+            raise UserError("tokenizer", "has neither a padding token nor an end of sentence", hint="another tokenizer")
         tokenizer.padding_side = "left"  # answers are generated behind a prompt; batches for training say "right"
         # Expanded positions hold an id that every LLM has a row for; the row itself is never used there.
         self.filler_id = tokenizer.pad_token_id
@@ -177,12 +185,18 @@ class MMLLMProcessor(ProcessorMixin):
         known: dict[Any, Medium] = {}  # by their place: read once, however many of the last turns have to go
         while True:
             rendered = render(self.tokenizer, messages, **how)
+            shorter = _without_last_turn(messages) if answers else None
+            if self.max_length is not None and len(rendered.text) > CHARACTERS * self.max_length:
+                if shorter is None:  # before megabytes are tokenised
+                    what = f"a text of {len(rendered.text)} characters"
+                    raise UserError(name or "conversation", what, expected=f"at most {self.max_length} tokens")
+                messages = shorter
+                continue
             example = self._expand(rendered, answers, sampling, name, known)
             example.prompt = self.front_end.prompts.encode(said_by_user(messages))
             example.level = level
             if self.max_length is None or len(example.ids) <= self.max_length:
                 return example
-            shorter = _without_last_turn(messages) if answers else None
             if shorter is None:
                 visual = sum(self._length(example.media[index], stream) for _, index, stream in example.spans)
                 raise UserError(

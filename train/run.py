@@ -146,7 +146,7 @@ def _model(recipe: Recipe, run: RunFolder) -> tuple[Any, Any]:
         return load(run.model, dtype="float32")
     processor = build_processor(recipe)
     model = build_model(recipe)
-    _check_vocabulary(model, processor, recipe)
+    _check_vocabulary(processor, recipe)
     set_stop_tokens(model, processor.tokenizer)
     return model, processor
 
@@ -185,6 +185,7 @@ def check(
     chosen = _chosen(recipe, stages)
     front = check_shapes(recipe)
     processor = build_processor(recipe)
+    _check_vocabulary(processor, recipe)
     if options.reader is not None:
         processor.loader = MediaLoader(options.reader)
     RunFolder(out).check(recipe, options.seed)
@@ -212,8 +213,10 @@ def _chosen(recipe: Recipe, names: list[str] | None) -> dict[str, Stage]:
     return {name: stage for name, stage in stages.items() if names is None or name in names}
 
 
-def _check_vocabulary(model: Any, processor: Any, recipe: Recipe) -> None:
-    rows, needed = model.config.text_config.vocab_size, len(processor.tokenizer)
+def _check_vocabulary(processor: Any, recipe: Recipe) -> None:
+    from mmllm.build import text_config
+
+    rows, needed = text_config(recipe).vocab_size, len(processor.tokenizer)
     added = len(processor.placeholder_ids)
     if needed - added > rows:
         raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from mmllm.cli.common import calm_libraries, common, flag, media_reader, print_json, reader_flags
 from mmllm.contract.arguments import Count, Positive
+from mmllm.contract.errors import UserError
 from mmllm.device import pick_device
 
 EPILOG = """\
@@ -54,6 +55,9 @@ def run(options: argparse.Namespace) -> int:
     media = [MediaRef.parse(kind, text) for kind, text in options.media or []]
     device = pick_device(options.device)
     model, processor = load(options.model, device=device, dtype=options.dtype or "auto")
+    if processor.max_length is not None and options.max_new_tokens > processor.max_length:
+        where, most = f"--max-new-tokens {options.max_new_tokens}", f"at most {processor.max_length}"
+        raise UserError(where, "more than this model can hold", expected=most)
     processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
     content = [
         {"type": ref.kind, "path": ref.path, "start": ref.start, "end": ref.end, "fps": ref.fps} for ref in media

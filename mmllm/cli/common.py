@@ -8,9 +8,9 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mmllm.contract.arguments import Number, Positive, Seed, parse
+from mmllm.contract.arguments import Number, Seed, Within, parse
 from mmllm.contract.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def common(parser: argparse.ArgumentParser, *names: str) -> None:
 def reader_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the verbs that read media."""
     parser.add_argument("--backend", default="pyav", help="what decodes videos: pyav (default), decord, a plug-in's")
-    limit = {"type": flag(Positive), "default": 60.0, "metavar": "SECONDS"}
+    limit = {"type": flag(Annotated[float, Within(above=0, most=86_400)]), "default": 60.0, "metavar": "SECONDS"}
     parser.add_argument("--time-limit", **limit, help="longest time that one file may take (default 60)")
     what = "refuse clips whose frames the decoder finds damaged, or read them and warn (default warn)"
     parser.add_argument("--corrupt", choices=["error", "warn"], default="warn", help=what)
@@ -138,7 +138,7 @@ def pairs(values: list[str] | None, flag: str) -> dict[str, str]:
     result = {}
     for value in values or []:
         name, equals, rest = value.partition("=")
-        if not equals:
+        if not equals or not name or not rest:
             raise UserError(f"{flag} {value}", "not of the form NAME=VALUE")
         result[name] = rest
     return result

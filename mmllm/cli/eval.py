@@ -138,6 +138,8 @@ def _roots(model: str, names: list[str], given: list[str] | None) -> dict[str, s
     from mmllm.recipe import load as load_recipe
 
     roots = pairs(given, "--root")
+    for name in roots:
+        find_benchmark(name, f"--root {name}")
     file = model_folder(model) / "recipe.yaml"
     known = load_recipe(file).eval_roots if file.is_file() else {}
     for name in names:

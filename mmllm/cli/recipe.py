@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from mmllm.cli.common import calm_libraries, common, print_json
@@ -77,10 +78,10 @@ def _size(options: argparse.Namespace) -> tuple[int, int] | None:
     """`--size 1000x667` as (height, width)."""
     if options.size is None:
         return None
-    width, _, height = options.size.partition("x")
-    if not (options.image and width.isdigit() and height.isdigit() and int(width) and int(height)):
+    found = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", options.size)
+    if not options.image or found is None:
         raise UserError(f"--size {options.size}", "not a size of an image", expected="--image --size 1000x667")
-    return int(height), int(width)
+    return int(found[2]), int(found[1])
 
 
 def run_check(options: argparse.Namespace) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from mmllm.contract.errors import UserError, shown
 
 BYTES = 8 << 20
-VALUES = 200_000
+VALUES = 1_000_000
 """So many values a file may hold, with those that aliases repeat."""
 DEPTH = 60
 
@@ -44,6 +45,9 @@ def parse_yaml(text: str, where: object) -> Any:
     import yaml
 
     try:
+        # aliases of aliases, and merged maps of them, are small as nodes and without end as values
+        if _values(yaml.compose(text, Loader=yaml.SafeLoader), {}) > VALUES:
+            raise UserError(where, "holds too many values, or repeats itself", expected=f"at most {VALUES}")
         value = yaml.safe_load(text)
     except RecursionError:
         raise UserError(where, "too deeply nested", expected=f"at most {DEPTH} levels") from None
@@ -53,13 +57,21 @@ def parse_yaml(text: str, where: object) -> Any:
     return value
 
 
+def _values(node: Any, known: dict[int, float]) -> float:
+    """How many values a node stands for, with those of its aliases; without end for one inside itself."""
+    if not isinstance(getattr(node, "value", None), list):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = (part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,)))
+        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+    return known[id(node)]
+
+
 def _check(value: Any, where: object) -> None:
-    count, todo = 0, [(value, 0)]
+    todo = [(value, 0)]
     while todo:
         item, depth = todo.pop()
-        count += 1
-        if count > VALUES:
-            raise UserError(where, "holds too many values", expected=f"at most {VALUES}, aliases repeated")
         if depth > DEPTH:
             raise UserError(where, "too deeply nested", expected=f"at most {DEPTH} levels")
         if isinstance(item, dict):

@@ -39,12 +39,14 @@ class Site:
         """A `width` argument as a number: "llm" is the LLM's width.
 
         Raises:
-            ValueError: neither a number nor "llm".
+            ValueError: neither a number above 0 nor "llm".
         """
         if width == "llm":
             return self.llm_width
         if isinstance(width, str):
             raise ValueError(f'width is a number or "llm", not {width!r}')
+        if width < 1:
+            raise ValueError(f"width is 1 or more, not {width}")
         return width
 
     def text_width(self) -> int:

@@ -21,8 +21,8 @@ from mmllm.data.mixture import Joined, Mixture, Part, is_positive
 MIX_SUFFIXES = frozenset({".yaml", ".yml"})
 ENTRY_KEYS = ("json_path", "sampling_strategy", "weight", "root", "format", "start")
 TOP_KEYS = ("datasets", "root", "seed", "length")
-VALUES = 1_000_000
-"""A mix holds no more values."""
+MOST = 2**40
+"""No number of a mix is larger: what counts with it would overflow."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _check_keys(data: Any, known: tuple[str, ...], where: str) -> None:
 
 def _number(data: dict[str, Any], key: str, where: object, least: int) -> int | None:
     value = data.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST):
         raise UserError(f"{where}:{key}", "bad number", expected=f"a whole number >= {least}", got=short(value))
     return value
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from attack import kills, table
 from attack.bench import Bench, build, start_world, wait_for
-from attack.case import Name, Verdict
+from attack.case import UNTOLD, Name, Verdict
 from attack.generators import GENERATORS, names
 from attack.processes import unmount
 from attack.server import FORK, end, forked, import_everything, run_cases, verdict_rows
@@ -158,9 +158,13 @@ def _report(verdicts: list[Verdict], options: argparse.Namespace, seconds: float
     counted = table.counts(verdicts)
     for verdict in table.bad(verdicts):
         print(table.describe(verdict))
+    untold = [verdict for verdict in verdicts if verdict.why.startswith(UNTOLD)]
     print(f"\n{table.render(counted)}\n\nseed {options.seed}, {seconds / 60:.1f} min")
+    if untold:
+        print(f"{len(untold)} of the answers are about frames with flipped bits that no decoder finds fault with")
     if options.json:
-        facts = {"seed": options.seed, "seconds": round(seconds), "counts": counted, "cases": verdict_rows(verdicts)}
+        facts = {"seed": options.seed, "seconds": round(seconds), "counts": counted, "untold": len(untold)}
+        facts["cases"] = verdict_rows(verdicts)
         options.json.write_text(json.dumps(facts, indent=1))
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 Expect = Literal["refuse", "answer", "either"]
 HARNESS = "the attack itself failed"
 """Column of a case that could not be made or looked at; no fault of what is attacked, and in no table."""
+UNTOLD = "untold"
+"""How the complaint begins about what nobody can tell from the file alone; counted beside the table."""
 COLUMNS = ("answered", "refused", "exit 1", "traceback", "hang", "silent")
 BAD = COLUMNS[2:]
 ERROR_LINE = re.compile(r"^(mmllm[\w -]*: )?error: ", re.MULTILINE)
@@ -132,7 +134,7 @@ def judge(case: Case, ran: Ran, complaint: str | None) -> tuple[str, str]:
         return "traceback", f"exit code {ran.code}"
     if ran.code not in (0, 2, 3):
         return "exit 1", f"exit code {ran.code}"
-    if complaint:
+    if complaint and not complaint.startswith(UNTOLD):
         return "silent", complaint
     holes = case.reports and ran.code == 3
     if ran.code == 2 or holes:
@@ -143,4 +145,4 @@ def judge(case: Case, ran: Ran, complaint: str | None) -> tuple[str, str]:
         return "refused", ""
     if case.expect == "refuse":
         return "silent", "answered, although it must be refused"
-    return "answered", ""
+    return "answered", complaint or ""

@@ -128,7 +128,7 @@ def test_overrides_set_what_a_recipe_leaves_out():
         ("model.encoders.nano.sise=3", "model.encoders.nano.sise: unknown key. Try: size"),
         ("stages.instruct.lr=fast", "stages.instruct.lr: wrong type, expected float"),
         ("model.encoders.nano.size=big", "model.encoders.nano.size: wrong type, expected int"),
-        ("model.media.frames=0", "bad number of frames"),
+        ("model.media.frames=0", "model.media.frames: out of range, expected int >= 1"),
         ("nonsense", "not an override"),
     ],
 )

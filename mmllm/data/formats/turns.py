@@ -72,7 +72,7 @@ def _text(content: Any, where: str) -> str:
     """A text, or the entries of a content list as one; an entry of a medium becomes its placeholder."""
     if isinstance(content, str):
         return content
-    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+    if not isinstance(content, list) or not content or not all(isinstance(entry, dict) for entry in content):
         raise UserError(where, "has no text", got=short(content))
     pieces = []
     for entry in content:
