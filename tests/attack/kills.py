@@ -197,7 +197,8 @@ def _judged(name: Name, straight: Straight, place: Place) -> Verdict:
             note = _killed(kind, argv, straight, place, draw)
         last = place.run(argv)
         column, why = compare(kind, straight, place, last)
-    lines = [line for line in last.err.splitlines() if line.strip()]
+    shown = place.runs[0] if kind == "disk" and place.runs[0].code not in (0, 2) else last
+    lines = [line for line in shown.err.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return Verdict(
         name=str(name),
@@ -207,7 +208,7 @@ def _judged(name: Name, straight: Straight, place: Place) -> Verdict:
         why=why,
         note=f"{kind}: {note}",
         argv=argv,
-        code=last.code,
+        code=shown.code,
         seconds=round(time.monotonic() - began, 2),
         last=(errors or lines or [""])[-1][:300],
     )
