@@ -100,7 +100,7 @@ def load(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         UserError: no such recipe, not YAML, an unknown key, a wrong type.
     """
     path = _find(str(name))
-    data = copy.deepcopy(_read(path, ()))
+    data = copy.deepcopy(_read(path, (), {}))
     recipe = Recipe(str(name), path.name, data)
     normalise(data, path.name)  # before, so that overrides find every node and default; after, to check what they set
     for key in ("roots", "eval"):  # there to be overridden
@@ -125,8 +125,10 @@ def _find(name: str) -> Path:
     raise UserError(name, "no such recipe", hint=nearest(name, names()))
 
 
-def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """A recipe's file over its bases."""
+def _read(path: Path, above: tuple[Path, ...], known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """A recipe's file over its bases; `known` are those that were read for the same recipe, each once."""
+    if path in known:
+        return known[path]
     if path in above:
         raise UserError(f"{path.name}:base", "a recipe is its own base")
     if len(above) > BASES:
@@ -141,14 +143,15 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for base in bases:
         beside = path.parent / base
-        merged = merge(merged, _read(beside if beside.is_file() else _find(base), (*above, path)))
-    return merge(merged, data)
+        merged = merge(merged, _read(beside if beside.is_file() else _find(base), (*above, path), known))
+    known[path] = merge(merged, data)
+    return known[path]
 
 
 def summaries() -> Iterator[tuple[str, str, str]]:
     """(name, summary, paper) of the shipped recipes; reads YAML alone."""
     for name in names():
-        data = _read(_find(name), ())
+        data = _read(_find(name), (), {})
         yield name, data.get("summary", ""), data.get("paper", "")
 
 

@@ -85,6 +85,10 @@ def join(options: Options) -> PartialState:
     from accelerate import PartialState
 
     check_device(options.device)
+    if options.device is not None and not options.device.endswith(":0") and ":" in options.device:
+        kind, _, index = options.device.partition(":")
+        hint = f"CUDA_VISIBLE_DEVICES={index} and --device {kind}"
+        raise UserError(f"--device {options.device}", "training takes the first device that it sees", hint=hint)
     started = int(os.environ.get("WORLD_SIZE") or 1)
     hint = "torchrun --nproc-per-node N -m mmllm train ..., or unset WORLD_SIZE"
     if started > 1 and "MASTER_ADDR" not in os.environ:

@@ -73,6 +73,13 @@ def test_a_chain_of_bases_ends(tmp_path):
         load(tmp_path / "r0.yaml")
 
 
+def test_bases_that_double_are_read_once_each(tmp_path):
+    written(tmp_path, "base: nano/llava", "r18.yaml")
+    for index in range(18):
+        written(tmp_path, f"base: [r{index + 1}.yaml, r{index + 1}.yaml]", f"r{index}.yaml")
+    assert load(tmp_path / "r0.yaml").model == load("nano/llava").model
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -1,0 +1,101 @@
+"""Files that are whole or absent, and what the system's errors become."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mmllm.cli import main
+from mmllm.contract.errors import UserError
+from mmllm.contract.files import append_lines, disk_error, read_record, replacing, write_json, write_text, writing
+
+
+@pytest.fixture
+def small_disk():
+    """No file grows beyond 1,000 bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, small_disk):
+    path = tmp_path / "status.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(UserError, match=r"file too large.*Try: free some space; the same command continues"):
+        write_json(path, {"a": "x" * 5000})
+    assert read_record(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_stops_in_between_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as fresh:
+        fresh.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "write", [save_file, lambda state, path: torch.save(state, path)], ids=["safetensors", "torch"]
+)
+def test_a_full_disk_is_said_whatever_library_meets_it(tmp_path, small_disk, write):
+    with (
+        pytest.raises(UserError, match=r"(no space left on device|file too large).*free some space"),
+        writing(tmp_path),
+    ):
+        write({"weight": torch.zeros(5000)}, str(tmp_path / "weights"))
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(ValueError, match="a bug"), writing(tmp_path):
+        raise ValueError("a bug")
+    assert disk_error(OSError(errno.EPIPE, "broken pipe")) is None
+
+
+def test_lines_after_a_torn_one_stand_alone(tmp_path):
+    path = tmp_path / "log.jsonl"
+    append_lines(path, ["one"])
+    path.write_bytes(path.read_bytes() + b"to")
+    append_lines(path, ["three", "four"])
+    assert path.read_text() == "one\nto\nthree\nfour\n"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000])
+def test_a_damaged_record_is_named(tmp_path, text):
+    path = tmp_path / "status.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"status\.json: damaged"):
+        read_record(path)
+
+
+@pytest.mark.parametrize(("number", "says"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "another folder")])
+def test_a_disk_that_cannot_be_written_is_no_bug(monkeypatch, capsys, number, says):
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise OSError(number, os.strerror(number), "runs/x")
+
+    monkeypatch.setattr("mmllm.cli.recipe.run_list", fail)
+    assert main(["recipe", "list"]) == 2
+    assert f"error: runs/x: {os.strerror(number).lower()}. Try: {says}" in capsys.readouterr().err
+
+
+def test_the_crash_handler_does_not_crash(monkeypatch, capsys, tmp_path):
+    def fail(*arguments: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("mmllm.cli.recipe.run_list", fail)
+    monkeypatch.setattr(Path, "write_text", lambda *arguments, **keywords: (_ for _ in ()).throw(OSError(28, "full")))
+    assert main(["recipe", "list"]) == 1
+    said = capsys.readouterr().err
+    assert "this is a bug of mmllm; the traceback is here, since crash.txt cannot be written" in said
+    assert "KeyError: 'a bug'" in said
