@@ -93,6 +93,8 @@ def test_groups_are_balanced_and_blind_answerers_score_chance(task: Task) -> Non
     for answer in blind:
         right = sum(answer(item.question.text, item.options) == item.question.answer for item in items)
         assert right == groups
+    by_place = sum(item.options[i % task.options] == item.question.answer for i, item in enumerate(items))
+    assert by_place < groups + 4 * groups**0.5  # nor does an item's place in its group tell
     held = sum(any((thing.color, thing.shape) in HELD_OUT for thing in item.scene.things) for item in items)
     assert held >= 20
 
