@@ -13,7 +13,6 @@ import ast
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -81,22 +80,24 @@ class Outcome:
 
 @dataclass
 class Tree:
-    """A copy of the repository, and the environment in which it is what Python imports."""
+    """A copy of the repository, and a process that runs tests in it."""
 
     path: Path
-    python: str
-    environment: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen
 
     @classmethod
     def copy(cls, root: Path, to: Path, python: str) -> Tree:
-        """Copy a repository into a new folder, with a hook for Python beside it."""
-        shutil.copytree(root, to / "tree", ignore=shutil.ignore_patterns(*NOT_COPIED))
+        """Copy a repository into a new folder; a hook beside it lets Python import what is ours from there."""
+        tree = to / "tree"
+        shutil.copytree(root, tree, ignore=shutil.ignore_patterns(*NOT_COPIED))
         folders = {path.parent.name for path in root.glob("*/__init__.py")} - {"mmllm"}
         (to / "hook").mkdir()
-        (to / "hook" / "sitecustomize.py").write_text(HOOK.format(folders=sorted(folders), tree=str(to / "tree")))
+        (to / "hook" / "sitecustomize.py").write_text(HOOK.format(folders=sorted(folders), tree=str(tree)))
         # no compiled files: a file that is changed twice within a second would be taken for the same
         own = {"PYTHONPATH": str(to / "hook"), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        return cls(to / "tree", python, {**os.environ, **own})
+        words = [python, "-P", str(LISTS / "warm.py")]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        return cls(tree, subprocess.Popen(words, cwd=tree, env={**os.environ, **own}, **pipes))
 
     @contextmanager
     def broken(self, sabotage: Sabotage) -> Iterator[None]:
@@ -111,27 +112,18 @@ class Tree:
 
     def run(self, tests: Iterable[str], *options: str) -> tuple[bool, str]:
         """(whether all tests are green, what pytest says)."""
-        shared = (ROOT / "../shared").resolve()
-        words = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--shared", str(shared), *options, *tests]
-        process = subprocess.Popen(
-            words,
-            cwd=self.path,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        try:
-            said, _ = process.communicate(timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            said = "it hangs"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-        return process.returncode == 0, said
+        shared, said = (ROOT / "../shared").resolve(), self.path.parent / "said.txt"
+        words = ["-q", "-p", "no:cacheprovider", "--shared", str(shared), *options, *tests]
+        self.process.stdin.write(json.dumps({"words": words, "seconds": SECONDS, "said": str(said)}) + "\n")
+        self.process.stdin.flush()
+        code = json.loads(self.process.stdout.readline())
+        return code == 0, said.read_text(errors="replace") + ("it hangs" if code == "hangs" else "")
+
+    def close(self) -> None:
+        """End the process that runs the tests."""
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
 
 
 def read(folder: Path = LISTS) -> list[Sabotage]:
@@ -250,12 +242,16 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="mmllm-sabotage-") as folder:
         places = [Path(folder) / str(number) for number in range(max(1, options.jobs))]
         trees = [Tree.copy(ROOT, place, sys.executable) for place in places]
-        print("the tests, with no line broken", file=sys.stderr, flush=True)
-        if red := red_unbroken(trees, sabotages):
-            print("\n".join(red))
-            print("these tests are red although no line is broken")
-            return 1
-        outcomes = run_all(trees, sabotages)
+        try:
+            print("the tests, with no line broken", file=sys.stderr, flush=True)
+            if red := red_unbroken(trees, sabotages):
+                print("\n".join(red))
+                print("these tests are red although no line is broken")
+                return 1
+            outcomes = run_all(trees, sabotages)
+        finally:
+            for tree in trees:
+                tree.close()
     share = sum(outcome.caught for outcome in outcomes) / len(outcomes)
     print(table(outcomes))
     print(f"\n{share:.1%} caught in {clock(time.monotonic() - start)} min")
