@@ -1,4 +1,4 @@
-"""The front end runs the kinds of media of a batch in one order, whatever the batch."""
+"""Processes that train together run the same parts, whatever their batches."""
 
 from __future__ import annotations
 
@@ -29,3 +29,17 @@ def test_kinds_of_media_run_in_the_same_order_in_every_process():
         torch.testing.assert_close(rows, torch.cat([alone[i] for i in order]), atol=1e-5, rtol=0)
         orders.add(tuple(ran))
     assert len(orders) == 1
+
+
+def test_a_batch_without_clips_touches_every_parameter_and_changes_nothing(monkeypatch):
+    """Beside processes that have clips; gradients of the front end are there, and zero."""
+    recipe = tiny_recipe()
+    model, processor = tiny_model(recipe), tiny_processor(recipe)
+    batch = processor.collate([processor.encode([turn("What moves?"), turn("left", role="assistant")])])
+    alone = model(**batch).logits
+    monkeypatch.setattr(type(model.model), "trains_in_company", lambda self: True)
+    output = model(**batch)
+    assert torch.equal(output.logits, alone)
+    output.loss.backward()
+    for name, parameter in model.model.front_end.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
