@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
-from mmllm.eval.answerer import ModelAnswerer, weights_digest
+from mmllm.contract.errors import UserError
+from mmllm.eval.answerer import ModelAnswerer, evaluate_model, weights_digest
 
 
 class Batch(dict):
@@ -65,3 +67,22 @@ def test_every_weight_is_in_the_digest():
                 getattr(layer, name).view(-1)[-1] = 2.0
         digests.add(weights_digest(layer))
     assert len(digests) == 3
+
+
+def test_answers_of_other_weights_or_frames_are_not_continued(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmllm.eval.answerer.run_benchmark", lambda *arguments, **options: "a report")
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
+
+    def evaluate(model: int = 0, frames: int | None = None, section: str = "mlp") -> Any:
+        processor = SimpleNamespace(model_section={"connector": section})
+        return evaluate_model(models[model], processor, "mvbench", tmp_path, tmp_path / "out", frames=frames)
+
+    assert evaluate() == evaluate() == "a report"
+    for changed, options in {
+        "weights": {"model": 1},
+        "frames": {"frames": 4},
+        "front_end": {"section": "pool"},
+    }.items():
+        with pytest.raises(UserError, match=f"holds answers of another run; these differ: {changed}. Try"):
+            evaluate(**options)
