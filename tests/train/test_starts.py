@@ -107,3 +107,6 @@ def test_a_shared_stage_is_kept_apart_by_all_that_it_learns_from(data, tmp_path)
     assert known == kept() == kept(micro_batch=1)
     different = [kept(seed=1), kept(llm=48), kept(steps=3), kept(lr=1e-4), kept(data=other)]
     assert len({known, *different}) == 1 + len(different)
+    before = kept(data=other)
+    other.write_text(data.read_text())
+    assert before != kept(data=other) == known  # what the file holds counts, and not its name

@@ -87,6 +87,10 @@ def test_a_half_written_checkpoint_is_not_resumed_from(data, straight, tmp_path)
     (tmp_path / "checkpoint-10").mkdir()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     assert not (tmp_path / "checkpoint-10").exists()
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "complete").touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_a_checkpoint_whose_writing_dies_is_not_complete(data, straight, tmp_path, monkeypatch):
