@@ -175,7 +175,7 @@ def test_folder_of_frames(tmp_path: Path, make_picture: Callable, numbers: Calla
     (tmp_path / "notes.txt").write_text("no frame")
     assert probe(video(tmp_path)) == Probe("folder", 12, 3.0, 48, 64)
     clip = read_media(video(tmp_path), Sampling(frames=12, sampler="linspace"))
-    assert numbers(clip.frames) == list(range(12))
+    assert numbers(clip.frames) == list(range(12)) and clip.repeated == 0
     assert clip.times.tolist() == pytest.approx(np.arange(12) / 3)
     assert read_media(video(tmp_path, fps=1.0), Sampling(fps=0.5)).times.tolist() == [0.0, 2.0, 4.0, 6.0, 7.0, 9.0]
 
