@@ -28,6 +28,12 @@ def test_several_media_in_their_order(capsys, model, tmp_path):
     image(1).save(tmp_path / "a.png")
     found = answer(capsys, "--model", model, "--image", tmp_path / "a.png", "--video", f"{clip}#t=0.5,1.5")
     assert found["visual_tokens"] == 9 + 4 * 9
+    assert main(["ask", "--model", str(model), "--image", str(tmp_path / "a.png"), "--video", str(clip), "Q?"]) == 0
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == "1 image" and second.startswith("4 frames from ")
+    assert main(["ask", "--model", str(model), "--video", str(clip), "--image", str(tmp_path / "a.png"), "Q?"]) == 0
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith("4 frames from ") and second == "1 image"
     more = answer(capsys, "--model", model, "--frames", 6, "--video", clip, "--video", clip)
     assert more["visual_tokens"] == 2 * 6 * 9
 

@@ -78,8 +78,21 @@ def test_answers_of_another_model_are_refused(run, world, capsys, tmp_path):
     name = next(iter(state))
     state[name] = state[name] + 1
     save_file(state, other / "model.safetensors", metadata={"format": "pt"})
-    words = ["eval", "--model", str(other), "--out", str(run), "--tasks", "mlvu", "--quiet", "--limit", "4"]
-    assert main(words) == 0 or "holds answers of another run" in capsys.readouterr().err
+    words = [
+        "eval",
+        "--out",
+        str(tmp_path / "out"),
+        "--tasks",
+        "mlvu",
+        "--quiet",
+        "--limit",
+        "1",
+        "--baselines",
+        "none",
+    ]
+    assert main([*words, "--model", str(run)]) == 0
+    assert main([*words, "--model", str(other)]) == 2
+    assert "holds answers of another run; these differ: weights" in capsys.readouterr().err
 
 
 def test_a_missing_clip_is_an_error_or_a_printed_hole(run, world, capsys, tmp_path):

@@ -91,6 +91,9 @@ def test_a_records_level_is_its_embedding_and_other_rows_are_mixed():
     assert torch.equal(out[0], part.table[2])
     assert torch.equal(out[2], part.table[4])
     torch.testing.assert_close(out[1], part(clips(), prompt=said()).values[1, 0])
+    prompt.level = torch.tensor([0, -1, 0])  # the weakest level is one, too
+    out = part(clips(), prompt=prompt).values[:, 0]
+    assert torch.equal(out[0], part.table[0]) and torch.equal(out[2], part.table[0])
 
 
 def test_every_weight_is_in_the_graph_whatever_the_records_carry():
@@ -272,6 +275,10 @@ def test_mistakes_of_the_command_are_named(tmp_path, capsys):
     command = ["data", "align-levels", str(data), "--out"]
     assert main([*command, str(tmp_path / "a.jsonl"), "--scores", str(scores)]) == 2
     assert "1 scores for 6 records with a medium" in capsys.readouterr().err
+    seven = tmp_path / "seven.txt"
+    seven.write_text("0.1\n" * 7)
+    assert main([*command, str(tmp_path / "a.jsonl"), "--scores", str(seven)]) == 2
+    assert "7 scores for 6 records with a medium" in capsys.readouterr().err
     assert main([*command, str(data), "--scores", str(scores)]) == 2
     assert "would be overwritten" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "a.jsonl"), "--pair", str(tmp_path / "none")]) == 2

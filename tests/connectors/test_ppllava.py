@@ -266,6 +266,8 @@ def test_without_a_prompt_scores_are_equal_whatever_the_probe_looks_at():
 def test_scores_are_float32_under_autocast():
     values, prompt = torch.randn(2, 40, 16), torch.randn(2, 16)
     exact = cosine(values, prompt)
+    by_hand = torch.nn.functional.cosine_similarity(values, prompt[:, None], dim=-1)
+    torch.testing.assert_close(exact, by_hand, atol=1e-6, rtol=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(cosine(values, prompt), exact)
 

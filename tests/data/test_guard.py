@@ -331,3 +331,21 @@ def test_a_slow_converter_does_not_count(fake: Callable, tmp_path: Path, make_vi
     with GuardedReader(limits=Limits(timeout=1.0)) as reader:
         reader.probe(MediaRef("video", str(path)))
         assert len(reader.read(MediaRef("video", str(path)), FOUR, lambda picture: time.sleep(0.4)).frames) == 4
+
+
+def test_pictures_of_another_size_and_far_more_than_asked_for_make_no_sense() -> None:
+    """More may come where a back end was given up half-way, up to all of them twice."""
+    from mmllm.data.guard_process import Gone, Pictures
+
+    pictures = Pictures(None)
+    pictures.expect([2, 4, 5, 3])
+    for size in (0, 59, 61):
+        with pytest.raises(Gone):
+            pictures.place(size)
+    for number in range(4):
+        pictures.place(60)[:] = bytes([number]) * 60
+        pictures.placed()
+    with pytest.raises(Gone):
+        pictures.place(60)
+    assert pictures.at([0, 1])[:, 0, 0, 0].tolist() == [0, 1]
+    assert pictures.at([3, 0])[:, 0, 0, 0].tolist() == [3, 0]

@@ -79,6 +79,25 @@ def test_long_files_jump_to_the_right_frame(
         assert numbers(reader.read_indices([1599]).frames) == [1599]
 
 
+def test_frames_before_an_edit_list_are_not_counted(make_video: Make, numbers: Callable, tmp_path: Path) -> None:
+    """A cut without decoding keeps the frames from the key frame on, and says from when on they are shown."""
+    import av
+
+    whole, cut = make_video(frames=40, gop=20, x264="bframes=0"), tmp_path / "cut.mp4"
+    with av.open(str(whole)) as source, av.open(str(cut), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        early = round(0.7 / float(source.streams.video[0].time_base))
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - early, packet.dts - early, stream
+                target.mux(packet)
+    with av.open(str(cut)) as container:
+        assert container.streams.video[0].frames == 40  # stored
+    with VideoReader(video(cut)) as reader:
+        assert (reader.probe.frames, reader.probe.fps) == (33, 10.0)
+        assert numbers(reader.read_indices([0, 1, 32]).frames) == [7, 8, 39]
+
+
 def test_bounds_and_times(make_video: Make, numbers: Callable) -> None:
     """Times count from the start of the file; a moment shows the last frame that has come by then."""
     path = make_video(frames=40)
@@ -156,7 +175,7 @@ def test_folder_of_frames(tmp_path: Path, make_picture: Callable, numbers: Calla
     (tmp_path / "notes.txt").write_text("no frame")
     assert probe(video(tmp_path)) == Probe("folder", 12, 3.0, 48, 64)
     clip = read_media(video(tmp_path), Sampling(frames=12, sampler="linspace"))
-    assert numbers(clip.frames) == list(range(12))
+    assert numbers(clip.frames) == list(range(12)) and clip.repeated == 0
     assert clip.times.tolist() == pytest.approx(np.arange(12) / 3)
     assert read_media(video(tmp_path, fps=1.0), Sampling(fps=0.5)).times.tolist() == [0.0, 2.0, 4.0, 6.0, 7.0, 9.0]
 

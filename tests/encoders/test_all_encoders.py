@@ -149,6 +149,17 @@ def test_a_digest_needs_memory_and_does_not_know_names():
         clip(Site(), **arguments).digest()
 
 
+@torch.no_grad()
+def test_the_cls_token_stands_before_the_patches_of_its_frame():
+    clip, media = registry.find("encoder", "clip"), MediaSpec("video", 3)
+    config = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    encoder = build(clip, {"config": {**config, "image_size": 28, "patch_size": 14}, "cls": True})
+    pixels = torch.randint(0, 256, (1, 3, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    states = encoder.tower(encoder.normalise(pixels)[0], output_hidden_states=True).hidden_states
+    values = encoder(pixels, media, Needs()).values
+    torch.testing.assert_close(values, states[-2].flatten(0, 1)[None], atol=1e-6, rtol=0)
+
+
 def test_levels_cls_and_keys_are_those_of_the_tower():
     clip = registry.find("encoder", "clip")
     arguments, (media,) = next(clip.examples())

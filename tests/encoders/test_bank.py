@@ -55,6 +55,21 @@ def test_a_long_clip_goes_in_pieces(bank, monkeypatch):
         torch.testing.assert_close(pieces[name].times, whole[name].times)
 
 
+def test_an_encoder_of_fewer_frames_sees_evenly_spaced_ones_and_their_times(bank):
+    media, clips = MediaSpec("video", 10), [clip(bank, 10, seed) for seed in (1, 2)]
+    clips[1]["times"] = clips[1]["times"] * 3 + 1
+    seen: list[torch.Tensor] = []
+    bank.encoders["few"].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    tokens = bank(clips, media, {}, {"few"})["few"]
+    (pixels,) = seen
+    for row, medium in enumerate(clips):
+        whole = medium["pixels"][bank.encoders["few"].geometry]
+        assert torch.equal(pixels[row], whole[[0, 2, 4, 6, 8]])
+    assert tokens.times.tolist() == [[0, 2, 4, 6, 8], [1, 7, 13, 19, 25]]
+    seconds = tokens.by_frame(tokens.positions)[..., 0]
+    assert torch.equal(seconds, tokens.times[..., None].expand_as(seconds))
+
+
 def test_kept_and_fresh_clips_in_one_group(bank):
     media, clips = MediaSpec("video", 10), [clip(bank, 10, seed) for seed in (1, 2, 3)]
     whole = bank(clips, media, {}, {"clip"})["clip"]

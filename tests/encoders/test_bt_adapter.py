@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmllm.contract.parts import Site
 from mmllm.contract.types import MediaSpec, Needs
-from mmllm.encoders.bt_adapter import ClipBTAdapterEncoder
+from mmllm.encoders.bt_adapter import ClipBTAdapterEncoder, DropPath
 from mmllm.encoders.huggingface import ClipEncoder
 
 CLIP = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -110,3 +110,14 @@ def test_stochastic_depth_grows_over_the_whole_depth():
     part = ClipBTAdapterEncoder(Site(), config=VISION, depth=4, drop=0.3)
     assert [layer.drop.rate for layer in part.adapter.space] == pytest.approx([0.0, 0.1, 0.2])
     assert [layer.drop.rate for layer in part.adapter.time] == [0.3] * 3
+
+
+def test_what_stochastic_depth_keeps_makes_up_for_what_it_leaves_out():
+    """Each clip is left out, in all tensors of a branch, or is four times as large: in the mean it is as it was."""
+    torch.manual_seed(0)
+    drop = DropPath(0.75).train()
+    one, two = drop(torch.ones(4000, 2), torch.ones(4000, 3, 1))
+    assert set(one.unique().tolist()) == {0.0, 4.0}
+    assert torch.equal(one[:, 0], two[:, 2, 0])
+    assert abs(one.mean().item() - 1) < 0.1
+    assert torch.equal(drop.eval()(one)[0], one)

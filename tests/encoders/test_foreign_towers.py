@@ -93,6 +93,23 @@ def test_weights_of_a_file_survive_post_init_and_come_back_bit_equal(kind, tmp_p
     assert torch.equal(left, right)
 
 
+def test_a_fresh_tower_keeps_the_start_that_its_library_gave_it():
+    """Of two towers the library initialises anew the one that is not marked."""
+    from tiny import tiny_model
+
+    from mmllm.encoders.foreign import settle
+
+    model = tiny_model(tiny_recipe())
+    for name, mark in (("marked", settle), ("plain", lambda tower: tower)):
+        tower = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
+        for parameter in tower.parameters():
+            torch.nn.init.constant_(parameter, 0.125)
+        model.model.front_end.add_module(name, mark(tower))
+    model.init_weights()
+    assert all(bool((value == 0.125).all()) for value in model.model.front_end.marked.parameters())
+    assert not any(bool((value == 0.125).any()) for value in model.model.front_end.plain.parameters())
+
+
 def test_tables_that_are_never_saved_are_there():
     """The towers above have tables that a checkpoint lacks: else their test would show nothing."""
     for kind in ("eva", "beit"):

@@ -55,6 +55,18 @@ def test_frames_look_at_each_other_within_their_group_alone():
     torch.testing.assert_close(values(made, pixels[:, 2:]), before[:, 2:].flatten(1, 2), atol=1e-6, rtol=0)
 
 
+def test_a_group_that_is_not_full_has_the_first_times():
+    made, pixels = encoder(group=8), clip(3)
+    before, after = values(made, pixels), []
+    for times in (slice(3, 8), slice(0, 3)):
+        other = encoder(group=8)
+        for time in other.times:
+            time.temporal_embedding.data[:, times] += 0.5
+        after.append(values(other, pixels))
+    assert torch.equal(before, after[0])
+    assert not torch.allclose(before, after[1], atol=1e-3)
+
+
 def test_attention_over_time_is_that_of_one_place_written_out():
     made = encoder()
     time, frames = made.times[0], torch.randn(2, 5, 32)

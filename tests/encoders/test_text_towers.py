@@ -221,3 +221,20 @@ def test_open_clips_text_tower_with_its_own_tokenizer(tmp_path):
 def test_open_clips_text_towers_of_transformers_are_refused():
     with pytest.raises(ValueError, match="roberta"):
         find("text", "open_clip_text")(Site(), name="roberta-ViT-B-32")
+
+
+def test_the_llms_table_reads_a_prompt_of_one_word_twice_so_that_it_is_one():
+    from tiny import tokenizer_folder
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder())
+    source = find("text", "llm_embedding")(Site(llm_width=8), length=4)
+    source.__dict__["_tokenizer"] = tokenizer
+    table = torch.nn.Embedding(len(tokenizer), 8)
+    (one,) = tokenizer("left", add_special_tokens=False)["input_ids"]
+    assert source.encode("left") == [one, one]
+    ids, mask = source.tokenize(["left", "", "A red square moves left and then up."])
+    found = source(ids, mask, embed_tokens=table)
+    assert found.present.tolist() == [True, False, True]
+    assert mask.sum(1).tolist() == [2, 1, 4]
+    assert torch.equal(found.tokens[0, :2], table.weight[[one, one]])

@@ -197,3 +197,11 @@ def test_pixels_of_a_library_that_resizes_in_float_differ_by_a_grey_level_at_mos
         levels = (ours(encoder, picture) - theirs(picture)).abs() * torch.tensor(encoder.std).view(3, 1, 1) * 255
         assert levels.max() <= 1.01
         assert levels.mean() <= 0.35
+
+
+def test_a_crop_is_rounded_its_own_way_and_what_is_not_cropped_shares_its_frames():
+    from mmllm.encoders.transform import CLIP, Transform
+
+    down, even = (Transform(*CLIP, 28, resampler="pillow", centre=centre) for centre in ("down", "even"))
+    assert (down.geometry.centre, even.geometry.centre) == ("down", "even")
+    assert even.but(fit="squash").geometry == down.but(fit="squash").geometry

@@ -26,6 +26,7 @@ def test_mvbench_items(mvbench_root: Path) -> None:
     assert list(dict.fromkeys(item.task for item in items)) == [task.name for task in mvbench.TASKS]
     assert all(media_exists(item) for item in items)
     assert [item.gold for item in items[:4]] == ["A", "B", "C", "D"]
+    assert {(item.start, item.end) for item in items} == {(None, None), (1.0, 2.5)}
     bounded = {item.task for item in items if item.start is not None}
     assert {task.abbr for task in mvbench.TASKS if task.name in bounded} == {"AS", "AP", "OI", "AL", "ER"}
     assert {item.task for item in items if item.frame_folder} == {"Episodic Reasoning"}

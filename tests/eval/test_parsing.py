@@ -78,9 +78,16 @@ def test_unnamed(response: str) -> None:
     assert canonical(response, OPTIONS) is None
 
 
+def test_the_last_of_several_boxes_and_statements_counts() -> None:
+    assert canonical(r"At first \boxed{A}, but then \boxed{C}.", OPTIONS) == "C"
+    assert canonical("The answer is A. No, the answer is C.", OPTIONS) == "C"
+
+
 def test_letters_reach_as_far_as_the_options() -> None:
     assert canonical("(F)", list("uvwxyz")) == "F"
     assert canonical("(F)", OPTIONS) is None
+    last = chr(ord("A") + len(OPTIONS) - 1)
+    assert [canonical(text, OPTIONS) for text in (f"({last})", f"({chr(ord(last) + 1)})")] == [last, None]
     assert canonical("I think it is I", [f"number {n}" for n in range(9)]) == "I"
 
 

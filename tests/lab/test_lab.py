@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -81,6 +82,38 @@ def test_the_table_counts_seed_by_seed(tmp_path, calls, capsys):
     assert calls == []  # all is finished
 
 
+def test_a_run_is_finished_with_all_benchmarks_and_is_another_one_with_another_plug_in(tmp_path):
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    path = study(tmp_path, arms={"llava": "nano/llava"}, seeds=[0], tasks=["mvbench", "mlvu"], plugin="mine.py")
+    lab = Lab(StudyFile(path), tmp_path / "out", cache=tmp_path, device="cpu", quiet=True)
+    (run,) = lab.runs
+    run.out.mkdir(parents=True)
+    (run.out / "lab.json").write_text(json.dumps(lab._facts(run)))
+    one = {"mvbench": {"average": 50.0}}
+    (run.out / "report.json").write_text(json.dumps({"benchmarks": one}))
+    assert lab.result(run) is None and lab.todo() == [run]
+    both = {**one, "mlvu": {"average": 40.0}}
+    (run.out / "report.json").write_text(json.dumps({"benchmarks": both}))
+    assert lab.result(run) == both and lab.todo() == []
+    (tmp_path / "mine.py").write_text("x = 2\n")
+    with pytest.raises(UserError, match="holds a run of another study; these differ: plugins"):
+        lab.result(run)
+
+
+def test_a_seed_that_the_baseline_lacks_is_no_difference(tmp_path, monkeypatch):
+    """Seeds 1 and 2 are in both: 50 - 54 and 57 - 60."""
+    monkeypatch.setattr("mmllm.lab.table.samples_per_second", lambda run: None)
+    scores = {("base", 2): 60.0, ("base", 1): 54.0, ("mine", 0): 40.0, ("mine", 1): 50.0, ("mine", 2): 57.0}
+    lab = SimpleNamespace(
+        file=SimpleNamespace(study=SimpleNamespace(tasks=("mvbench",)), arms={"base": 0, "mine": 0}, baseline="base"),
+        runs=[Run(arm, seed, tmp_path) for arm, seed in [*scores, ("base", 0)]],
+        result=lambda run: {"mvbench": {"average": score}} if (score := scores.get((run.arm, run.seed))) else None,
+    )
+    base, mine = results(lab, {"base": None, "mine": None})
+    assert (base.score.mean, mine.score.mean, mine.difference.mean) == (57.0, 49.0, -3.5)
+    assert mine.difference.half == pytest.approx(12.706 * 0.5)
+
+
 def test_what_comes_first_is_trained_once_a_seed(tmp_path, calls, capsys):
     """With roots of the command line, without settings of the arms' stages; the arms of a seed find its folder."""
     path = study(tmp_path, first={"clip": "nano/clip"}, set=["stages.text.steps=3"])
@@ -92,6 +125,9 @@ def test_what_comes_first_is_trained_once_a_seed(tmp_path, calls, capsys):
     assert len(calls) == 10 and sorted(trained) == ["clip-0", "clip-1", "llava-0", "llava-1", "means-0", "means-1"]
     assert "roots.world=w" in trained["clip-1"] and "stages.text.steps=3" not in trained["clip-1"]
     assert {"roots.world=w", "stages.text.steps=3", f"roots.clip={out}/runs/clip-1"} <= set(trained["means-1"])
+    for name in ("llava-0", "llava-1", "means-0", "means-1"):
+        roots = [word for word in trained[name] if word.startswith("roots.clip=")]
+        assert roots == [f"roots.clip={out}/runs/clip-{name[-1]}"]
     calls.clear()
     assert main(words) == 0 and calls == []
     shutil.rmtree(out / "runs/clip-0")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lab.studies import ARMS, SHIPPED, study
 
 from mmllm.contract.errors import UserError
@@ -108,6 +109,18 @@ def test_overrides_reach_every_arm(tmp_path):
     assert [recipe.stages["instruct"].steps for recipe in file.recipes.values()] == [7, 7]
     assert [recipe.stages["text"].steps for recipe in file.recipes.values()] == [3, 3]
     assert [recipe.stages["instruct"].lr for recipe in file.recipes.values()] == [1e-3, 1e-4]
+    file = StudyFile(study(tmp_path, set=["stages.instruct.lr=2e-4"]))  # an arm's own come last
+    assert [recipe.stages["instruct"].lr for recipe in file.recipes.values()] == [2e-4, 1e-4]
+
+
+def test_one_token_more_is_not_equal_and_is_about_as_much_to_compute(tmp_path):
+    connector = ["mlp", {"type": "newline", "at": "one"}]
+    (tmp_path / "line.yaml").write_text(yaml.safe_dump({"base": "nano/llava", "model": {"connector": connector}}))
+    arms = {"llava": "nano/llava", "line": "line.yaml"}
+    facts = StudyFile(study(tmp_path, arms=arms, equal="flops")).facts()
+    assert facts["line"].tokens == facts["llava"].tokens + 1
+    with pytest.raises(UserError, match="the arms differ in tokens"):
+        StudyFile(study(tmp_path, arms=arms, equal="tokens")).facts()
 
 
 def test_the_levels_of_the_shipped_study_are_those_that_its_arm_reads():

@@ -44,6 +44,13 @@ def test_labels_are_the_answers_with_their_end_and_nothing_else(processor):
     assert set(example.labels[: start + 36]) == {-100}
 
 
+def test_a_turn_that_is_continued_stays_open(processor):
+    messages = [turn("What moves?"), turn("The red", role="assistant")]
+    closed = processor.apply_chat_template(messages)
+    left_open = processor.apply_chat_template(messages, continue_final_message=True)
+    assert closed == left_open + "<|end|>" and left_open.endswith("The red")
+
+
 TEMPLATES = {
     "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",

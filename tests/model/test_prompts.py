@@ -204,6 +204,10 @@ def test_a_stream_may_stand_at_the_start(tmp_path):
     processor, model = tiny_processor(built), tiny_model(built)
     batch = processor.apply_chat_template([turn("Look:", video(1), "what moves?")], **OPTIONS)
     start = int(batch["input_ids"][0, 0] == processor.tokenizer.bos_token_id)
+    example = processor.encode([turn("Look:", video(1), "what moves?"), turn("left", role="assistant")])
+    learnt = [index for index, label in enumerate(example.labels) if label != -100]
+    assert processor.tokenizer.decode([example.ids[index] for index in learnt]) == "left<|end|>"
+    assert len(example.labels) == len(example.ids) and learnt == list(range(learnt[0], len(example.ids)))
     (one, many) = batch["visual"]["spans"].tolist()
     assert one == [0, start, 0, 1] and many[1] > start + 1 and many[2:] == [0, 0]
     with torch.no_grad():

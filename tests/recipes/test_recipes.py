@@ -172,6 +172,20 @@ def test_bases_merge_maps_and_replace_lists(tmp_path):
     assert made.model["llm"]["config"]["hidden_size"] == 128
 
 
+def test_null_takes_a_key_out_and_another_type_keeps_nothing_of_the_old_one(tmp_path):
+    base = {"media": {"frames": 4}, "text": {"words": {"type": "nano_text", "width": 64}}}
+    (tmp_path / "middle.yaml").write_text(yaml.safe_dump({"base": "nano/base", "model": base}))
+    changed = {"media": {"frames": None, "fps": 2}, "text": {"words": {"type": "llm_embedding"}}}
+    made = recipes.load(write(tmp_path, base="middle.yaml", model=changed))
+    assert made.model["media"] == {"fps": 2}
+    assert made.model["text"] == {"words": {"type": "llm_embedding"}}
+
+
+def test_a_text_that_looks_like_a_number_stays_a_text():
+    made = recipes.load("nano/llava", ["roots.world=2024"])
+    assert made.path("world:train/text.jsonl") == "2024/train/text.jsonl"
+
+
 def test_only_and_several_streams(tmp_path):
     connector = [
         {"type": "mlp"},

@@ -99,6 +99,15 @@ def test_a_frozen_encoder_runs_once_a_clip_and_never_in_a_second_run(data, tmp_p
     assert f"features cached: {STEPS * BATCH} of {STEPS * BATCH} (100%)" in events
 
 
+def test_hits_and_misses_of_all_batches_are_counted():
+    from mmllm.train.caching import LookUps
+
+    found = LookUps()
+    for counts in ({"frames": (1, 3)}, {"frames": (2, 0), "features": (0, 4)}, {}):
+        found.add(counts)
+    assert found.facts() == {"frames cached": "3 of 6 (50%)", "features cached": "0 of 4 (0%)"}
+
+
 def test_frames_are_decoded_once(data, tmp_path, encoded, opened):
     train(recipe(data), tmp_path / "cold", options(tmp_path / "cache", "frames"))
     assert len(opened) == len(set(opened))

@@ -29,6 +29,17 @@ def test_only_hidden_matrices_get_muon():
     assert len(split(model)[0]) == 2
 
 
+def test_a_head_of_its_own_is_no_hidden_matrix():
+    recipe = tiny_recipe()
+    recipe.model["llm"]["config"]["tie_word_embeddings"] = False
+    model = tiny_model(recipe)
+    model.requires_grad_(True)
+    hidden, matrices, _ = ({id(value) for value in group} for group in split(model))
+    for table in (model.lm_head.weight, model.get_input_embeddings().weight):
+        assert id(table) in matrices and id(table) not in hidden
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+
+
 def test_its_state_continues_exactly():
     straight, resumed = tiny_model(tiny_recipe()), tiny_model(tiny_recipe())
     one = muon(straight, 1e-3, 1e-2, 0.01)

@@ -91,3 +91,22 @@ def test_a_shared_stage_is_trained_once(data, tmp_path):
     assert not (tmp_path / "b" / "log.jsonl").exists()
     for name, value in weights(tmp_path / "a").items():
         assert torch.equal(weights(tmp_path / "b")[name], value), name
+
+
+def test_a_shared_stage_is_kept_apart_by_all_that_it_learns_from(data, tmp_path):
+    """Seed, data, length, LLM; not by how the batch is cut, nor by the front end, which it never runs."""
+
+    def kept(seed: int = 0, llm: int = 64, **stage: object) -> str:
+        made = recipe(**{"data": data, "trains": ["llm"], "share": True, "steps": 2, **stage})
+        made.model["llm"]["config"]["hidden_size"] = llm
+        return SharedStage("instruct", made, build_processor(made), options(seed=seed, cache=tmp_path)).file.name
+
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(data.read_text().splitlines(keepends=True)[:-1]))
+    known = kept()
+    assert known == kept() == kept(micro_batch=1)
+    different = [kept(seed=1), kept(llm=48), kept(steps=3), kept(lr=1e-4), kept(data=other)]
+    assert len({known, *different}) == 1 + len(different)
+    before = kept(data=other)
+    other.write_text(data.read_text())
+    assert before != kept(data=other) == known  # what the file holds counts, and not its name

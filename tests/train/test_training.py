@@ -79,6 +79,44 @@ def test_resumed_is_uninterrupted(data, straight, tmp_path, monkeypatch):
         assert torch.equal(weights(tmp_path)[name], value), name
 
 
+def test_a_checkpoint_whose_writing_dies_is_not_complete(data, straight, tmp_path, monkeypatch):
+    from mmllm.train.trainer import StageTrainer
+
+    def full(self, *arguments, **keywords):
+        if self.state.global_step == 4:
+            raise OSError("No space left on device")
+        return real(self, *arguments, **keywords)
+
+    real = StageTrainer._save
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "_save", full)
+        with pytest.raises(UserError, match="no space left on device"):
+            train(recipe(data), tmp_path, options(save_steps=2))
+    kept = sorted(path.parent.name for path in tmp_path.glob("stages/*/checkpoint-*/complete"))
+    assert kept == ["checkpoint-2"]
+    train(recipe(data), tmp_path, options(save_steps=2))
+    assert losses(tmp_path)[-4:] == losses(straight)[2:]  # goes on behind the second step
+
+
+@pytest.mark.parametrize("clip", [0.01, 0.1, 1e6])
+def test_no_gradient_is_longer_than_the_stages_clip(data, tmp_path, clip):
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    norms = []
+
+    def record(optimizer, *_):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    hook = register_optimizer_step_pre_hook(record)
+    try:
+        train(recipe(data, steps=1, clip=clip), tmp_path, options())
+    finally:
+        hook.remove()
+    (norm,) = norms
+    assert norm > 1.5 if clip > 1 else norm == pytest.approx(clip, rel=1e-3)
+
+
 def test_a_finished_run_is_not_run_again(data, straight):
     before = (straight / "log.jsonl").read_text()
     train(recipe(data), straight, options())

@@ -15,12 +15,13 @@ import pytest
 from mmllm.contract.errors import UserError
 from mmllm.world.draw import render
 from mmllm.world.groups import make_items
-from mmllm.world.make import make_world
+from mmllm.world.make import Job, Level, make_world, run_test
 from mmllm.world.palette import HELD_OUT
 from mmllm.world.sheet import contact_sheet, decode, seen
 from mmllm.world.tasks import MLVU, MVBENCH, Task
 from mmllm.world.training import draw_sample
 
+SPLITS = ((0, "train"), (0, "text"), (0, "letters"), (1, "train"))
 OPTIONS = "AS4 AP4 AA3 FA4 UA4 OE3 OI4 OS3 MD4 AL4 ST4 AC3 MC4 MA3 SC3 FP4 CO3 EN4 ER5 CI4"
 FOLDERS = {
     "Action Sequence": "star/Charades_v1_480",
@@ -93,8 +94,29 @@ def test_groups_are_balanced_and_blind_answerers_score_chance(task: Task) -> Non
     for answer in blind:
         right = sum(answer(item.question.text, item.options) == item.question.answer for item in items)
         assert right == groups
+    by_place = sum(item.options[i % task.options] == item.question.answer for i, item in enumerate(items))
+    assert by_place < groups + 4 * groups**0.5  # nor does an item's place in its group tell
     held = sum(any((thing.color, thing.shape) in HELD_OUT for thing in item.scene.things) for item in items)
     assert held >= 20
+
+
+@pytest.mark.parametrize(("stem", "items"), [("action_antonym", 6), ("moving_direction", 4), ("9_summary", 7)])
+def test_a_task_has_as_many_items_as_the_level_says(tmp_path: Path, stem: str, items: int) -> None:
+    """Seven, rounded down to whole groups of three, of four, or of single items in free text."""
+    task = next(task for task in MVBENCH + MLVU if task.stem == stem)
+    root = tmp_path / ("mvbench" if task in MVBENCH else "mlvu")
+    (root / "json").mkdir(parents=True)
+    run_test(Job(tmp_path, stem, 0, 1, 0, Level(48, 0, 0, 7, 1)))
+    assert len(read(root, task)) == items
+    assert len(list((root / "video" / task.folder).iterdir())) == items
+
+
+def test_worlds_of_other_seeds_and_splits_of_one_have_other_scenes() -> None:
+    one, other = (make_items(MVBENCH[8], seed, 4, 48, 1) for seed in (0, 1))
+    assert [item.scene for item in one] == [item.scene for item in make_items(MVBENCH[8], 0, 4, 48, 1)]
+    assert not {item.scene for item in one} & {item.scene for item in other}
+    drawn = [[draw_sample(seed, split, i, 48, 1)[0].scene for i in range(20)] for seed, split in SPLITS]
+    assert len({scene for scenes in drawn for scene in scenes}) == 20 * len(SPLITS)
 
 
 def test_clips_decode_to_what_was_drawn(tiny: Path) -> None:

@@ -59,3 +59,12 @@ def test_the_saved_tokenizer_is_the_same(tiny: Path) -> None:
     line = json.loads((tiny / "train/text.jsonl").read_text(encoding="utf-8").splitlines()[0])
     ids = [t.apply_chat_template(line["messages"], tokenize=True)["input_ids"] for t in (saved, built)]
     assert ids[0] == ids[1]
+
+
+def test_it_pads_before_a_text() -> None:
+    """Prompts of a batch end together, where the answers begin."""
+    tokenizer = build_tokenizer()
+    short, long = tokenizer(["left", "A red square moves left."], padding=True)["input_ids"]
+    padding = short.count(tokenizer.pad_token_id)
+    assert len(short) == len(long) and padding > 0
+    assert set(short[:padding]) == {tokenizer.pad_token_id} and tokenizer.decode(short[padding:]) == "left"

@@ -1,0 +1,23 @@
+"""What a stage says of its speed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from mmllm.train import progress
+
+
+def test_speed_after_a_resumption_is_that_of_the_steps_since(monkeypatch, tmp_path, capsys):
+    """Forty steps of an earlier run, then ten of eight samples in four seconds."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    shown = progress.StageProgress(SimpleNamespace(path=tmp_path), "instruct", 8, quiet=True)
+    rates = SimpleNamespace(facts=dict)
+    shown.trainer = SimpleNamespace(data_seconds=1.0, looked_up=rates)
+    state = SimpleNamespace(max_steps=100, global_step=40)
+    shown.on_train_begin(None, state, None)
+    facts = {}
+    shown.bar.update = lambda done, said: facts.update(said)
+    now[0], state.global_step = 4.0, 50
+    shown.on_step_end(None, state, None)
+    assert facts == {"samples/s": "20.0", "data wait": "25 %"}
