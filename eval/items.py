@@ -12,8 +12,6 @@ from typing import Any
 from mmllm.contract.errors import UserError, shown
 from mmllm.data.json_files import read_json
 
-MOST_SECONDS = 1e12
-"""What lies beyond is no moment of a clip, and may be more than a float holds."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -160,7 +158,10 @@ def seconds_of(row: dict[str, Any], key: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         got = "nothing" if value is None else shown(value)
         raise UserError(f"{where}:{key}", "wrong bound", expected="a number of seconds", got=got)
-    return float(value) if abs(value) < MOST_SECONDS else math.copysign(math.inf, value)
+    try:
+        return float(value)
+    except OverflowError:  # a whole number that no float holds
+        return math.inf if value > 0 else -math.inf
 
 
 def _text(value: object, where: str) -> str:

@@ -12,16 +12,15 @@ from typing import Any
 import torch
 
 from mmllm.configuration import MMLLMConfig
-from mmllm.contract.errors import UserError, shown
+from mmllm.contract.errors import UserError
 from mmllm.contract.library import check_attention, pretrained
 from mmllm.front_end import FrontEnd
+from mmllm.llm_config import check_sizes
 from mmllm.located import llm_source
 from mmllm.model import MMLLMForConditionalGeneration
 from mmllm.processing import MMLLMProcessor
 from mmllm.recipe import Recipe, fetch_llm_config, resolve_encoders
 
-MOST = {"layers": 1000, "heads": 2**16, "_size": 2**24, "head_dim": 2**16, "experts": 2**16}
-"""The largest size of an LLM's config, by how its key ends; the smallest is 1."""
 SECTION_KEYS = ("media", "encoders", "text", "connector", "output", "place")
 
 
@@ -72,21 +71,6 @@ def _causal_config(kind: str, values: str) -> Any:
         rows, mask = torch.zeros(1, 2, config.hidden_size), torch.zeros(1, 1, 2, 2, dtype=torch.bool)
         body(inputs_embeds=rows.to(body.dtype), attention_mask=mask, use_cache=False)
     return config
-
-
-def check_sizes(values: dict[str, Any], where: str) -> None:
-    """Refuse sizes that no LLM has, before anything is made of them.
-
-    Raises:
-        UserError: names the key.
-    """
-    for key, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            continue
-        most = next((most for name, most in MOST.items() if key.endswith(name)), 2**31)
-        least = 1 if key.endswith(tuple(MOST)) else -(2**31)
-        if not least <= value <= most:
-            raise UserError(f"{where}.{key}", "out of range", expected=f">= {least} and <= {most}", got=shown(value))
 
 
 def build_config(recipe: Recipe) -> MMLLMConfig:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmllm.contract.arguments import Count, NotNegative, Number, Positive, parse
 from mmllm.contract.errors import UserError
+from mmllm.llm_config import check_sizes
 
 JSON_FILES = (
     "config.json",
@@ -79,6 +80,8 @@ def check_model_folder(folder: Path, needed: tuple[str, ...] = NEEDED) -> None:
             raise UserError(path, "damaged, not a map", hint=hint)
         if name == "config.json" and value.get("model_type") != "mmllm":
             raise UserError(f"{path}:model_type", "not a model of mmllm", expected="mmllm", got=value.get("model_type"))
+        if name == "config.json" and isinstance(value.get("text_config"), dict):
+            check_sizes(value["text_config"], f"{path}:text_config")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(folder, "has no weights (*.safetensors)", hint=hint)

@@ -106,10 +106,11 @@ class StopOnSignal(TrainerCallback):
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def restore(self) -> None:
         """Give the signals back."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.before.clear()
 
     def _note(self, number: int, frame: Any) -> None:
         self.signal = number

@@ -222,7 +222,7 @@ def _check_vocabulary(processor: Any, recipe: Recipe) -> None:
         raise UserError(
             recipe.where("model.llm.config.vocab_size"),
             "smaller than the tokenizer",
-            expected=f"at least {needed}",
+            expected=f"at least {needed - added}",
             got=rows,
         )
 
@@ -274,7 +274,10 @@ def _train_stage(
     from mmllm.train.trainer import split_objective
 
     trainer, stopper, checkpoint = make_trainer(name, number, stage, recipe, model, processor, run, options)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        stopper.restore()
     if stopper.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(stopper.signal, trainer.checkpoint)
     state, _ = split_objective(trainer.accelerator.get_state_dict(trainer.model_wrapped))

@@ -129,7 +129,7 @@ class DiskCache:
         now = time.time()
         for path in self.folder.glob(f"*/*{UNFINISHED}"):
             if _age(path, now) > ABANDONED:
-                path.unlink(missing_ok=True)
+                _remove(path)
         entries = sorted(self._entries())
         total = sum(size for _, size, _ in entries)
         if self.limit is None or total <= self.limit:
@@ -137,8 +137,7 @@ class DiskCache:
         for _, size, path in entries:
             if total <= LOW_WATER * self.limit:
                 break
-            path.unlink(missing_ok=True)
-            total -= size
+            total -= size if _remove(path) else 0
 
     def _entries(self) -> list[tuple[float, int, Path]]:
         """(last used, bytes, file) of every entry."""
@@ -150,6 +149,15 @@ class DiskCache:
                 continue
             entries.append((status.st_mtime, status.st_size, path))
         return entries
+
+
+def _remove(path: Path) -> bool:
+    """Take out an entry; another user's, in a cache that is shared, may have to stay."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 def _age(path: Path, now: float) -> float:

@@ -149,7 +149,7 @@ def _setting(values: dict[str, Any]) -> Callable[[str], str]:
 
 
 def _clips() -> list[Write]:
-    """The clip of the first item replaced by something else; `skip` leaves out what is absent, not what is broken."""
+    """The clip of the first item replaced by something else; `skip` leaves it out and counts it."""
 
     def remove(path: Path) -> None:
         path.unlink()
@@ -184,7 +184,7 @@ def _clips() -> list[Write]:
         return write
 
     return [
-        clip(note, change, "either" if verb == "skip" and note != "half" and note != "text" else expect, verb)
+        clip(note, change, "either" if verb == "skip" else expect, verb)
         for note, change, expect in changes
         for verb in ("eval", "skip")
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,8 @@ class Processor:
 
     def apply_chat_template(self, conversations: list[Any], processor_kwargs: dict[str, Any], **options: Any) -> Batch:
         self.read.append((conversations, processor_kwargs["frames"]))
-        return Batch(input_ids=torch.full((len(conversations), 1), processor_kwargs["frames"] or 0))
+        ids = torch.full((len(conversations), 1), processor_kwargs["frames"] or 0)
+        return Batch(input_ids=ids, visual={"media": []})
 
 
 def answerer(frames: int | None = None) -> tuple[ModelAnswerer, Processor]:
@@ -69,20 +71,26 @@ def test_every_weight_is_in_the_digest():
     assert len(digests) == 3
 
 
-def test_answers_of_other_weights_or_frames_are_not_continued(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmllm.eval.answerer.run_benchmark", lambda *arguments, **options: "a report")
+def test_answers_of_other_weights_are_not_continued_and_other_frames_lie_elsewhere(tmp_path, monkeypatch):
+    def run(benchmark: Any, root: Any, answer: Any, folder: Path, *arguments: Any, **options: Any) -> str:
+        return folder.name
+
+    monkeypatch.setattr("mmllm.eval.answerer.run_benchmark", run)
     torch.manual_seed(0)
     models = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
 
     def evaluate(model: int = 0, frames: int | None = None, section: str = "mlp") -> Any:
-        processor = SimpleNamespace(model_section={"connector": section})
+        tokenizer = SimpleNamespace(backend_tokenizer=SimpleNamespace(to_str=lambda: "{}"), chat_template="t")
+        loader = SimpleNamespace(reader=SimpleNamespace(backend="pyav", corrupt="warn"))
+        processor = SimpleNamespace(model_section={"connector": section}, tokenizer=tokenizer, loader=loader)
         return evaluate_model(models[model], processor, "mvbench", tmp_path, tmp_path / "out", frames=frames)
 
-    assert evaluate() == evaluate() == "a report"
-    for changed, options in {
-        "weights": {"model": 1},
-        "frames": {"frames": 4},
-        "front_end": {"section": "pool"},
-    }.items():
+    for layer in models:
+        layer.generation_config, layer.dtype = SimpleNamespace(to_dict=dict), torch.float32
+    first = evaluate()
+    assert first == evaluate()
+    other = evaluate(frames=4)
+    assert other != first and other == evaluate(frames=4)
+    for changed, options in {"weights": {"model": 1}, "front_end": {"section": "pool"}}.items():
         with pytest.raises(UserError, match=f"holds answers of another run; these differ: {changed}. Try"):
             evaluate(**options)

@@ -13,7 +13,7 @@ def test_speed_after_a_resumption_is_that_of_the_steps_since(monkeypatch, tmp_pa
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
     shown = progress.StageProgress(SimpleNamespace(path=tmp_path), "instruct", 8, quiet=True)
     rates = SimpleNamespace(facts=dict)
-    shown.trainer = SimpleNamespace(data_seconds=1.0, looked_up=rates)
+    shown.trainer = SimpleNamespace(data_seconds=1.0, looked_up=rates, skipped=[])
     state = SimpleNamespace(max_steps=100, global_step=40)
     shown.on_train_begin(None, state, None)
     facts = {}
