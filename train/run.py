@@ -160,8 +160,8 @@ def _use_threads(run: RunFolder, options: Options, state: PartialState) -> int |
     threads, why = choose_threads(options.threads, run.threads)
     torch.set_num_threads(threads)
     if state.is_main_process and not options.quiet:
-        each = " per process" if state.num_processes > 1 else ""
-        print(f"{threads} thread{'s' * (threads > 1)}{each} ({why})", file=sys.stderr)
+        where = f"{state.num_processes} processes on the CPU, each with " if state.num_processes > 1 else ""
+        print(f"{where}{threads} thread{'s' * (threads > 1)} ({why})", file=sys.stderr)
     return threads
 
 

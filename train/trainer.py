@@ -48,6 +48,7 @@ class StageTrainer(Trainer):
         self.looked_up = LookUps()
         self.skipped: list[str] = []
         self.checkpoint: Path | None = None
+        self.order = EpochOrder(0, 1, 0)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The library's optimizer, or Muon beside it where the stage asks for that."""
@@ -65,7 +66,8 @@ class StageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """Another order in each epoch, which depends on the seed alone."""
-        return EpochOrder(len(train_dataset or self.train_dataset), self.batch, self.args.seed)
+        self.order = EpochOrder(len(train_dataset or self.train_dataset), self.batch, self.args.seed)
+        return self.order
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """An epoch, or what a checkpoint left of it; none where the checkpoint was the stage's last.
@@ -77,8 +79,10 @@ class StageTrainer(Trainer):
             self._tr_loss = torch.tensor(loss, device=self.args.device)
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        # Where processes share the samples and an epoch is continued, the library's own call does not reach the order.
+        self.order.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mmllm.contract.arguments import Number, Seed, Within, parse
+from mmllm.contract.arguments import Seed, Within, parse
 from mmllm.contract.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def common(parser: argparse.ArgumentParser, *names: str) -> None:
         "--json": {"action": "store_true", "help": "print one JSON object on stdout"},
         "--quiet": {"action": "store_true", "help": "no progress on stderr"},
         "--plugin": {"action": "append", "metavar": "FILE.py", "help": "a file that registers parts (may repeat)"},
-        "--jobs": {"type": flag(Number), "help": "worker processes"},
+        "--jobs": {"type": flag(Annotated[int, Within(least=0, most=1024)]), "help": "worker processes"},
         "--seed": {"type": flag(Seed), "default": 0, "help": "seed of every draw (default 0)"},
         "--device": {"help": "cpu, cuda, cuda:1, ... (default: what there is)"},
         "--dtype": {"choices": ["float32", "bfloat16", "float16"], "help": "number format"},

@@ -32,6 +32,22 @@ def test_every_sample_trains_though_each_epoch_leaves_some_out():
     assert len({frozenset(rest) for rest in left_out}) > 10
 
 
+def test_processes_that_continue_an_epoch_share_its_order():
+    from accelerate.data_loader import prepare_data_loader, skip_first_batches
+    from torch.utils.data import DataLoader
+
+    whole, seen = epochs(12, 4, 2)[1], []
+    for process in range(2):
+        order = EpochOrder(12, 4, seed=0)
+        loader = DataLoader(range(12), batch_size=2, sampler=order, collate_fn=list)
+        options = {"num_processes": 2, "process_index": process, "put_on_device": False}
+        loader = skip_first_batches(prepare_data_loader(loader, **options), 1)
+        order.set_epoch(1)  # as the trainer says it, whatever stands between the loader and its order
+        seen.append(list(loader))
+    batches = [sorted(one + other) for one, other in zip(*seen, strict=True)]
+    assert batches == [sorted(whole[4:8]), sorted(whole[8:])]
+
+
 def test_epochs_differ_and_repeat_with_the_seed():
     one, again, other = epochs(15, 4, 3), epochs(15, 4, 3), epochs(15, 4, 3, seed=1)
     assert one == again
