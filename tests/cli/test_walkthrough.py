@@ -44,7 +44,7 @@ def test_every_twin_trains_and_is_evaluated(run, world, tmp_path, name):
     out = train(name, world, tmp_path / "run")
     words = ["eval", "--model", str(out), "--tasks", "mvbench", "--limit", "1", "--baselines", "none", "--quiet"]
     assert main([*words, "--device", "cpu"]) == 0
-    assert json.loads((out / "report.json").read_text())["benchmarks"]["mvbench"]["items"] == 20
+    assert json.loads((out / "report-limit-1.json").read_text())["benchmarks"]["mvbench"]["items"] == 20
 
 
 def test_evaluation_reports_with_floors_and_denominator(run, capsys):

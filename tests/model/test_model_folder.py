@@ -20,7 +20,9 @@ from mmllm.contract.library import check_attention, trusting_remote_code
 
 CANARY = """
 open({path!r}, "w").close()
-from transformers import PreTrainedConfig as Config, PreTrainedTokenizerFast as Tokenizer
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+class Config(PreTrainedConfig): pass
+class Tokenizer(PreTrainedTokenizerFast): pass
 """
 
 
