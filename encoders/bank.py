@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmllm.contract.arguments import bind
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Encoder, Site
-from mmllm.contract.registry import find
+from mmllm.contract.registry import find, said_by
 from mmllm.contract.types import MediaSpec, Needs, TokenSpec, VisualTokens
 from mmllm.encoders.chunks import encode_in_chunks
 from mmllm.encoders.tokens import at_times, frame_tokens
@@ -142,4 +142,4 @@ def build_encoder(section: dict[str, Any], where: str) -> Encoder:
     try:
         return cls(Site(), **bound)
     except (ValueError, RuntimeError, ArithmeticError) as error:  # torch refuses sizes as it makes tensors of them
-        raise UserError(where, " ".join(str(error).split())[:200]) from error
+        raise UserError(where, said_by(error)) from error

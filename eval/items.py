@@ -74,7 +74,8 @@ def defect(item: Item) -> str | None:
 def misplaced(item: Item) -> str | None:
     """Why no clip can be meant by an item's path or bound, or None where one can."""
     # an absolute path takes the place of the folders before it
-    if "//" in item.video or ".." in Path(item.video).parts:
+    absolute = "//" in item.video and item.media_path == Path("/" + item.video.partition("//")[2])
+    if absolute or ".." in Path(item.video).parts:
         return f"its path {item.video} leaves the benchmark's folder"
     start, end = item.start if item.start is not None else 0.0, item.end
     if not 0 <= start < math.inf or (end is not None and not start < end < math.inf):

@@ -64,6 +64,9 @@ class Predictions:
         if row.get("damaged"):
             self.damaged.add(row["id"])
 
+    def __len__(self) -> int:
+        return len(self.responses)
+
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key in self.responses
 

@@ -244,8 +244,10 @@ def _earlier(benchmarks: dict[str, Report], path: Path, out: Path) -> dict[str, 
     """Reports of other benchmarks that the run's report holds so far, if they are of the same weights."""
     if not path.is_file():
         return {}
-    folders = read_record(path).get("folders", {})
-    found = {name: Report.read(out / folder) for name, folder in folders.items() if name not in benchmarks}
+    found = {}
+    for name, folder in read_record(path).get("folders", {}).items():
+        if name not in benchmarks and (out / folder / "report.json").is_file():  # else it was deleted
+            found[name] = Report.read(out / folder)
     weights = {report.subject.get("weights") for report in benchmarks.values()}
     return {name: report for name, report in found.items() if {report.subject.get("weights")} == weights}
 

@@ -89,16 +89,7 @@ def run_benchmark(
     settle_missing(chosen, benchmark.name, reports, missing)
     settle_broken(chosen, benchmark.name, missing)
     predictions = Predictions(out / "predictions.jsonl")
-    report_progress = progress or (lambda done, total: None)
-    skip = missing == "skip"
-    for condition in conditions:
-        batches = list(_batches(_pending(chosen.scored, condition, predictions, protocol), batch_size))
-        report_progress(*_count(chosen, conditions, predictions))
-        for batch, following in zip(batches, [*batches[1:], []], strict=False):
-            if following and hasattr(answer, "prefetch"):
-                answer.prefetch(_asked(following, condition, protocol), frames=CONDITIONS[condition].frames)
-            chosen.set_aside(_answer_batch(batch, condition, answer, predictions, protocol, skip))
-            report_progress(*_count(chosen, conditions, predictions))
+    _answer_all(chosen, conditions, answer, predictions, protocol, batch_size, missing == "skip", progress)
     if not chosen.scored:
         item, reason = chosen.broken[0]
         raise UserError(f"{benchmark.name} {item.id}", f"no clip can be read; the first: {reason}")
@@ -107,6 +98,34 @@ def run_benchmark(
     report.root, report.limit, report.subject = str(root), limit, subject or {}
     write_report(report, reports)
     return report
+
+
+def _answer_all(
+    chosen: Selection,
+    conditions: tuple[str, ...],
+    answer: Answerer,
+    predictions: Predictions,
+    protocol: Protocol,
+    batch_size: int,
+    skip: bool,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Answer what an earlier run left, condition by condition; items that cannot be read are set aside under `skip`."""
+    show = progress or (lambda done, total: None)
+    for condition in conditions:
+        batches = list(_batches(_pending(chosen.scored, condition, predictions, protocol), batch_size))
+        done, total = _count(chosen, conditions, predictions)
+        show(done, total)
+        for batch, following in zip(batches, [*batches[1:], []], strict=False):
+            if following and hasattr(answer, "prefetch"):
+                answer.prefetch(_asked(following, condition, protocol), frames=CONDITIONS[condition].frames)
+            before = len(predictions)
+            broken = _answer_batch(batch, condition, answer, predictions, protocol, skip)
+            done += len(predictions) - before
+            if broken:
+                chosen.set_aside(broken)
+                done, total = _count(chosen, conditions, predictions)
+            show(done, total)
 
 
 def _count(chosen: Selection, conditions: tuple[str, ...], predictions: Predictions) -> tuple[int, int]:

@@ -104,7 +104,7 @@ def _warnings(report: Report) -> list[str]:
     if report.damaged:
         found.append(
             f"{report.damaged} of {report.scored} items were answered from clips with damaged frames; "
-            "--corrupt error --missing skip leaves them out"
+            "--corrupt error --missing skip --out NEW leaves them out"
         )
     bare = [name for name, task in report.tasks.items() if task.score is None]
     if bare:

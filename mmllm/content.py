@@ -62,14 +62,7 @@ class MediumEntry:
 
     def sampled(self, own: Sampling) -> Sampling:
         """How this medium is sampled; `own` is how it is where the entry says nothing."""
-        fps = None if self._is_folder() else self.fps
-        if (self.frames, fps, self.max_frames, self.sampler) == (None, None, None, None):
-            return own
-        frames = own.frames if self.frames is None and fps is None else self.frames
-        most = self.max_frames if self.max_frames is not None else own.max_frames
-        if frames is not None:
-            frames, most = min(frames, self.max_frames or frames), None
-        return Sampling(frames, fps, most, self.sampler or own.sampler)
+        return own.override(self.frames, None if self._is_folder() else self.fps, self.max_frames, self.sampler)
 
 
 def texts_of(message: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mmllm.contract.arguments import bind
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import NoPrompt, Part, Site
-from mmllm.contract.registry import find
+from mmllm.contract.registry import find, said_by
 from mmllm.contract.types import Geometry, MediaSpec, Needs, PromptFeatures, TokenSpec, VisualTokens
 from mmllm.data.sampling import Sampling
 from mmllm.data.tiling import Tiling
@@ -114,7 +114,7 @@ class FrontEnd(nn.Module):
         except NoPrompt as error:
             raise self._no_prompt(where) from error
         except (ValueError, RuntimeError, ArithmeticError) as error:  # torch refuses sizes as it makes tensors of them
-            raise UserError(where, " ".join(str(error).split())[:200]) from error
+            raise UserError(where, said_by(error)) from error
         self._check_needs(node, part.needs(), where)
         return part
 

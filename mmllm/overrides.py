@@ -9,10 +9,12 @@ from mmllm.contract.arguments import signature
 from mmllm.contract.documents import parse_yaml
 from mmllm.contract.errors import UserError, nearest
 from mmllm.data.sampling import Sampling
-from mmllm.recipe_sections import renamed
+from mmllm.recipe_sections import renamed, without_inherited
 from mmllm.sections import LLM, Stage
 
 NAME = "model.llm.name="
+OLDER = ("rope_theta", "rope_scaling", "torch_dtype")
+"""Keys of a library's config that it takes under the names of before."""
 PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "encoders": ("encoder", ()),
     "text": ("text", ("turns",)),
@@ -30,7 +32,7 @@ def override_all(data: dict[str, Any], lines: Sequence[str], file: str) -> None:
         before = dict(data["model"]["llm"]) if line.startswith(NAME) else {}
         override(data, line, file)
         if before and renamed(before, data["model"]["llm"]):
-            data["model"]["llm"] = {"name": data["model"]["llm"]["name"]}
+            data["model"]["llm"] = without_inherited(data["model"]["llm"])
 
 
 def override(data: dict[str, Any], line: str, file: str) -> None:
@@ -95,7 +97,10 @@ def _config_keys(config: dict[str, Any]) -> list[str]:
     from transformers import CONFIG_MAPPING
 
     kind = config.get("model_type")
-    return [*config, *CONFIG_MAPPING[kind]().to_dict()] if isinstance(kind, str) and kind in CONFIG_MAPPING else []
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return []
+    cls = CONFIG_MAPPING[kind]
+    return list(dict.fromkeys([*config, *cls().to_dict(), *cls.attribute_map, *OLDER]))
 
 
 def _typed(old: Any, value: str) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 from transformers import AutoProcessor, ProcessorMixin
 
 from mmllm.batch import Example, Medium, VisualBatch, collate
@@ -217,7 +219,7 @@ class MMLLMProcessor(ProcessorMixin):
         name: str = "",
         known: dict[Any, Medium] | None = None,
     ) -> Example:
-        typed = self._typed_tokens(rendered)
+        typed = self._typed_controls(rendered)
         placed = answers or bool(typed)
         encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=placed)
         offsets = encoded["offset_mapping"] if placed else None
@@ -226,7 +228,7 @@ class MMLLMProcessor(ProcessorMixin):
             if token in self.placeholder_ids:
                 self._append_medium(example, rendered, sampling, {} if known is None else known)
                 continue
-            ids = typed.get(offsets[position], [token]) if typed else [token]
+            ids = self._as_text(token, rendered.text, offsets[position], typed) if typed else [token]
             example.ids += ids
             if answers:
                 # Overlap, not inclusion: many tokenizers join a word with the blank before it.
@@ -239,17 +241,39 @@ class MMLLMProcessor(ProcessorMixin):
             self._put_first(example)
         return example
 
-    def _typed_tokens(self, rendered: Rendered) -> dict[tuple[int, int], list[int]]:
-        """{(start, end) characters of a control token that somebody typed: ids of its text}."""
-        found = {}
+    def _typed_controls(self, rendered: Rendered) -> list[tuple[int, int]]:
+        """(start, end) characters of what spells a control token in texts that somebody typed."""
+        found = []
         for start, end in rendered.typed:
-            for token in self.tokenizer.all_special_tokens:
+            for token in self.control_tokens:
                 at = rendered.text.find(token, start, end)
                 while at >= 0:
-                    ids = self.tokenizer(token, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-                    found[at, at + len(token)] = ids
-                    at = rendered.text.find(token, at + len(token), end)
+                    found.append((at, at + len(token)))
+                    at = rendered.text.find(token, at + 1, end)
         return found
+
+    def _as_text(self, token: int, text: str, place: tuple[int, int], typed: list[tuple[int, int]]) -> list[int]:
+        """A token's id, or the ids of its text where it is a control token that somebody typed.
+
+        Args:
+            place: its characters; blanks around it may be among them.
+        """
+        start, end = place
+        if token not in self.control_tokens.values() or not any(start < last and first < end for first, last in typed):
+            return [token]
+        return self._plain_tokenizer.encode(text[start:end], add_special_tokens=False).ids
+
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """{text: id} of the tokens that mean more than their letters."""
+        return {str(token): number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+
+    @cached_property
+    def _plain_tokenizer(self) -> Tokenizer:
+        """A copy that knows no control tokens: the switch is a state of a tokenizer, which other threads use too."""
+        copy = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        copy.encode_special_tokens = True
+        return copy
 
     def _put_first(self, example: Example) -> None:
         """The streams that stand at the start of the sequence, after BOS, whatever the place of their medium."""
@@ -326,13 +350,7 @@ class MMLLMProcessor(ProcessorMixin):
         Raises:
             UserError: both frames and fps, or an unknown sampler.
         """
-        own = self.front_end.sampling
-        sampler = sampler or own.sampler
-        if frames is None and fps is None:
-            frames, fps = own.frames, own.fps
-            frames = min(frames, max_frames) if frames and max_frames else frames
-        most = (max_frames or own.max_frames) if fps else None
-        return Sampling(frames=frames, fps=fps, max_frames=most, sampler=sampler)
+        return self.front_end.sampling.override(frames, fps, max_frames, sampler)
 
     def collate(self, examples: list[Example], padding_side: str = "right") -> VisualBatch:
         """A batch: padded ids, mask, labels, and the `visual` dict in which equal media appear once."""

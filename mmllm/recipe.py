@@ -21,7 +21,7 @@ from mmllm.sections import LLM, Stage
 
 SHIPPED = Path(__file__).parent / "recipes"
 BASES = 20
-"""So many recipes may stand above each other."""
+"""Longest chain of bases."""
 
 
 @dataclass

@@ -30,10 +30,9 @@ def merge(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
     Another LLM drops what belongs to the one of the base, as another type of part drops the arguments of the old one.
     """
-    old, other = _llm(base), _llm(new)
-    if old and renamed(old, other):
-        kept = {key: value for key, value in old.items() if key not in INHERITED}
-        base = {**base, "model": {**base["model"], "llm": kept}}
+    old = _llm(base)
+    if old and renamed(old, _llm(new)):
+        base = {**base, "model": {**base["model"], "llm": without_inherited(old)}}
     return _merge(base, new)
 
 
@@ -42,6 +41,11 @@ def _llm(recipe: dict[str, Any]) -> dict[str, Any]:
     model = recipe.get("model")
     llm = model.get("llm") if isinstance(model, dict) else None
     return llm if isinstance(llm, dict) else {}
+
+
+def without_inherited(llm: dict[str, Any]) -> dict[str, Any]:
+    """A section of an LLM without what belongs to the one that it named."""
+    return {key: value for key, value in llm.items() if key not in INHERITED}
 
 
 def renamed(old: dict[str, Any], new: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ from mmllm.contract.errors import UserError, nearest
 
 SECONDS = 10.0
 """Longest time that a conversation may take to render: a template may loop for ever."""
-GIVEN = ("messages", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token", "tools", "documents")
+GIVEN = ("messages", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token")
 """Variables of templates that the library itself gives."""
+GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""The library's own tag around what an assistant says."""
 HINT = "model.llm.template, a Jinja text"
 
 
@@ -39,9 +42,9 @@ class Template:
         own = self.text or self.tokenizer.chat_template
         if own is None:
             raise UserError("tokenizer", "it has no chat template", hint=HINT)
-        known = variables_of(own) if isinstance(own, str) and self.variables else ()
+        known = variables_of(own) if isinstance(own, str) and self.variables else None
         for name, _ in self.variables:
-            if name not in known:
+            if known is not None and name not in known:
                 hint = nearest(name, [*known, "frames", "fps"])
                 raise UserError(
                     f"apply_chat_template: {name}", "neither the template nor the processor reads it", hint=hint
@@ -76,18 +79,17 @@ class Template:
 
 
 @lru_cache(maxsize=64)
-def variables_of(template: str) -> tuple[str, ...]:
-    """Names that a template reads and that the library does not give; none of a broken one."""
+def variables_of(template: str) -> tuple[str, ...] | None:
+    """Names that a template reads and that the library does not give; None where it does not parse."""
     from jinja2 import TemplateError, meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     # with the library's own blocks and loop controls, as it compiles templates
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        text = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-        found = meta.find_undeclared_variables(environment.parse(text))
+        found = meta.find_undeclared_variables(environment.parse(GENERATION.sub("", template)))
     except TemplateError:
-        return ()
+        return None
     return tuple(sorted(found - set(GIVEN)))
 
 

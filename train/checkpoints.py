@@ -71,11 +71,12 @@ def _is_ours(folder: Path) -> bool:
     return (folder / OURS).is_file() or (folder / COMPLETE).is_file()
 
 
-def check_checkpoint(folder: Path, processes: int, sharded: bool) -> None:
+def check_checkpoint(folder: Path, processes: int, sharded: bool, scaled: bool) -> None:
     """See that a checkpoint has all that continuing needs: the library goes on without a word where state is absent.
 
     Args:
         processes: how many go on; each has a generator of its own. sharded: whether DeepSpeed keeps the optimizer.
+        scaled: whether the loss is scaled, as float16 needs it.
 
     Raises:
         UserError: names what is absent, or with how many processes it was written.
@@ -85,7 +86,13 @@ def check_checkpoint(folder: Path, processes: int, sharded: bool) -> None:
     if written and written != processes:
         what, hint = f"written by {written} processes, now {processes}", f"{written} processes, or another --out"
         raise UserError(folder, what, hint=hint)
-    needed = ["trainer_state.json", *generators, *(["latest"] if sharded else ["optimizer.pt", "scheduler.pt"])]
+    was_sharded = (folder / "latest").is_file()
+    if was_sharded != sharded:
+        ways = ("without DeepSpeed", "with DeepSpeed")
+        what = f"written {ways[was_sharded]}, continued {ways[sharded]}"
+        raise UserError(folder, what, hint="the same --deepspeed, or another --out")
+    needed = ["trainer_state.json", *generators]
+    needed += [] if sharded else ["optimizer.pt", "scheduler.pt", *(["scaler.pt"] if scaled else [])]
     for name in needed:
         if not (folder / name).is_file():
             raise UserError(folder / name, "absent, so that training cannot go on as it was", hint=HINT)

@@ -133,7 +133,7 @@ def deepspeed_config(name: str | None, stage: Stage) -> dict | str | None:
         raise UserError(f"--deepspeed {name}", what, hint="--deepspeed zero2")
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"--deepspeed {name}", "DeepSpeed is not installed", hint="pip install 'mmllm[deepspeed]'")
-    if given:
+    if name not in ("zero1", "zero2"):
         return name
     return {
         "zero_optimization": {"stage": int(name[-1])},
@@ -167,7 +167,7 @@ def _deepspeed_file(name: str) -> dict[str, Any]:
     if not Path(name).is_file():
         hint = nearest(name, ["zero1", "zero2"])
         raise UserError(where, "no such file", expected="zero1, zero2 or a JSON file", hint=hint)
-    given = read_record(Path(name))
+    given = read_record(Path(name), hint="a JSON file of DeepSpeed's settings")
     if not isinstance(given.get("zero_optimization", {}), dict):
         raise UserError(f"{where}: zero_optimization", "wrong type", expected="a map")
     return given

@@ -175,7 +175,8 @@ def make_trainer(
     progress.trainer = trainer
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
-        check_checkpoint(checkpoint, processes.num_processes, options.deepspeed is not None)
+        scaled = precision(options) == "float16"
+        check_checkpoint(checkpoint, processes.num_processes, options.deepspeed is not None, scaled)
     trainer.checkpoint = checkpoint
     return trainer, stopper, checkpoint
 

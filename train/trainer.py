@@ -188,6 +188,10 @@ class StageTrainer(Trainer):
         with naming(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with naming(checkpoint):
+            super()._load_scaler(checkpoint)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with naming(checkpoint):
             super()._load_rng_state(checkpoint)

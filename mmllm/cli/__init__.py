@@ -91,11 +91,19 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:
-        found = disk_error(error) if isinstance(error, OSError) else None
+        found = disk_error(error) if isinstance(error, OSError) else _out_of_memory(error)
         if found is not None:
             print(f"error: {found}", file=sys.stderr)
             return 2
         return _crash(error, Path(getattr(options, "out", None) or "."))
+
+
+def _out_of_memory(error: Exception) -> UserError | None:
+    """That memory did not suffice, for the user; torch says it in errors of its own."""
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return UserError("memory", f"out of memory ({text})", hint="fewer frames, a smaller batch or a smaller model")
+    return None
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -59,6 +59,8 @@ def run_check(options: argparse.Namespace) -> int:
     from mmllm.data.doctor import examine
     from mmllm.progress import Progress
 
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs}", "too few to look at anything", expected="1 or more")
     jobs = options.jobs or min(8, os.cpu_count() or 1)
     bar = Progress("records", 0, quiet=options.quiet)
 

@@ -10,7 +10,7 @@ from mmllm.contract.errors import UserError, shown
 
 BYTES = 8 << 20
 VALUES = 1_000_000
-"""So many values a file may hold, with those that aliases repeat."""
+"""A file may hold at most this many values, those that aliases repeat included."""
 DEPTH = 60
 
 
@@ -58,7 +58,7 @@ def parse_yaml(text: str, where: object) -> Any:
 
 
 def _values(node: Any, known: dict[int, float]) -> float:
-    """How many values a node stands for, with those of its aliases; without end for one inside itself."""
+    """How many values a node stands for, those of its aliases included; infinite for a node that contains itself."""
     if not isinstance(getattr(node, "value", None), list):
         return 1
     if id(node) not in known:

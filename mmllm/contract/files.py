@@ -124,8 +124,11 @@ def append_lines(path: Path, lines: list[str]) -> None:
             file.write("".join(f"{line}\n" for line in lines).encode())
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A JSON object that this program wrote.
+def read_record(path: Path, hint: str = "delete it, or take another --out") -> dict[str, Any]:
+    """A JSON object, as this program writes them.
+
+    Args:
+        hint: what to do about a damaged one.
 
     Raises:
         UserError: the file is damaged.
@@ -133,9 +136,9 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(path, "damaged, not JSON", hint="delete it, or take another --out") from error
+        raise UserError(path, "damaged, not JSON", hint=hint) from error
     if not isinstance(value, dict):
-        raise UserError(path, "damaged, not a map", hint="delete it, or take another --out")
+        raise UserError(path, "damaged, not a map", hint=hint)
     return value
 
 
@@ -149,8 +152,7 @@ def held(folder: Path) -> Iterator[None]:
         UserError: another process holds it; says which. Or the folder cannot be made.
     """
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = _locked(folder)
+        file, made = _locked(folder)
     try:
         file.truncate(0)
         facts = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}
@@ -165,25 +167,34 @@ def held(folder: Path) -> Iterator[None]:
             (folder / LOCK).unlink()
         with contextlib.suppress(OSError):
             file.close()
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
-def _locked(folder: Path) -> TextIO:
-    """The open lock file of a folder. POSIX locks: a fork, as loader workers are, does not inherit them."""
-    path = folder / LOCK
+def _locked(folder: Path) -> tuple[TextIO, bool]:
+    """(the open lock file of a folder, whether the folder was made for it).
+
+    POSIX locks: a fork, as loader workers are, does not inherit them.
+    """
+    path, made = folder / LOCK, not folder.is_dir()
     while True:
-        file = path.open("a+", encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # its last holder has just taken the folder away
+            continue
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
+                what, hint = f"cannot be locked ({error.strerror})", "a folder on another file system"
+                raise UserError(folder, what, hint=hint) from error
             file.seek(0)
             raise _in_use(folder, file.read()) from None
         with contextlib.suppress(OSError):
             if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                return file
+                return file, made
         file.close()  # its last holder has just taken it away
 
 

@@ -47,7 +47,9 @@ def pretrained(cls: type[T], name: str, **options: Any) -> T:
             )
             raise UserError(name, what, hint=hint) from error
         raise
-    except UserError:
+    except ImportError as error:
+        raise UserError(name, f"needs a package that is not installed: {' '.join(str(error).split())[:200]}") from error
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # damaged files end in errors of any type
         reason = " ".join(str(error).split())[:200]
@@ -72,7 +74,7 @@ def check_attention(values: Any, where: object) -> None:
         for key, value in here.items() if isinstance(here, dict) else ():
             if key in ATTENTION_KEYS and value is not None and value not in known:
                 expected = ", ".join(sorted(known))
-                raise UserError(f"{where}:{path}{key}", "not of the library", expected=expected, got=shown(value))
+                raise UserError(f"{where}:{path}{key}", "not one the library has", expected=expected, got=shown(value))
             todo.append((value, f"{path}{key}."))
 
 

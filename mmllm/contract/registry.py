@@ -121,6 +121,12 @@ def raised_at(error: BaseException, path: Path) -> str | None:
     return f"{path}:{lines[-1]}" if lines else None
 
 
+def said_by(error: BaseException) -> str:
+    """What an error says in one line, with the line of a plug-in that it comes from."""
+    place = next(filter(None, (raised_at(error, plugin) for plugin in _plugins)), None)
+    return " ".join(str(error).split())[:200] + (f" ({place})" if place else "")
+
+
 def _file(cls: type) -> str:
     return getattr(sys.modules.get(cls.__module__), "__file__", None) or cls.__module__
 

@@ -55,6 +55,26 @@ class Sampling:
             hint = nearest(str(self.sampler), list(SAMPLERS))
             raise UserError(f"{where}.sampler", f"unknown sampler {self.sampler!r}", hint=hint)
 
+    def override(
+        self,
+        frames: int | None = None,
+        fps: float | None = None,
+        max_frames: int | None = None,
+        sampler: str | None = None,
+    ) -> Sampling:
+        """This sampling with what is given in place of its own; a limit holds for a number of frames, too.
+
+        Raises:
+            UserError: both frames and fps, or an unknown sampler.
+        """
+        if frames is None and fps is None:
+            frames, fps = self.frames, self.fps
+        if frames is not None:
+            frames, most = min(frames, max_frames or frames), None
+        else:
+            most = max_frames or self.max_frames
+        return Sampling(frames, fps, most, sampler or self.sampler)
+
     def count(self, probe: Probe, start: float | None = None, end: float | None = None) -> int:
         """The number of frames that will be delivered, from the header alone.
 

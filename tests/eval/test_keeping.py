@@ -77,6 +77,13 @@ def test_a_runs_report_keeps_other_benchmarks_of_the_same_model(tmp_path):
     assert json.loads((tmp_path / "report-limit-1.json").read_text())["limit"] == 1
 
 
+def test_a_deleted_folder_of_answers_leaves_the_report_of_the_run(tmp_path):
+    of = {name: small(name, tmp_path / "eval" / name, "a") for name in ("mvbench", "mlvu")}
+    run_report(of, {}, tmp_path)
+    (tmp_path / "eval" / "mvbench" / "report.json").unlink()
+    assert list(run_report({"mlvu": of["mlvu"]}, {}, tmp_path)["benchmarks"]) == ["mlvu"]
+
+
 def test_another_root_or_number_of_frames_has_a_folder_of_its_own(tmp_path):
     base, setting = tmp_path / "canonical-1", {"frames": None, "root": "/a"}
     assert _folder(base, setting) == base

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import frames, image, tiny_processor, tiny_recipe, turn, video, write_video
+from tiny import frames, image, tiny_processor, tiny_recipe, tokenizer_folder, turn, video, write_video
 
 from mmllm.chat import render
 from mmllm.content import MediumEntry, entries_of
@@ -116,6 +116,9 @@ def test_an_entry_without_a_word_on_sampling_keeps_the_calls():
     assert MediumEntry("video", "a.mp4", frames=4).sampled(own) == Sampling(frames=4)
     assert MediumEntry("video", "a.mp4", fps=1.0).sampled(own) == Sampling(fps=1.0, max_frames=16)
     assert MediumEntry("video", "a.mp4", max_frames=3).sampled(Sampling(frames=8)) == Sampling(frames=3)
+    assert MediumEntry("video", "a.mp4", max_frames=4).sampled(own) == Sampling(fps=2.0, max_frames=4)
+    assert MediumEntry("video", "a.mp4", sampler="linspace").sampled(own) == Sampling(None, 2.0, 16, "linspace")
+    assert own.override(frames=32, max_frames=4) == Sampling(frames=4)
 
 
 def test_text_that_spells_a_control_token_stays_text(processor):
@@ -126,6 +129,33 @@ def test_text_that_spells_a_control_token_stays_text(processor):
         number = tokenizer.convert_tokens_to_ids(token)
         assert (ids == number).sum() == (plain == number).sum(), token  # those of the template alone
     assert "Say <|end|> or <eos> twice: <eos>." in tokenizer.decode(ids)
+
+
+def test_added_control_tokens_and_those_that_take_blanks_stay_text_too():
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer
+
+    from mmllm.build import build_config
+    from mmllm.processing import MMLLMProcessor
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder())
+    tokenizer.add_tokens([AddedToken("<|eot|>", special=True, rstrip=True, lstrip=True)], special_tokens=True)
+    tokenizer._special_tokens_map.pop("additional_special_tokens", None)
+    config = build_config(tiny_recipe())
+    processor = MMLLMProcessor(tokenizer, config.model_section, config.text_config.hidden_size, 1024)
+    number = tokenizer.convert_tokens_to_ids("<|eot|>")
+    ids = processor.apply_chat_template([turn("Say <|eot|> now")], **BATCH)["input_ids"][0]
+    assert number not in ids
+    assert "Say <|eot|> now" in tokenizer.decode(ids)
+
+
+def test_typing_a_control_token_changes_nothing_for_other_threads(processor):
+    before = processor.tokenizer.backend_tokenizer.encode_special_tokens
+    seen = []
+    real = processor._plain_tokenizer
+    processor.apply_chat_template([turn("Say <|end|> now")], **BATCH)
+    seen.append(processor.tokenizer.backend_tokenizer.encode_special_tokens)
+    assert seen == [before] and real is processor._plain_tokenizer
 
 
 def test_a_control_token_in_an_answer_is_learnt_as_text(processor):
@@ -149,6 +179,7 @@ def test_another_template_and_its_variables_are_used(processor):
     chat = [turn("Hi")]
     assert processor.apply_chat_template(chat, chat_template=template, mood="calm") == "user:Hi;calm"
     assert variables_of(template) == ("mood",)
+    assert variables_of("{%- generation -%}{{ tools }}{% endgeneration %}{{ messages }}") == ("tools",)
     with pytest.raises(UserError, match=r"apply_chat_template: moood.*Try: mood"):
         processor.apply_chat_template(chat, chat_template=template, moood="calm")
 

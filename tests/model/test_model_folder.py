@@ -99,7 +99,7 @@ def test_an_attention_implementation_of_a_repository_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["attn_implementation"] = "org/kernel"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"text_config\.attn_implementation: not of the library.*sdpa.*org/kernel"):
+    with pytest.raises(UserError, match=r"text_config\.attn_implementation: not one the library has.*sdpa.*org/kernel"):
         mmllm.load(folder)
     made = tiny_recipe()
     made.model["llm"]["config"]["attn_implementation"] = "org/kernel"

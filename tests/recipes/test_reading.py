@@ -117,8 +117,8 @@ def test_bases_that_double_are_read_once_each(tmp_path):
         ({"llm__config__hidden_size": None}, r"llm\.config"),
         ({"llm__config__vocab_size": 0}, r"llm\.config\.vocab_size: out of range"),
         ({"llm__config__num_hidden_layers": 100000}, r"llm\.config\.num_hidden_layers: out of range"),
-        ({"llm__config__num_attention_heads": 5}, r"llm\.config: not a llama"),
-        ({"llm__config__num_key_value_heads": 3}, r"llm\.config"),
+        ({"llm__config__num_attention_heads": 5}, r"llm\.config\.num_key_value_heads: 2 does not divide the 5 heads"),
+        ({"llm__config__num_key_value_heads": 3}, r"num_key_value_heads: 3 does not divide the 4 heads"),
         ({"llm__config__hidden_act": "jump"}, r"llm\.config: not a llama"),
         ({"llm__config__model_type": "t5"}, r"model_type: not a causal LM, expected .*, got t5"),
         ({"llm__config__model_type": "mmllm"}, r"model_type: not a causal LM"),
@@ -196,3 +196,35 @@ def test_plain_values_are_what_they_look_like():
     assert parse_yaml("a: [1, 2.5, x, null, true, {b: 1e-5}]", "here") == {
         "a": [1, 2.5, "x", None, True, {"b": "1e-5"}]
     }
+
+
+def test_the_librarys_own_sizes_pass():
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from mmllm.llm_config import check_sizes
+
+    refused, looked = [], 0
+    for kind, cls in CONFIG_MAPPING.items():
+        if cls not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            continue
+        try:
+            values = cls().to_dict()
+        except Exception:  # the library's own checks refuse its defaults, or a package is missing
+            continue
+        looked += 1
+        try:
+            check_sizes(values, kind)
+        except UserError as error:
+            refused.append(str(error))
+    assert looked > 100
+    assert refused == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mixtral", "qwen3_moe", "opt", "bloom"])
+def test_llms_of_many_kinds_are_taken(kind):
+    from mmllm.build import text_config
+
+    made = tiny_recipe()
+    values = {"hidden_size": 64, "vocab_size": 700, "num_attention_heads": 4, "num_hidden_layers": 1}
+    made.model["llm"]["config"] = {"model_type": kind, **values}
+    assert text_config(made).model_type == kind

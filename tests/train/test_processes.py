@@ -100,11 +100,12 @@ def test_the_dry_run_knows_the_deepspeed_config(data, tmp_path, monkeypatch, nam
 
 
 HOLD = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from mmllm.contract.files import held
 with held(Path(sys.argv[1])):
-    print("held", flush=True)
+    if os.fork():
+        print("held", flush=True)
     time.sleep(60)
 """
 
@@ -112,9 +113,8 @@ with held(Path(sys.argv[1])):
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds a folder, with a child as loader workers are."""
-    script = HOLD.replace("    time.sleep(60)", "    import os\n    os.fork()\n    time.sleep(60)")
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "run")],
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -141,11 +141,34 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
     with held(tmp_path / "new"):
         assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
     assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "file").touch()
-    with held(tmp_path / "old"):
-        pass
+    for name in ("old", "empty"):
+        with held(tmp_path / name):
+            pass
     assert [path.name for path in (tmp_path / "old").iterdir()] == ["file"]
+    assert not list((tmp_path / "empty").iterdir())
+
+
+HOLD_OFTEN = """
+import sys
+from pathlib import Path
+from mmllm.contract.errors import UserError
+from mmllm.contract.files import held
+for _ in range(300):
+    try:
+        with held(Path(sys.argv[1])):
+            pass
+    except UserError as error:
+        assert "in use by" in str(error), error
+"""
+
+
+def test_starts_at_the_same_moment_meet_a_holder_and_nothing_else(tmp_path):
+    command = [sys.executable, "-c", HOLD_OFTEN, str(tmp_path / "run")]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[1] for process in both] == ["", "", ""]
 
 
 def test_threads_are_those_asked_for_else_those_of_the_run_else_the_free_ones(monkeypatch):

@@ -168,7 +168,8 @@ def _opened(source: str | BytesIO, limits: Limits, where: str) -> tuple[Image, i
             raise UserError(where, what, hint="check the file") from error
         try:
             limits.check_picture(where, image.height, image.width)
-            tag = image.getexif().get(ORIENTATION)
+            # the base's own: that of a PNG decodes the picture, in case a tag stands behind it
+            tag = Image.Image.getexif(image).get(ORIENTATION)
         except UserError:
             image.close()
             raise
