@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +20,9 @@ from mmllm.contract.errors import UserError
 
 LOCK = ".lock"
 """File in a folder that the process which works there holds locked; it says who that is."""
+
+TRIES = 1000
+"""So often the folder may be taken away in the very moment in which it is to be locked."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -178,11 +182,13 @@ def _locked(folder: Path) -> tuple[TextIO, bool]:
     POSIX locks: a fork, as loader workers are, does not inherit them.
     """
     path, made = folder / LOCK, not folder.is_dir()
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
+    for tries in count(1):
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             file = path.open("a+", encoding="utf-8")
-        except FileNotFoundError:  # its last holder has just taken the folder away
+        except (FileNotFoundError, FileExistsError):  # its last holder has just taken the folder away
+            if tries == TRIES:
+                raise
             continue
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -110,6 +110,11 @@ def test_a_number_as_text_is_read_as_in_a_recipe():
     assert (entry.start, entry.end) == (2.0, None)
 
 
+def test_an_entry_means_the_part_that_it_says():
+    ref = MediumEntry("video", "a.mp4", start=1.0, end=2.5).ref
+    assert (ref.kind, ref.path, ref.start, ref.end, ref.fps) == ("video", "a.mp4", 1.0, 2.5, None)
+
+
 def test_an_entry_without_a_word_on_sampling_keeps_the_calls():
     own = Sampling(fps=2.0, max_frames=16)
     assert MediumEntry("video", "a.mp4").sampled(own) == own

@@ -56,14 +56,16 @@ def same(one: Path, other: Path) -> bool:
     return all(torch.equal(value, weights(other)[name]) for name, value in weights(one).items())
 
 
-@pytest.mark.parametrize("length", [{"steps": 6}, {"steps": None, "epochs": 2.0}])
-def test_a_run_that_ended_after_its_last_checkpoint_makes_no_step_more(data, straight, tmp_path, monkeypatch, length):
-    interrupted(data, tmp_path, monkeypatch, **length)
-    train(recipe(data, **length), tmp_path, options(log_steps=4))
-    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize("length", [{"steps": 5}, {"steps": 6}, {"steps": None, "epochs": 2.0}])  # an epoch has 3
+def test_a_run_that_ended_after_its_last_checkpoint_makes_no_step_more(data, tmp_path, monkeypatch, length):
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    train(recipe(data, **length), straight, options(log_steps=4))
+    interrupted(data, run, monkeypatch, **length)
+    train(recipe(data, **length), run, options(log_steps=4))
+    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert max(steps) <= 6
-    assert losses(tmp_path) == losses(straight)
-    assert same(straight, tmp_path)
+    assert losses(run) == losses(straight)
+    assert same(straight, run)
 
 
 @pytest.mark.parametrize("step", [2, 3, 5])
