@@ -7,13 +7,28 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from mmllm.contract.errors import UserError
+from mmllm.contract.arguments import Count, parse
+from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.library import pretrained
+from mmllm.device import check_device
 from mmllm.model_folder import check_generation, check_model_folder, check_tokenizer, model_folder
 
+if TYPE_CHECKING:
+    from mmllm.processing import MMLLMProcessor
+
 logger = logging.getLogger(__name__)
+
+EVALUATION: dict[str, Any] = {
+    "frames": Count | None,
+    "limit": Count | None,
+    "missing": Literal["error", "skip"],
+    "baselines": tuple[str, ...],
+    "batch_size": Count,
+    "progress": Any,
+}
+"""What `evaluate` takes beside the benchmark."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,7 @@ def load(path: str | Path, *, device: str | None = None, dtype: Any = "auto") ->
     from mmllm.processing import MMLLMProcessor
 
     folder = model_folder(path)
+    check_device(None if device is None else str(device))
     check_model_folder(folder)
     options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
@@ -147,6 +163,7 @@ def generate(
         media: a path is a video or an image by how it ends; `clip.mp4#t=3,8` are seconds 3 to 8.
         options: passed on to the model's `generate` (`num_beams`, `do_sample`, ...).
     """
+    check_new_tokens(processor, max_new_tokens)
     content = [*(_medium(item).content() for item in media), {"type": "text", "text": question}]
     batch = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
@@ -156,6 +173,17 @@ def generate(
         return stream_answer(model, processor, batch, **options)
     output = model.generate(**batch, **options)
     return processor.tokenizer.decode(output[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def check_new_tokens(processor: MMLLMProcessor, count: int, where: str = "max_new_tokens") -> None:
+    """Refuse an answer longer than what the model can hold.
+
+    Raises:
+        UserError: says how long it may be.
+    """
+    most = processor.max_length
+    if parse(count, Count, where) > (most or count):
+        raise UserError(where, "more than this model can hold", expected=f"at most {most}", got=count)
 
 
 def _medium(given: Video | Image | str | os.PathLike) -> Video | Image:
@@ -237,5 +265,9 @@ def evaluate(
 
     from mmllm.eval.answerer import evaluate_model
 
+    for name, value in options.items():
+        if name not in EVALUATION:
+            raise UserError(f"evaluate: {name}", "unknown argument", hint=nearest(name, list(EVALUATION)))
+        options[name] = parse(value, EVALUATION[name], f"evaluate: {name}")
     out = tempfile.mkdtemp(prefix="mmllm-eval-") if out is None else out
     return evaluate_model(model, processor, benchmark, Path(root), Path(out), protocol, **options)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from mmllm.contract.arguments import Count, NotNegative, Number, Positive, parse
-from mmllm.contract.errors import UserError
+from mmllm.contract.errors import UserError, shown
 from mmllm.llm_config import check_sizes
 
 JSON_FILES = (
@@ -44,6 +45,8 @@ def model_folder(path: str | Path) -> Path:
     Raises:
         UserError: there is no model.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError("model", "not a path", expected="a run folder or a model folder", got=shown(path))
     path = Path(path)
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 from transformers import AutoProcessor, ProcessorMixin
 
 from mmllm.batch import Example, Medium, VisualBatch, collate
@@ -15,6 +14,7 @@ from mmllm.chat import Rendered, render
 from mmllm.content import PLACEHOLDERS, MediumEntry, entries_of
 from mmllm.contract.arguments import Count, Number, parse
 from mmllm.contract.errors import UserError
+from mmllm.control_tokens import ControlTokens
 from mmllm.data.loading import Loaded, MediaLoader, resized
 from mmllm.data.media import Clip
 from mmllm.data.sampling import Sampling
@@ -219,7 +219,7 @@ class MMLLMProcessor(ProcessorMixin):
         name: str = "",
         known: dict[Any, Medium] | None = None,
     ) -> Example:
-        typed = self._typed_controls(rendered)
+        typed = self.controls.spelled(rendered.text, rendered.typed)
         placed = answers or bool(typed)
         encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=placed)
         offsets = encoded["offset_mapping"] if placed else None
@@ -228,7 +228,7 @@ class MMLLMProcessor(ProcessorMixin):
             if token in self.placeholder_ids:
                 self._append_medium(example, rendered, sampling, {} if known is None else known)
                 continue
-            ids = self._as_text(token, rendered.text, offsets[position], typed) if typed else [token]
+            ids = self.controls.ids_of(token, rendered.text, offsets[position], typed) if typed else [token]
             example.ids += ids
             if answers:
                 # Overlap, not inclusion: many tokenizers join a word with the blank before it.
@@ -241,39 +241,10 @@ class MMLLMProcessor(ProcessorMixin):
             self._put_first(example)
         return example
 
-    def _typed_controls(self, rendered: Rendered) -> list[tuple[int, int]]:
-        """(start, end) characters of what spells a control token in texts that somebody typed."""
-        found = []
-        for start, end in rendered.typed:
-            for token in self.control_tokens:
-                at = rendered.text.find(token, start, end)
-                while at >= 0:
-                    found.append((at, at + len(token)))
-                    at = rendered.text.find(token, at + 1, end)
-        return found
-
-    def _as_text(self, token: int, text: str, place: tuple[int, int], typed: list[tuple[int, int]]) -> list[int]:
-        """A token's id, or the ids of its text where it is a control token that somebody typed.
-
-        Args:
-            place: its characters; blanks around it may be among them.
-        """
-        start, end = place
-        if token not in self.control_tokens.values() or not any(start < last and first < end for first, last in typed):
-            return [token]
-        return self._plain_tokenizer.encode(text[start:end], add_special_tokens=False).ids
-
     @cached_property
-    def control_tokens(self) -> dict[str, int]:
-        """{text: id} of the tokens that mean more than their letters."""
-        return {str(token): number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-
-    @cached_property
-    def _plain_tokenizer(self) -> Tokenizer:
-        """A copy that knows no control tokens: the switch is a state of a tokenizer, which other threads use too."""
-        copy = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
-        copy.encode_special_tokens = True
-        return copy
+    def controls(self) -> ControlTokens:
+        """The tokenizer's control tokens, for texts that spell one."""
+        return ControlTokens(self.tokenizer)
 
     def _put_first(self, example: Example) -> None:
         """The streams that stand at the start of the sequence, after BOS, whatever the place of their medium."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from mmllm.cli.common import calm_libraries, common, flag, media_reader, print_json, reader_flags
 from mmllm.contract.arguments import Count, Positive
-from mmllm.contract.errors import UserError
 from mmllm.device import pick_device
 
 EPILOG = """\
@@ -48,16 +47,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Ask."""
     calm_libraries()
-    from mmllm.api import load, stream_answer
+    from mmllm.api import check_new_tokens, load, stream_answer
     from mmllm.data.loading import MediaLoader
     from mmllm.data.media import MediaRef
 
     media = [MediaRef.parse(kind, text) for kind, text in options.media or []]
     device = pick_device(options.device)
     model, processor = load(options.model, device=device, dtype=options.dtype or "auto")
-    if processor.max_length is not None and options.max_new_tokens > processor.max_length:
-        where, most = f"--max-new-tokens {options.max_new_tokens}", f"at most {processor.max_length}"
-        raise UserError(where, "more than this model can hold", expected=most)
+    check_new_tokens(processor, options.max_new_tokens, "--max-new-tokens")
     processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
     content = [
         {"type": ref.kind, "path": ref.path, "start": ref.start, "end": ref.end, "fps": ref.fps} for ref in media

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import frames, image, tiny_processor, tiny_recipe, tokenizer_folder, turn, video, write_video
 
+import mmllm
 from mmllm.chat import render
 from mmllm.content import MediumEntry, entries_of
 from mmllm.contract.errors import UserError
@@ -157,10 +158,10 @@ def test_added_control_tokens_and_those_that_take_blanks_stay_text_too():
 def test_typing_a_control_token_changes_nothing_for_other_threads(processor):
     before = processor.tokenizer.backend_tokenizer.encode_special_tokens
     seen = []
-    real = processor._plain_tokenizer
+    real = processor.controls._plain
     processor.apply_chat_template([turn("Say <|end|> now")], **BATCH)
     seen.append(processor.tokenizer.backend_tokenizer.encode_special_tokens)
-    assert seen == [before] and real is processor._plain_tokenizer
+    assert seen == [before] and real is processor.controls._plain
 
 
 def test_a_control_token_in_an_answer_is_learnt_as_text(processor):
@@ -224,3 +225,19 @@ def test_arrays_and_pictures_are_media(processor):
     )
     pixels = [next(iter(clip["pixels"].values())) for clip in batch["visual"]["media"]]
     assert torch.equal(*pixels)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, p: mmllm.load(None), "model: not a path"),
+        (lambda m, p: mmllm.generate(m, p, "?", max_new_tokens=10**9), "max_new_tokens: more than this model can hold"),
+        (lambda m, p: mmllm.generate(m, p, "?", max_new_tokens=0), "max_new_tokens: out of range"),
+        (lambda m, p: mmllm.evaluate(m, p, "mlvu", root="x", limit=0), "evaluate: limit: out of range"),
+        (lambda m, p: mmllm.evaluate(m, p, "mlvu", root="x", limt=1), "evaluate: limt: unknown argument. Try: limit"),
+        (lambda m, p: mmllm.evaluate(m, p, "mlvu", root="x", missing="ignore"), "evaluate: missing: wrong type"),
+    ],
+)
+def test_the_python_api_refuses_what_the_command_line_does(processor, call, message):
+    with pytest.raises(UserError, match=message):
+        call(None, processor)
