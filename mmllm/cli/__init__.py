@@ -12,7 +12,6 @@ from typing import NoReturn
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import disk_error
 from mmllm.contract.library import trusting_remote_code
-from mmllm.device import wait_without_spinning
 
 VERBS = {
     "recipe": "list, show and check recipes",
@@ -76,7 +75,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    wait_without_spinning()
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
     except SystemExit as stop:  # argparse has said why

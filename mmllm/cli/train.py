@@ -20,6 +20,7 @@ from mmllm.cli.common import (
     reader_flags,
 )
 from mmllm.contract.arguments import Count
+from mmllm.device import sleep_beside_neighbours
 
 EPILOG = """\
 examples:
@@ -61,6 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train."""
+    sleep_beside_neighbours()
     calm_libraries()
     from mmllm.recipe import load
     from mmllm.train.machine import join

@@ -185,3 +185,18 @@ def test_threads_are_those_asked_for_else_those_of_the_run_else_the_free_ones(mo
     assert choose_threads(None)[0] == 4
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert choose_threads(None, before=1) == (4, "OMP_NUM_THREADS")
+
+
+def test_threads_sleep_beside_a_neighbour_and_spin_alone(monkeypatch):
+    from mmllm import device
+
+    monkeypatch.setattr(device, "_busy", lambda cores: 0.2)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    device.sleep_beside_neighbours()
+    assert "OMP_WAIT_POLICY" not in os.environ
+    monkeypatch.setattr(device, "_busy", lambda cores: 1.1)
+    device.sleep_beside_neighbours()
+    assert os.environ.pop("OMP_WAIT_POLICY") == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    device.sleep_beside_neighbours()
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
