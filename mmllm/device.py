@@ -51,8 +51,8 @@ def pick_device(name: str | None) -> str:
 def sleep_beside_neighbours() -> None:
     """Let threads that wait for others sleep where a neighbour keeps a core busy: spinning slows both several times.
 
-    On a quiet machine they spin, which is about a fifth faster. Read by OpenMP when it is loaded, so it has to come before
-    torch. What the user has set stays.
+    On a quiet machine they spin, which is about a fifth faster. OpenMP reads it when it is loaded, so it has to come
+    before torch. What the user has set stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ and _busy(_cores()) > BUSY:
         os.environ["OMP_WAIT_POLICY"] = "passive"
