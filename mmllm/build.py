@@ -202,11 +202,14 @@ def build_tokenizer(recipe: Recipe) -> Any:
         place, options = llm_source(llm, recipe.where("model.llm.name"))
     else:
         place, options = recipe.path(llm.tokenizer), {}
+    hint = "mmllm world make --out runs/world --level nano" if (llm.tokenizer or "").startswith("world:") else None
+    absent = UserError(recipe.where("model.llm.tokenizer"), f"no tokenizer at {place}", hint=hint)
+    if llm.tokenizer not in (None, place) and not Path(place).is_dir():  # below a root: no hub has it
+        raise absent
     try:
         tokenizer = pretrained(AutoTokenizer, place, **options)
     except (OSError, ValueError) as error:
-        hint = "mmllm world make --out runs/world --level nano" if (llm.tokenizer or "").startswith("world:") else None
-        raise UserError(recipe.where("model.llm.tokenizer"), f"no tokenizer at {place}", hint=hint) from error
+        raise absent from error
     if llm.template is not None:
         tokenizer.chat_template = llm.template
     return tokenizer

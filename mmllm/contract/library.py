@@ -36,7 +36,8 @@ def pretrained(cls: type[T], name: str, **options: Any) -> T:
         UserError: it needs code of its own, is damaged, or names an attention implementation that is not the library's.
         OSError, ValueError: it is absent or not of this kind, as the library says it.
     """
-    _check_attention_of(name, options)
+    if hasattr(cls, "config_class") or hasattr(cls, "_model_mapping"):  # a model: others have no attention to choose
+        _check_attention_of(name, options)
     try:
         return cls.from_pretrained(name, trust_remote_code=_trusted.get(), **options)
     except (OSError, ValueError) as error:
