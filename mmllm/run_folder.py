@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -13,11 +14,15 @@ from typing import Any
 
 import yaml
 
+from mmllm.contract.arguments import Count, parse
 from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import append_lines, read_record, write_json, write_text, writing
 from mmllm.recipe import Recipe, differences
 
+COMMAND = "command.txt"
+"""File that is the first in a run folder: a folder without it is no run of ours."""
+FILES = ("recipe.yaml", "status.json", "log.jsonl", "environment.json", "curves.png")
 COMPLETE = "complete"
 """File that is written last into a checkpoint; one without it is not used."""
 MODELS = ("model", "model.new", "model.old")
@@ -43,11 +48,12 @@ class RunFolder:
                 differ), or a model that is of no run.
         """
         known = self.path / "recipe.yaml"
-        if not known.is_file():
-            foreign = [name for name in (*MODELS, "stages") if (self.path / name).exists()]
-            if foreign and not (self.path / "status.json").is_file():
-                what = f"holds {foreign[0]}/, but no run (recipe.yaml)"
+        if not (self.path / COMMAND).is_file():
+            foreign = [name for name in (*MODELS, "stages", *FILES) if (self.path / name).exists()]
+            if foreign:
+                what = f"holds {foreign[0]}, but no run ({COMMAND})"
                 raise UserError(self.path, what, hint="another --out")
+        if not known.is_file():
             return
         different = differences(read_yaml(known), _plain({**recipe.data, "seed": seed}))
         if different and self._kept():
@@ -58,27 +64,43 @@ class RunFolder:
         """Whether anything has been trained here: a stage, or a part of one."""
         return bool(self.status["stages"]) or any(self.path.glob(f"stages/*/checkpoint-*/{COMPLETE}"))
 
-    def begin(self, recipe: Recipe, seed: int, threads: int | None = None) -> None:
+    def check_precision(self, precision: str) -> None:
+        """See that what was trained so far had the same number format.
+
+        Raises:
+            UserError: it had another one.
+        """
+        before = self._environment().get("precision", precision)
+        if before != precision and self._kept():
+            what, hint = f"trained in {before} so far, now {precision}", f"--dtype {before}, or another --out"
+            raise UserError(self.path, what, hint=hint)
+
+    def begin(self, recipe: Recipe, seed: int, threads: int | None = None, precision: str = "float32") -> None:
         """Write what is asked for. What an earlier recipe logged here before it had trained anything is dropped.
 
         Args:
-            threads: of each process on the CPU.
+            threads: of each process on the CPU. precision: number format of the forward.
 
         Raises:
             UserError: the folder cannot be written to.
         """
+        append_lines(self.path / COMMAND, [shlex.join(sys.argv)])  # first: it says that the folder is a run's
         record, known = _plain({**recipe.data, "seed": seed}), self.path / "recipe.yaml"
         if known.is_file() and differences(read_yaml(known), record):
             (self.path / "log.jsonl").unlink(missing_ok=True)
         write_text(known, yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
-        append_lines(self.path / "command.txt", [" ".join(sys.argv)])
-        write_json(self.path / "environment.json", environment() | {"threads": threads})
+        facts = environment() | {"threads": threads, "precision": precision}
+        write_json(self.path / "environment.json", facts)
 
     @property
     def threads(self) -> int | None:
         """How many threads each process had on the CPU so far; None where nothing says so."""
+        path = f"{self.path / 'environment.json'}:threads"
+        return parse(self._environment().get("threads"), Count | None, path)
+
+    def _environment(self) -> dict[str, Any]:
         path = self.path / "environment.json"
-        return read_record(path).get("threads") if path.is_file() else None
+        return read_record(path) if path.is_file() else {}
 
     def recover_model(self) -> None:
         """Put `model/` back where a kill fell between two renames.
@@ -96,7 +118,10 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         """{"stages": {name: {"steps", "seconds"}}, ...} of what is finished."""
         path = self.path / "status.json"
-        return read_record(path) if path.is_file() else {"stages": {}}
+        found = read_record(path) if path.is_file() else {"stages": {}}
+        if not isinstance(found.get("stages"), dict):
+            raise UserError(f"{path}:stages", "damaged, not a map", hint="another --out")
+        return found
 
     def finish_stage(self, name: str, **facts: Any) -> None:
         """Record that a stage is done and its weights are in `model/`."""

@@ -108,7 +108,7 @@ def _train_stages(
     """Check all that can be checked, and only then write into the folder and train."""
     from transformers import set_seed
 
-    from mmllm.train.machine import from_main, plan
+    from mmllm.train.machine import from_main, plan, precision
     from mmllm.train.stage import check_names
 
     for name, stage in todo.items():  # what does not fit in the last stage is said before the first one runs
@@ -120,8 +120,9 @@ def _train_stages(
     model, processor = _model(recipe, run)
     for name, stage in todo.items():  # and so is a name that the model has not
         check_names(model.model.front_end, stage, recipe.where(f"stages.{name}"))
+    from_main(state, lambda: run.check_precision(precision(options)))
     threads = _use_threads(run, options, state)
-    from_main(state, lambda: run.begin(recipe, options.seed, threads))
+    from_main(state, lambda: run.begin(recipe, options.seed, threads, precision(options)))
     if options.deepspeed and others and state.is_main_process:
         run.log_event(*todo, f"DeepSpeed serves one stage a process; the same command goes on with {others[0]}")
     order = {name: index for index, name in enumerate(recipe.stages, start=1)}
@@ -237,7 +238,9 @@ def _run_stage(
     for part, folder in starts(name, stage, recipe):
         start_from(model, part, folder, recipe.where(f"stages.{name}.init"))
     freeze(model, stage.trains, recipe.where(f"stages.{name}.trains"))
-    shared = SharedStage(name, recipe, processor, options) if stage.share else None
+    # Kept weights are those after exactly the stages before: a run that took another way neither gives nor takes any.
+    usual = list(run.status["stages"]) == list(recipe.stages)[: number - 1]
+    shared = SharedStage(name, recipe, processor, options) if stage.share and usual else None
     processes = join(options)
     state, stopped, main = None, None, processes.is_main_process
     alone = nullcontext()

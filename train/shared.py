@@ -13,6 +13,7 @@ from typing import Any
 
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import replacing
+from mmllm.contract.registry import plugins
 from mmllm.recipe import Recipe
 from mmllm.sections import Stage
 from mmllm.train.checkpoints import naming
@@ -46,6 +47,8 @@ class SharedStage:
             "precision": precision(options),
             "version": VERSION,
         }
+        if plugins():  # an objective may be theirs
+            facts["plugins"] = [_digest(path) for path in plugins()]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.file = options.cache.expanduser() / "stages" / f"{key}.safetensors"
 

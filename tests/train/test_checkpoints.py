@@ -140,7 +140,7 @@ def test_a_checkpoint_is_not_whole_before_all_of_it_is_written(data, tmp_path, m
 def test_a_folder_with_a_model_of_no_run_is_refused_and_stays(data, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"holds model/, but no run"):
+    with pytest.raises(UserError, match=r"holds model, but no run"):
         train(recipe(data), tmp_path, options())
     assert (tmp_path / "model" / "mine.txt").read_text() == "mine"
 
@@ -182,3 +182,20 @@ def test_a_stage_after_one_in_bfloat16_trains_in_float32(data, tmp_path):
     assert {value.dtype for value in weights(tmp_path).values()} == {torch.bfloat16}
     train(made, tmp_path, options())
     assert {value.dtype for value in weights(tmp_path).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "log.jsonl", "status.json", "curves.png"])
+def test_a_users_own_file_of_a_name_that_a_run_has_is_left_alone(data, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"holds {name}, but no run"):
+        train(recipe(data), tmp_path, options())
+    assert (tmp_path / name).read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("text", ["{}", '{"stages": null}', '{"stages": []}'])
+def test_a_damaged_status_is_named(data, tmp_path, text):
+    train(recipe(data, steps=1), tmp_path, options())
+    (tmp_path / "status.json").write_text(text)
+    with pytest.raises(UserError, match=r"status\.json:stages: damaged"):
+        train(recipe(data, steps=1), tmp_path, options())

@@ -110,3 +110,23 @@ def test_a_shared_stage_is_kept_apart_by_all_that_it_learns_from(data, tmp_path)
     before = kept(data=other)
     other.write_text(data.read_text())
     assert before != kept(data=other) == known  # what the file holds counts, and not its name
+
+
+def test_a_stage_that_started_from_elsewhere_is_neither_kept_nor_taken_as_shared(data, tmp_path):
+    made = recipe(data, trains=["llm"], share=True, steps=2)
+    made.data["stages"]["second"] = {**made.data["stages"]["instruct"]}
+    settings = options(cache=tmp_path / "cache")
+    train(made, tmp_path / "alone", settings, ["second"])  # never trained the first
+    assert not list((tmp_path / "cache").glob("stages/*.safetensors"))
+    train(made, tmp_path / "both", settings)
+    train(made, tmp_path / "clean", options(cache=tmp_path / "other"))
+    for name, value in weights(tmp_path / "clean").items():
+        assert torch.equal(weights(tmp_path / "both")[name], value), name
+
+
+def test_a_run_goes_on_in_the_number_format_that_it_began_with(data, tmp_path):
+    made = recipe(data, steps=1)
+    made.data["stages"]["second"] = {**made.data["stages"]["instruct"]}
+    train(made, tmp_path, options(), ["instruct"])
+    with pytest.raises(UserError, match=r"trained in float32 so far, now bfloat16. Try: --dtype float32"):
+        train(made, tmp_path, options(precision="bfloat16"))
