@@ -220,24 +220,37 @@ def pipeline(path: str | Path, **options: Any) -> Any:
 def stream_answer(model: Any, processor: Any, batch: Any, **options: Any) -> Iterator[str]:
     """The answer to one prepared conversation, piece by piece as it is generated; greedy unless `options` say else."""
     options = {"do_sample": False, "num_beams": 1, **options}
-    from threading import Thread
+    from threading import Event, Thread
 
-    from transformers import TextIteratorStreamer
+    import torch
+    from transformers import StoppingCriteria, TextIteratorStreamer
 
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     failed: list[BaseException] = []
+    unheard = Event()
+
+    class Unheard(StoppingCriteria):
+        """Stops where nobody takes the pieces any more."""
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            return torch.full((len(input_ids),), unheard.is_set(), device=input_ids.device)
+
+    criteria = [*options.pop("stopping_criteria", ()), Unheard()]
 
     def run() -> None:
         try:
-            model.generate(**batch, **options, streamer=streamer)
+            model.generate(**batch, **options, streamer=streamer, stopping_criteria=criteria)
         except BaseException as error:  # handed to the caller's thread, which would else wait for ever
             failed.append(error)
             streamer.end()
 
     thread = Thread(target=run, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:  # a thread that still computes would take the whole program down at its end
+        unheard.set()
+        thread.join()
     if failed:
         raise failed[0]
 

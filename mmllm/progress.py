@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+
+
+def say(text: str) -> None:
+    """Write to stderr. Nobody may listen any more, and no work ends for that."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 class Progress:
@@ -38,15 +46,14 @@ class Progress:
     def close(self) -> None:
         """End the live line."""
         if self.live and not self.quiet and self.width:
-            sys.stderr.write("\n")
+            say("\n")
 
     def _write(self, text: str) -> None:
         if self.live:
-            sys.stderr.write("\r" + text.ljust(self.width))
+            say("\r" + text.ljust(self.width))
             self.width = len(text)
         else:
-            sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+            say(text + "\n")
 
 
 def _clock(seconds: float) -> str:

@@ -18,6 +18,7 @@ from mmllm.contract.arguments import Count, parse
 from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import append_lines, read_record, write_json, write_text, writing
+from mmllm.progress import say
 from mmllm.recipe import Recipe, differences
 
 COMMAND = "command.txt"
@@ -139,7 +140,7 @@ class RunFolder:
 
     def log_event(self, stage: str, text: str) -> None:
         """Say something on stderr and in events.txt."""
-        sys.stderr.write(f"{stage}: {text}\n")
+        say(f"{stage}: {text}\n")
         append_lines(self.path / "events.txt", [f"{stage}: {text}"])
 
     def save_model(self, model: Any, processor: Any, recipe: Recipe, state: dict[str, Any] | None = None) -> None:

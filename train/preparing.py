@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
+
+from torch.utils.data import get_worker_info
 
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Objective
@@ -32,6 +38,25 @@ def _loaded(paths: list[Path]) -> _Plugins:
     return _Plugins(paths)
 
 
+@lru_cache(maxsize=1)
+def _shield() -> None:
+    """In a worker: hear signals of the training process alone; whoever stops a job signals all of it, workers too.
+
+    The training process saves first, and needs its workers until then.
+    """
+    if get_worker_info() is None or not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=_end_when_asked, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_asked(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
 class Preparer:
     """Sample numbers to a batch; what is wrong with the data comes back as part of the batch.
 
@@ -53,6 +78,7 @@ class Preparer:
 
     def __call__(self, numbers: list[int]) -> dict[str, Any]:
         """The batch of some samples, or `{"error": ...}`; `skipped` says what was left out and why."""
+        _shield()
         caches = self.processor.loader.caches
         before = counted(caches)
         try:

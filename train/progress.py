@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from mmllm.progress import Progress
+from mmllm.progress import Progress, say
 from mmllm.run_folder import RunFolder
 
 
@@ -114,7 +114,7 @@ class StopOnSignal(TrainerCallback):
 
     def _note(self, number: int, frame: Any) -> None:
         self.signal = number
-        sys.stderr.write("saving after this step (again: stop at once)\n")
+        say("saving after this step (again: stop at once)\n")
         signal.signal(number, self.before.get(number) or signal.SIG_DFL)
 
 
@@ -123,12 +123,11 @@ def draw_curves(run: Path) -> None:
     from matplotlib.figure import Figure
 
     stages: dict[str, dict[int, float]] = {}
-    for line in (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").is_file() else []:
-        try:
+    log = run / "log.jsonl"
+    for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill, or not of ours
             record = json.loads(line)
-        except ValueError:  # torn by a kill
-            continue
-        stages.setdefault(record["stage"], {})[record["step"]] = record["loss"]
+            stages.setdefault(str(record["stage"]), {})[int(record["step"])] = float(record["loss"])
     if not stages:
         return
     figure = Figure(figsize=(4.5 * len(stages), 3), layout="constrained")
@@ -136,4 +135,7 @@ def draw_curves(run: Path) -> None:
         axes.plot(list(losses), list(losses.values()), linewidth=1)
         axes.set(title=name, xlabel="step", ylabel="loss", yscale="log")
         axes.grid(alpha=0.3)
-    figure.savefig(run / "curves.png", dpi=110)
+    try:  # a picture is not worth a training
+        figure.savefig(run / "curves.png", dpi=110)
+    except OSError as error:
+        say(f"warning: {run / 'curves.png'} is not drawn ({error.strerror})\n")

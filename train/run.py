@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -17,6 +16,7 @@ from mmllm.contract.parts import Objective
 from mmllm.contract.registry import find
 from mmllm.data.guard import GuardedReader
 from mmllm.device import check_device, choose_threads
+from mmllm.progress import say
 from mmllm.recipe import Recipe
 from mmllm.run_folder import RunFolder
 from mmllm.sections import Stage
@@ -162,7 +162,7 @@ def _use_threads(run: RunFolder, options: Options, state: PartialState) -> int |
     torch.set_num_threads(threads)
     if state.is_main_process and not options.quiet:
         where = f"{state.num_processes} processes on the CPU, each with " if state.num_processes > 1 else ""
-        print(f"{where}{threads} thread{'s' * (threads > 1)} ({why})", file=sys.stderr)
+        say(f"{where}{threads} thread{'s' * (threads > 1)} ({why})\n")
     return threads
 
 

@@ -86,8 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        return 0
+    except BrokenPipeError:  # as the shell counts a program that SIGPIPE has ended
+        return 141
     except Exception as error:
         found = disk_error(error) if isinstance(error, OSError) else _out_of_memory(error)
         if found is not None:

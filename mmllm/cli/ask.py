@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import closing
 from typing import Any
 
 from mmllm.cli.common import calm_libraries, common, flag, media_reader, print_json, reader_flags
@@ -69,10 +70,11 @@ def run(options: argparse.Namespace) -> int:
     ).to(model.device)
     _say(batch, _visual_tokens(batch, processor), options.quiet)
     start, pieces = time.perf_counter(), []
-    for piece in stream_answer(model, processor, batch, max_new_tokens=options.max_new_tokens):
-        pieces.append(piece)
-        if not options.json:
-            print(piece, end="", flush=True)
+    with closing(stream_answer(model, processor, batch, max_new_tokens=options.max_new_tokens)) as stream:
+        for piece in stream:
+            pieces.append(piece)
+            if not options.json:
+                print(piece, end="", flush=True)
     answer = "".join(pieces).strip()
     if options.json:
         seconds = round(time.perf_counter() - start, 3)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,41 @@ def test_every_shared_file_is_answered(capsys, model, shared):
 def test_the_committed_clip_is_answered(capsys, model):
     clip = Path(__file__).parents[1] / "assets" / "tablet_drawing.mp4"
     assert answer(capsys, "--model", model, "--video", clip)["visual_tokens"] == 36
+
+
+def test_an_answer_that_nobody_takes_ends(tmp_path):
+    from tiny import save_model
+
+    folder = save_model(tmp_path / "model")
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "mmllm",
+        "ask",
+        "--model",
+        str(folder),
+        "--device",
+        "cpu",
+        "--quiet",
+        "What?",
+    ]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert done.returncode == 2 and "no space left on device" in done.stderr
+    assert "terminate called" not in done.stderr
+
+
+def test_a_stream_that_is_closed_stops_generating(tmp_path):
+    import threading
+
+    from tiny import save_model
+
+    import mmllm
+
+    model, processor = mmllm.load(save_model(tmp_path / "model"))
+    before = threading.active_count()
+    pieces = mmllm.generate(model, processor, "What?", max_new_tokens=400, min_new_tokens=400, stream=True)
+    next(pieces)
+    pieces.close()
+    assert threading.active_count() == before

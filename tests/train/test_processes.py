@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,49 @@ def test_threads_sleep_beside_a_neighbour_and_spin_alone(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     device.sleep_beside_neighbours()
     assert os.environ["OMP_WAIT_POLICY"] == "active"
+
+
+TRAIN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from small_runs import options, recipe
+from mmllm.cli.common import calm_libraries
+from mmllm.train.run import Stopped, train
+calm_libraries()
+try:
+    train(recipe(Path(sys.argv[2]), steps=4000), Path(sys.argv[3]), options(jobs=1, quiet=False))
+except Stopped as stop:
+    print("stopped", stop.checkpoint.name, flush=True)
+"""
+
+
+def started(data: Path, out: Path, **pipes: object) -> subprocess.Popen:
+    """A long training in a group of its own, once it has logged a step."""
+    command = [sys.executable, "-c", TRAIN, str(Path(__file__).parents[1]), str(data), str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, **pipes)
+    until = time.monotonic() + 100
+    while not (out / "log.jsonl").is_file() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    return process
+
+
+def test_a_signal_to_the_whole_group_saves_though_workers_hear_it_too(data, tmp_path):
+    process = started(data, tmp_path / "run", stderr=subprocess.DEVNULL)
+    time.sleep(1)
+    os.killpg(process.pid, 15)
+    said, _ = process.communicate(timeout=100)
+    assert said.startswith("stopped checkpoint-") and process.returncode == 0
+
+
+def test_a_training_whose_listener_has_gone_goes_on(data, tmp_path):
+    reading, writing = os.pipe()
+    process = started(data, tmp_path / "run", stderr=writing)
+    os.close(writing)
+    os.close(reading)
+    lines = len((tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    time.sleep(2)
+    os.kill(process.pid, 15)
+    said, _ = process.communicate(timeout=100)
+    assert said.startswith("stopped checkpoint-")
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) > lines

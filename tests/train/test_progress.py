@@ -21,3 +21,13 @@ def test_speed_after_a_resumption_is_that_of_the_steps_since(monkeypatch, tmp_pa
     now[0], state.global_step = 4.0, 50
     shown.on_step_end(None, state, None)
     assert facts == {"samples/s": "20.0", "data wait": "25 %"}
+
+
+def test_curves_are_drawn_of_what_a_log_has_that_is_a_record(tmp_path):
+    good = '{"stage": "a", "step": 1, "loss": 2.0}\n'
+    (tmp_path / "log.jsonl").write_bytes(b"{}\n[]\n5\n\xff\n" + good.encode() + b'{"stage": "a", "st')
+    progress.draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").is_file()
+    (tmp_path / "curves.png").unlink()
+    (tmp_path / "curves.png").mkdir()
+    progress.draw_curves(tmp_path)  # says so, and goes on
