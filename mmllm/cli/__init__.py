@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import NoReturn
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import disk_error
 from mmllm.contract.library import trusting_remote_code
+from mmllm.progress import say
 
 VERBS = {
     "recipe": "list, show and check recipes",
@@ -79,12 +81,14 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse(sys.argv[1:] if arguments is None else arguments)
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # no process that this one starts imports what lies in its folder
     try:
         return _run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        say("stopped\n")
         return 130
     except BrokenPipeError:  # as the shell counts a program that SIGPIPE has ended
         return 141

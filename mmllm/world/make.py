@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.files import held, read_record, write_json, write_text
 
 VERSION = 1
 MANIFEST = "world.json"
+MAKING = "making.json"
+"""Stands in a folder while its world is made, and says which one."""
+
+FOLDERS = ("mvbench", "mlvu", "train", "tokenizer")
 Progress = Callable[[str, int, int], None]
 
 
@@ -118,29 +124,51 @@ def work(todo: list[Job], jobs: int) -> Iterable[tuple[str, int, dict[str, list[
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_stay_with_parent)
+    try:
         yield from pool.map(run_job, todo)
+    finally:  # after an interrupt only what is in work is waited for
+        pool.shutdown(cancel_futures=True)
+
+
+def _stay_with_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when the parent is gone, in whatever way."""
+    import signal
+    from multiprocessing import connection, parent_process
+    from threading import Thread
+
+    def watch(sentinel: int) -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+        Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 def check(out: Path, level: str, seed: int) -> dict[str, object] | None:
     """The manifest of a finished world in `out`, or `None` if there is none.
 
     Raises:
-        UserError: an unknown level, or another world in the same folder.
+        UserError: an unknown level, or another world, or what is not one of ours, in the same folder.
     """
     if level not in LEVELS:
         raise UserError("world level", "unknown level", got=level, hint=nearest(level, list(LEVELS)))
     if out.exists() and not out.is_dir():
         raise UserError(out, "is not a folder", hint="another --out")
-    path = out / MANIFEST
-    if not path.exists():
+    wanted: dict[str, object] = {"level": level, "seed": seed, "version": VERSION}
+    path = next((out / name for name in (MANIFEST, MAKING) if (out / name).exists()), None)
+    if path is None:
+        if taken := [name for name in FOLDERS if (out / name).exists()]:
+            what = "holds files that are not of a world begun here"
+            raise UserError(out, what, got=", ".join(taken), hint="another --out, or remove them")
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    wanted = {"level": level, "seed": seed, "version": VERSION}
+    found = read_record(path)
     have = {key: found.get(key) for key in wanted}
     if have != wanted:
         raise UserError(out, "holds another world", expected=wanted, got=have, hint="another --out, or remove it")
-    return found
+    return found if path.name == MANIFEST else None
 
 
 def make_world(
@@ -159,15 +187,23 @@ def make_world(
         The manifest that was written last, as `world.json`: level, seed, version and counts.
 
     Raises:
-        UserError: unknown level, or `out` holds a world of another level, seed or version.
+        UserError: unknown level, or `out` holds a world of another level, seed or version, or other files where this
+            one's would stand, or another process makes a world there.
     """
     out = Path(out)
     done = check(out, level, seed)
     if done is not None:
         return done
+    with held(out):
+        return check(out, level, seed) or _make(out, level, seed, jobs, progress)
+
+
+def _make(out: Path, level: str, seed: int, jobs: int, progress: Progress | None) -> dict[str, object]:
     from mmllm.world.tokenizer import build_tokenizer
 
     sizes = LEVELS[level]
+    which = {"level": level, "seed": seed, "version": VERSION}
+    write_json(out / MAKING, which)
     for folder in ("mvbench/json", "mlvu/json", "train/clips"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     todo = plan(out, sizes, seed)
@@ -178,9 +214,10 @@ def make_world(
         if progress:
             progress(kind, number, len(todo))
     for name, part in lines.items():
-        (out / "train" / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+        write_text(out / "train" / f"{name}.jsonl", "\n".join(part) + "\n")
     build_tokenizer().save_pretrained(out / "tokenizer")
     counts = {name: len(part) for name, part in lines.items()}
-    manifest = {"level": level, "seed": seed, "version": VERSION, "counts": counts, "sizes": asdict(sizes)}
-    (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    manifest = {**which, "counts": counts, "sizes": asdict(sizes)}
+    write_json(out / MANIFEST, manifest)
+    (out / MAKING).unlink()
     return manifest

@@ -169,6 +169,35 @@ def test_finished_worlds_are_kept_and_not_mixed(tiny: Path) -> None:
         make_world(tiny, "tinny")
 
 
+def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "mvbench/json/action_antonym.json"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("[]")
+    with pytest.raises(UserError, match="not of a world begun here, got mvbench"):
+        make_world(tmp_path, "tiny")
+    assert mine.read_text() == "[]"
+    (tmp_path / "making.json").write_text('{"level": "hard", "seed": 0, "version": 1}')
+    with pytest.raises(UserError, match="holds another world"):
+        make_world(tmp_path, "tiny")
+    (tmp_path / "making.json").write_text("{")
+    with pytest.raises(UserError, match=r"making.json: damaged"):
+        make_world(tmp_path, "tiny")
+    (tmp_path / "world.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"world.json: damaged"):
+        make_world(tmp_path, "tiny")
+
+
+def test_a_world_that_was_interrupted_is_made_by_the_same_command(tiny: Path, tmp_path: Path) -> None:
+    def interrupt(kind: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_world(tmp_path, "tiny", jobs=1, progress=interrupt)
+    make_world(tmp_path, "tiny", jobs=1)
+    assert not (tmp_path / "making.json").exists()
+    assert (tmp_path / "world.json").read_bytes() == (tiny / "world.json").read_bytes()
+
+
 def test_training_lines(tiny: Path) -> None:
     lines = {
         name: [json.loads(line) for line in (tiny / f"train/{name}.jsonl").read_text(encoding="utf-8").splitlines()]
