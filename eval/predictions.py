@@ -9,6 +9,7 @@ from typing import Any
 
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import append_lines
+from mmllm.eval.items import Item
 
 logger = logging.getLogger(__name__)
 FIELDS = ("id", "task", "condition", "response", "letter", "gold", "correct")
@@ -32,6 +33,7 @@ class Predictions:
         self.path = path
         self.responses: dict[tuple[str, str], str] = {}
         self.damaged: set[str] = set()
+        self._clips: dict[tuple[str, str], int] = {}
         if path.is_file():
             self._read()
 
@@ -59,8 +61,21 @@ class Predictions:
         for row in rows:
             self._note(row)
 
+    def forget_changed(self, items: list[Item]) -> None:
+        """Drop answers about what a clip held before: it has been repaired since, or fetched in full."""
+        sizes = {item.id: clip_size(item) for item in items}
+        changed = [key for key, size in self._clips.items() if sizes.get(key[0], size) != size]
+        for key in changed:
+            del self.responses[key], self._clips[key]
+            self.damaged.discard(key[0])
+        if changed:
+            clips = len({key[0] for key in changed})
+            logger.warning("%s: the clips of %d items have changed; these are answered again", self.path, clips)
+
     def _note(self, row: dict[str, Any]) -> None:
         self.responses[row["id"], row["condition"]] = row["response"]
+        if isinstance(row.get("clip"), int):
+            self._clips[row["id"], row["condition"]] = row["clip"]
         if row.get("damaged"):
             self.damaged.add(row["id"])
 
@@ -72,6 +87,15 @@ class Predictions:
 
     def __getitem__(self, key: tuple[str, str]) -> str:
         return self.responses[key]
+
+
+def clip_size(item: Item) -> int | None:
+    """Bytes of an item's clip, or how many frames its folder has; None where it is gone."""
+    path = item.media_path
+    try:
+        return len(list(path.iterdir())) if path.is_dir() else path.stat().st_size
+    except OSError:
+        return None
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

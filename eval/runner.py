@@ -11,7 +11,7 @@ from typing import Protocol as Interface
 from mmllm.contract.errors import UserError
 from mmllm.eval.benchmarks import Benchmark
 from mmllm.eval.items import Item
-from mmllm.eval.predictions import Predictions
+from mmllm.eval.predictions import Predictions, clip_size
 from mmllm.eval.protocol import PROMPTS, Protocol, messages
 from mmllm.eval.report import Report, write_report
 from mmllm.eval.scoring import letter_of, score
@@ -89,6 +89,7 @@ def run_benchmark(
     settle_missing(chosen, benchmark.name, reports, missing)
     settle_broken(chosen, benchmark.name, missing)
     predictions = Predictions(out / "predictions.jsonl")
+    predictions.forget_changed(chosen.scored)
     _answer_all(chosen, conditions, answer, predictions, protocol, batch_size, missing == "skip", progress)
     if not chosen.scored:
         item, reason = chosen.broken[0]
@@ -225,6 +226,8 @@ def _one(ask: Callable[[list[Conversation]], list[str]], conversation: Conversat
 def _row(item: Item, condition: str, response: str, protocol: Protocol, damaged: set[str]) -> dict[str, Any]:
     letter = letter_of(protocol, response, item)
     flag = {"damaged": True} if str(item.media_path) in damaged else {}
+    if not CONDITIONS[condition].blind:
+        flag["clip"] = clip_size(item)
     return {
         "id": item.id,
         "task": item.task,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmllm.contract.arguments import Count, parse
-from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.errors import UserError, nearest, shown
 from mmllm.contract.library import pretrained
 from mmllm.device import check_device
 from mmllm.model_folder import check_generation, check_model_folder, check_tokenizer, model_folder
@@ -163,11 +163,17 @@ def generate(
         media: a path is a video or an image by how it ends; `clip.mp4#t=3,8` are seconds 3 to 8.
         options: passed on to the model's `generate` (`num_beams`, `do_sample`, ...).
     """
+    if not isinstance(question, str):
+        raise UserError("question", "wrong type", expected="a text", got=shown(question))
+    if options.get("return_dict_in_generate") or options.get("num_return_sequences", 1) != 1:
+        hint = "model.generate(**processor.apply_chat_template(...))"
+        raise UserError("generate", "gives the text of one answer", hint=hint)
     check_new_tokens(processor, max_new_tokens)
     content = [*(_medium(item).content() for item in media), {"type": "text", "text": question}]
     batch = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
     ).to(model.device)
+    check_new_tokens(processor, max_new_tokens, prompt=batch["input_ids"].shape[1])
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, **options}
     if stream:
         return stream_answer(model, processor, batch, **options)
@@ -175,15 +181,19 @@ def generate(
     return processor.tokenizer.decode(output[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def check_new_tokens(processor: MMLLMProcessor, count: int, where: str = "max_new_tokens") -> None:
+def check_new_tokens(processor: MMLLMProcessor, count: int, where: str = "max_new_tokens", prompt: int = 0) -> None:
     """Refuse an answer longer than what the model can hold.
+
+    Args:
+        prompt: how many tokens stand before it.
 
     Raises:
         UserError: says how long it may be.
     """
-    most = processor.max_length
-    if parse(count, Count, where) > (most or count):
-        raise UserError(where, "more than this model can hold", expected=f"at most {most}", got=count)
+    most = None if processor.max_length is None else processor.max_length - prompt
+    if parse(count, Count, where) > (count if most is None else most):
+        behind = f" behind a prompt of {prompt} tokens" if prompt else ""
+        raise UserError(where, f"more than this model can hold{behind}", expected=f"at most {most}", got=count)
 
 
 def _medium(given: Video | Image | str | os.PathLike) -> Video | Image:
@@ -282,5 +292,8 @@ def evaluate(
         if name not in EVALUATION:
             raise UserError(f"evaluate: {name}", "unknown argument", hint=nearest(name, list(EVALUATION)))
         options[name] = parse(value, EVALUATION[name], f"evaluate: {name}")
+    for name, value in {"root": root, "out": out or "."}.items():
+        if not isinstance(value, str | os.PathLike):
+            raise UserError(f"evaluate: {name}", "wrong type", expected="a folder", got=shown(value))
     out = tempfile.mkdtemp(prefix="mmllm-eval-") if out is None else out
     return evaluate_model(model, processor, benchmark, Path(root), Path(out), protocol, **options)

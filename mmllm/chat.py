@@ -57,6 +57,8 @@ def render(
     Raises:
         UserError: a malformed message, no chat template or a broken one, or a placeholder typed in a text.
     """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise UserError("conversation", "no messages", expected="a list of messages", got=shown(messages))
     roles = tuple(_role(message) for message in messages)
     frame = Template(tokenizer, template, tuple(sorted((variables or {}).items())))
     pieces, opening = _frame(frame, roles, prompt)
@@ -79,6 +81,9 @@ def _role(message: dict[str, Any]) -> str:
         raise UserError("conversation", "a message needs role and content", got=shown(message))
     if not isinstance(message["role"], str):
         raise UserError("message: role", "wrong type", expected="user, assistant or system", got=shown(message["role"]))
+    for key, value in message.items():
+        if key not in ("role", "content") and value is not None:
+            raise UserError(f"message: {shown(key)}", "unknown key", expected="role and content")
     return message["role"]
 
 
@@ -115,5 +120,7 @@ def _frame(template: Template, roles: tuple[str, ...], prompt: bool) -> tuple[li
         if not mark:
             raise UserError("chat template", f"it leaves out message {index} ({roles[index]})")
         pieces.append(before)
+    if any(MARK[0] in piece for piece in (*pieces, text)):
+        raise UserError("chat template", "it writes a message twice, or in another order")
     opening = template(marked[:1], True).removeprefix(template(marked[:1], False)) if roles else ""
     return [*pieces, text], opening

@@ -94,15 +94,19 @@ def _entry(entry: dict[str, Any]) -> str | MediumEntry:
         raise UserError("content entry", "unknown type", expected="text, image or video", got=shown(kind))
     where, known = f"{kind} entry", VALUES[kind]
     _check_keys(entry, ("type", "placeholder", *LOCATORS, *known, *SPELLINGS), where)
-    source = next((entry[key] for key in LOCATORS if entry.get(key) is not None), None)
-    if source is None:
+    located = [key for key in LOCATORS if entry.get(key) is not None]
+    if not located:
         raise UserError(where, "more placeholders than media: it names no file", expected="path")
+    if len(located) > 1:
+        raise UserError(where, f"{' and '.join(located)} name its file", expected="one of them")
     values: dict[str, Any] = {}
     for key, value in entry.items():
         name = SPELLINGS.get(key, key)
         if name in known and value is not None:
+            if name in values:
+                raise UserError(f"{where}: {key}", f"given twice, also as {name if key != name else 'another name'}")
             values[name] = parse(value, known[name], f"{where}: {key}")
-    return MediumEntry(kind, source, **values)
+    return MediumEntry(kind, entry[located[0]], **values)
 
 
 def _check_keys(entry: dict[str, Any], known: tuple[str, ...], where: str) -> None:

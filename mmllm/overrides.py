@@ -7,7 +7,7 @@ from typing import Any
 
 from mmllm.contract.arguments import signature
 from mmllm.contract.documents import parse_yaml
-from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.errors import UserError, nearest, shown
 from mmllm.data.sampling import Sampling
 from mmllm.recipe_sections import renamed, without_inherited
 from mmllm.sections import LLM, Stage
@@ -56,6 +56,8 @@ def override(data: dict[str, Any], line: str, file: str) -> None:
     _check_key(here, parents, last, f"{file}:{key}")
     if isinstance(here, list):
         raise UserError(f"{file}:{key}", "names a whole part", expected="one of its arguments")
+    if not isinstance(here, dict):
+        raise UserError(f"{file}:{'.'.join(parents)}", f"has no key {last!r}: it is no map", got=shown(here))
     here[last] = _typed(here.get(last), value)
 
 

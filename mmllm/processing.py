@@ -13,7 +13,7 @@ from mmllm.batch import Example, Medium, VisualBatch, collate
 from mmllm.chat import Rendered, render
 from mmllm.content import PLACEHOLDERS, MediumEntry, entries_of
 from mmllm.contract.arguments import Count, Number, parse
-from mmllm.contract.errors import UserError
+from mmllm.contract.errors import UserError, shown
 from mmllm.control_tokens import ControlTokens
 from mmllm.data.loading import Loaded, MediaLoader, resized
 from mmllm.data.media import Clip
@@ -99,9 +99,13 @@ class MMLLMProcessor(ProcessorMixin):
         Raises:
             UserError: an argument that nobody reads, a malformed message, a medium that cannot be read.
         """
+        if not isinstance(processor_kwargs or {}, dict):
+            raise UserError("processor_kwargs", "wrong type", expected="a map", got=shown(processor_kwargs))
         options, variables = read_options({**(processor_kwargs or {}), "return_tensors": return_tensors, **kwargs})
         refuse_unknown([name for name in processor_kwargs or {} if name in variables], "processor_kwargs")
-        single = bool(conversation) and isinstance(conversation[0], dict)
+        if not isinstance(conversation, list | tuple) or not conversation:
+            raise UserError("conversation", "no messages", expected="a list of messages", got=shown(conversation))
+        single = isinstance(conversation[0], dict)
         conversations = [conversation] if single else conversation
         conversations = [getattr(item, "messages", item) for item in conversations]
         how = {"prompt": add_generation_prompt, "continued": continue_final_message}
@@ -137,7 +141,9 @@ class MMLLMProcessor(ProcessorMixin):
         if self.front_end.text_needs:
             what = "this model is guided by what the user says, which a plain text does not mark"
             raise UserError("text", what, hint="apply_chat_template(..., tokenize=True)")
-        texts = [text] if isinstance(text, str) else list(text or [])
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(item, str) for item in texts):
+            raise UserError("processor: text", "wrong type", expected="a text or a list of texts", got=shown(text))
         queues = {"image": _flat(images), "video": _flat(videos)}
         rendered = [Rendered(item, self._take(item, queues)) for item in texts]
         for kind, rest in queues.items():

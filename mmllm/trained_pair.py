@@ -67,4 +67,4 @@ def is_run(name: str) -> bool:
         config = json.loads((model_folder(name) / "config.json").read_text(encoding="utf-8"))
     except (UserError, OSError, ValueError):
         return False
-    return config.get("model_type") == MMLLMConfig.model_type
+    return isinstance(config, dict) and config.get("model_type") == MMLLMConfig.model_type

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import TrainerState
 
 from mmllm.contract.errors import UserError
-from mmllm.contract.files import read_record, writing
+from mmllm.contract.files import read_record, write_json, writing
 from mmllm.run_folder import COMPLETE
 
 OURS = "written_by_mmllm"
@@ -21,6 +22,8 @@ OBJECTIVE = "objective.safetensors"
 """File that holds the weights of an objective that has some."""
 LOSSES = "losses.json"
 """File that holds the losses since the last line of the log, so that the next line averages all of them."""
+DATA = "data.json"
+"""File of a stage that says what its data files held when it began."""
 KEPT = 2
 """How many checkpoints of a stage stay."""
 HINT = "delete this checkpoint, and the one before it is used"
@@ -96,6 +99,34 @@ def check_checkpoint(folder: Path, processes: int, sharded: bool, scaled: bool) 
     for name in needed:
         if not (folder / name).is_file():
             raise UserError(folder / name, "absent, so that training cannot go on as it was", hint=HINT)
+
+
+def check_data(folder: Path, files: list[Path], main: bool) -> None:
+    """See that a stage goes on with the data that it began with: samples are drawn by their number.
+
+    Args:
+        folder: the stage's. files: all that its samples are in; their media are not.
+        main: whether this process writes down what a stage begins with.
+
+    Raises:
+        UserError: names what has changed.
+    """
+    record, now = folder / DATA, {str(file): digest(file) for file in files}
+    if last_checkpoint(folder) is None or not record.is_file():
+        if main:
+            write_json(record, now)
+        return
+    before = read_record(record)
+    if list(before.values()) != list(now.values()):
+        changed = [name for name, value in now.items() if before.get(name) != value] or list(before)
+        what = "not the data that this stage began with"
+        raise UserError(changed[0], what, hint=f"the file as it was, or another --out than {folder.parent.parent}")
+
+
+def digest(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def losses_of(folder: Path, state: TrainerState) -> tuple[float, int]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mmllm.contract.arguments import Count, Number, parse
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.files import read_record
 from mmllm.device import check_device
@@ -89,8 +90,10 @@ def join(options: Options) -> PartialState:
         kind, _, index = options.device.partition(":")
         hint = f"CUDA_VISIBLE_DEVICES={index} and --device {kind}"
         raise UserError(f"--device {options.device}", "training takes the first device that it sees", hint=hint)
-    started = int(os.environ.get("WORLD_SIZE") or 1)
     hint = "torchrun --nproc-per-node N -m mmllm train ..., or unset WORLD_SIZE"
+    for name in ("RANK", "LOCAL_RANK"):
+        parse(os.environ.get(name) or 0, Number, name)
+    started = parse(os.environ.get("WORLD_SIZE") or 1, Count, "WORLD_SIZE")
     if started > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError("WORLD_SIZE", f"{started} processes are to train, and nothing says how they meet", hint=hint)
     state = PartialState(cpu=not _accelerated(options))

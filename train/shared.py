@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from mmllm.contract.errors import UserError
@@ -16,7 +15,7 @@ from mmllm.contract.files import replacing
 from mmllm.contract.registry import plugins
 from mmllm.recipe import Recipe
 from mmllm.sections import Stage
-from mmllm.train.checkpoints import naming
+from mmllm.train.checkpoints import digest, naming
 from mmllm.train.machine import precision
 
 VERSION = 1
@@ -48,7 +47,7 @@ class SharedStage:
             "version": VERSION,
         }
         if plugins():  # an objective may be theirs
-            facts["plugins"] = [_digest(path) for path in plugins()]
+            facts["plugins"] = [digest(path) for path in plugins()]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.file = options.cache.expanduser() / "stages" / f"{key}.safetensors"
 
@@ -132,15 +131,10 @@ def _from_main(value: bool) -> bool:
 def _stage_facts(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     from mmllm.train.stage import data_files
 
-    facts = {**asdict(stage), "micro_batch": None, "data": [_digest(path) for path in data_files(stage, recipe)]}
+    facts = {**asdict(stage), "micro_batch": None, "data": [digest(path) for path in data_files(stage, recipe)]}
     del facts["checkpointing"]  # like micro_batch it says how, not what; out, so that digests stay what they were
     return facts
 
 
 def _modules(model: Any) -> dict[str, Any]:
     return {"body.": model.model.language_model, "head.": model.lm_head}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

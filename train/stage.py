@@ -17,7 +17,7 @@ from mmllm.recipe import Recipe
 from mmllm.run_folder import RunFolder
 from mmllm.sections import Stage
 from mmllm.train.caching import attach_caches
-from mmllm.train.checkpoints import check_checkpoint, last_checkpoint
+from mmllm.train.checkpoints import check_checkpoint, check_data, last_checkpoint
 from mmllm.train.machine import join, precision, recompute, training_arguments
 from mmllm.train.preparing import Preparer
 from mmllm.train.progress import StageProgress, StopOnSignal
@@ -173,6 +173,7 @@ def make_trainer(
     )
     _drop_printer(trainer)
     progress.trainer = trainer
+    check_data(folder, data_files(stage, recipe), processes.is_main_process)
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         scaled = precision(options) == "float16"

@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
         add_generation_prompt=True,
         processor_kwargs={"frames": options.frames, "fps": options.fps},
     ).to(model.device)
+    check_new_tokens(processor, options.max_new_tokens, "--max-new-tokens", prompt=batch["input_ids"].shape[1])
     _say(batch, _visual_tokens(batch, processor), options.quiet)
     start, pieces = time.perf_counter(), []
     with closing(stream_answer(model, processor, batch, max_new_tokens=options.max_new_tokens)) as stream:

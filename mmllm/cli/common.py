@@ -29,6 +29,13 @@ def flag(annotation: Any) -> Callable[[str], Any]:
     return read
 
 
+def place(text: str) -> Path:
+    """What argparse reads the path of a file or folder with: an empty one would mean the current folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("empty, expected a path")
+    return Path(text)
+
+
 def common(parser: argparse.ArgumentParser, *names: str) -> None:
     """Add some of the common flags by name."""
     flags: dict[str, dict[str, Any]] = {
@@ -39,7 +46,7 @@ def common(parser: argparse.ArgumentParser, *names: str) -> None:
         "--seed": {"type": flag(Seed), "default": 0, "help": "seed of every draw (default 0)"},
         "--device": {"help": "cpu, cuda, cuda:1, ... (default: what there is)"},
         "--dtype": {"choices": ["float32", "bfloat16", "float16"], "help": "number format"},
-        "--cache-dir": {"type": Path, "help": "where shared work is kept (default ~/.cache/mmllm)"},
+        "--cache-dir": {"type": place, "help": "where shared work is kept (default ~/.cache/mmllm)"},
         "--trust-remote-code": {"action": "store_true", "help": "run Python code beside a model or tokenizer"},
         "--dry-run": {"action": "store_true", "help": "check everything, load no weights, write nothing"},
     }
@@ -140,5 +147,7 @@ def pairs(values: list[str] | None, flag: str) -> dict[str, str]:
         name, equals, rest = value.partition("=")
         if not equals or not name or not rest:
             raise UserError(f"{flag} {value}", "not of the form NAME=VALUE")
+        if name in result:
+            raise UserError(f"{flag} {value}", f"{name} is given twice", got=result[name])
         result[name] = rest
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,9 +10,10 @@ from statistics import median
 from typing import Any
 
 from mmllm.cli import align_levels
-from mmllm.cli.common import cache_dir, common, flag, print_json
+from mmllm.cli.common import cache_dir, common, flag, place, print_json
 from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
+from mmllm.contract.files import read_record, write_json
 
 EPILOG = """\
 examples:
@@ -41,8 +41,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument("data", nargs="+", metavar="FILE", help="a data file, a folder of them, or a mix (.yaml)")
-    check.add_argument("--root", type=Path, help="folder that media paths are relative to (default: the file's own)")
-    check.add_argument("--out", type=Path, default=Path("check.json"), help="what was found (default check.json)")
+    check.add_argument("--root", type=place, help="folder that media paths are relative to (default: the file's own)")
+    check.add_argument("--out", type=place, default=Path("check.json"), help="what was found (default check.json)")
     check.add_argument(
         "--frames", type=flag(Count), default=8, help="a clip with fewer frames is called short (default 8)"
     )
@@ -80,22 +80,22 @@ def run_check(options: argparse.Namespace) -> int:
     finally:  # an interrupted check goes on where it stood
         bar.close()
         report = _report(options, found, facts)
-        fresh = options.out.with_suffix(f".{os.getpid()}")
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps({**report, "files": {**known, **facts}}, indent=1, ensure_ascii=False))
-        fresh.replace(options.out)
+        write_json(options.out, {**report, "files": {**known, **facts}})
     print_json(report) if options.json else print(_table(report, options.out))
     return _exit_code(report)
 
 
 def _known(path: Path) -> dict[str, dict[str, Any]]:
     """Facts about files from an earlier check."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(path, "not written by mmllm data check", hint="--out another.json") from error
+    try:
+        files = read_record(path).get("files")
+    except UserError:
+        files = None
+    if isinstance(files, dict) and all(isinstance(facts, dict) and "problems" in facts for facts in files.values()):
+        return files
+    raise UserError(path, "not written by mmllm data check, or damaged", hint="--out another.json")
 
 
 def _report(options: argparse.Namespace, found: Any, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mmllm.cli.common import calm_libraries, common, flag, media_reader, pairs, print_json, reader_flags
+from mmllm.cli.common import calm_libraries, common, flag, media_reader, pairs, place, print_json, reader_flags
 from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
 from mmllm.device import pick_device
@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=flag(Count), help="only the first items of each task")
     parser.add_argument("--frames", type=flag(Count), help="frames of each video (default: the model's own)")
     parser.add_argument("--batch", type=flag(Count), default=60, help="items a forward (default 60)")
-    parser.add_argument("--out", type=Path, help="where eval/ and report.* go (default: the run folder)")
+    parser.add_argument("--out", type=place, help="where eval/ and report.* go (default: the run folder)")
     reader_flags(parser)
     common(parser, "--json", "--quiet", "--plugin", "--trust-remote-code", "--device", "--dtype", "--dry-run")
     parser.set_defaults(run=run)
@@ -51,11 +51,11 @@ def run(options: argparse.Namespace) -> int:
     names = list(dict.fromkeys(name for name in options.tasks.split(",") if name))
     if not names:
         raise UserError("--tasks", "names no benchmark", expected=", ".join(BENCHMARKS))
-    if options.action == "check":
+    if options.action == "check" and not options.model:
         return check(names, pairs(options.root, "--root"), options)
     if not options.model:
         raise UserError("--model", "missing", expected="a run folder or a model folder")
-    if options.dry_run:
+    if options.action == "check" or options.dry_run:
         return check(names, _roots(options.model[0], names, options.root), options)
     calm_libraries()
     from mmllm.api import load

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmllm.cli.common import cache_dir, calm_libraries, common, flag, print_json
+from mmllm.cli.common import cache_dir, calm_libraries, common, flag, place, print_json
 from mmllm.contract.arguments import Count
+from mmllm.contract.files import held
 
 if TYPE_CHECKING:
     from mmllm.lab.study import StudyFile
@@ -31,9 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     parser.epilog = EPILOG
     parser.description = "Train and evaluate several recipes with several seeds, and compare them."
-    parser.add_argument("study", type=Path, help="a YAML file")
+    parser.add_argument("study", type=place, help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all arms")
-    parser.add_argument("--out", type=Path, help="folder of the study (default runs/STUDY)")
+    parser.add_argument("--out", type=place, help="folder of the study (default runs/STUDY)")
     parser.add_argument("--jobs", type=flag(Count), help="runs at a time (default one a GPU, or one)")
     common(parser, "--json", "--quiet", "--device", "--cache-dir", "--dry-run")
     parser.set_defaults(run=run)
@@ -59,14 +60,14 @@ def run(options: argparse.Namespace) -> int:
         print(f"{runs} runs, {runs - len(lab.todo())} finished, into {out}")
         return 0
     file.check_tasks()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        failed = lab.run_all()
-    except KeyboardInterrupt as stop:
-        print("stopped; the same command continues", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
-    if rows := results(lab, facts):
-        _report(rows, file, out, as_json=options.json)
+    with held(out):
+        try:
+            failed = lab.run_all()
+        except KeyboardInterrupt as stop:
+            print("stopped; the same command continues", file=sys.stderr)
+            return 143 if isinstance(stop, Terminated) else 130
+        if rows := results(lab, facts):
+            _report(rows, file, out, as_json=options.json)
     if failed:
         for error in failed[1:]:
             print(f"error: {error}", file=sys.stderr)

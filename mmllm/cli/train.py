@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from mmllm.cli.common import (
     flag,
     kept_kinds,
     media_reader,
+    place,
     print_json,
     reader_flags,
 )
@@ -40,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train a recipe's stages, one after the other."
     parser.add_argument("recipe", help="a shipped name (mmllm recipe list) or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="stages.instruct.lr=1e-5 and the like")
-    parser.add_argument("--out", type=Path, help="run folder (default runs/RECIPE)")
+    parser.add_argument("--out", type=place, help="run folder (default runs/RECIPE)")
     parser.add_argument("--stages", help="only these, separated by commas")
     parser.add_argument("--deepspeed", help="zero1, zero2 or a JSON file")
     parser.add_argument(
@@ -104,6 +106,7 @@ def run(options: argparse.Namespace) -> int:
         print_json({"out": str(out), "model": str(finished.model), **finished.status})
     else:
         print(finished.model)
-    plugins = "".join(f" --plugin {plugin}" for plugin in options.plugin or [])
-    print(f'next: mmllm ask --model {out}{plugins} --video <clip>.mp4 "What happens?"', file=sys.stderr)
+    plugins = [word for plugin in options.plugin or [] for word in ("--plugin", plugin)]
+    ask = shlex.join(["mmllm", "ask", "--model", str(out), *plugins])
+    print(f'next: {ask} --video <clip>.mp4 "What happens?"', file=sys.stderr)
     return 0

@@ -103,7 +103,7 @@ def load_plugin(path: str | Path) -> None:
     except SyntaxError as error:
         at = f"{error.filename}:{error.lineno}" if error.lineno else path
         raise UserError(at, f"not Python: {error.msg}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(raised_at(error, path) or path, f"{type(error).__name__}: {error}") from error
     if path.resolve() not in _plugins:
         _plugins.append(path.resolve())

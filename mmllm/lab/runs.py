@@ -266,10 +266,10 @@ def samples_per_second(run: Path) -> float | None:
     stages = read_yaml(run / "recipe.yaml")["stages"]
     name = [key for key, value in stages.items() if value is not None][-1]
     rows = []
-    for line in (run / "log.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):  # torn by a kill
-            rows.append(json.loads(line))
-    rows = [row for row in rows if row["stage"] == name]
+    for line in (run / "log.jsonl").read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill
+            row = json.loads(line)
+            rows += [{key: float(row[key]) for key in ("step", "time")}] if row["stage"] == name else []
     # the median: a run that was stopped over night has one long gap
     rates = sorted(
         (after["step"] - before["step"]) / (after["time"] - before["time"])

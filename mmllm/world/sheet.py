@@ -68,15 +68,20 @@ def sheet(task: Task, root: Path, rows: int) -> Image.Image:
     """The picture of one task: `rows` items below `root` (``mvbench`` or ``mlvu`` of a world)."""
     from PIL import Image, ImageDraw
 
-    items = json.loads((root / "json" / f"{task.stem}.json").read_text(encoding="utf-8"))[:rows]
+    file = root / "json" / f"{task.stem}.json"
+    try:
+        items = json.loads(file.read_text(encoding="utf-8"))[:rows]
+        clips = [root / "video" / task.folder / item["video"] for item in items]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(file, "damaged, or gone", hint="mmllm world make --out another folder") from error
     width, top = SHOWN * (TILE + 4) + 4, 24
     height = TILE + LINE * 7 + 8
     picture = Image.new("RGB", (width, top + height * len(items)), "white")
     pen = ImageDraw.Draw(picture)
     pen.text((4, 4), f"{task.name}  ({root.name}/video/{task.folder})", fill="black")
-    for row, item in enumerate(items):
+    for row, (item, clip) in enumerate(zip(items, clips, strict=True)):
         y = top + row * height
-        for i, frame in enumerate(seen(item, root / "video" / task.folder / item["video"])):
+        for i, frame in enumerate(seen(item, clip)):
             tile = Image.fromarray(frame).resize((TILE, TILE), Image.Resampling.NEAREST)
             picture.paste(tile, (4 + i * (TILE + 4), y))
         for i, line in enumerate(captions(item)):

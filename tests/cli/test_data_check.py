@@ -217,6 +217,15 @@ def test_a_file_of_another_origin_is_not_overwritten(tmp_path, capsys):
     assert json.loads((tmp_path / "data.json").read_text())[0]["id"] == "a"
 
 
+@pytest.mark.parametrize("text", ["", "5", "{}", '{"files": []}', '{"files": {"a.mp4": {}}}'])
+def test_a_damaged_report_is_named(tmp_path, capsys, text):
+    (tmp_path / "data.json").write_text(json.dumps([record("a", "Hello")]))
+    (tmp_path / "check.json").write_text(text)
+    command = ["data", "check", str(tmp_path / "data.json"), "--out", str(tmp_path / "check.json"), "--quiet"]
+    assert main(command) == 2
+    assert "check.json: not written by mmllm data check, or damaged" in capsys.readouterr().err
+
+
 def test_pictures_in_memory_count(tmp_path):
     pytest.importorskip("datasets")
     import io

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,8 +109,18 @@ def test_processor_of_another_recipe(capsys, model, tmp_path, clip):
         (["train", "nano/llava", "--dry-run", "roots.world=nowhere"], "mmllm world make"),
         (["train", "nano/llava", "--stages", "instrukt", "--dry-run"], "no such stage. Try: instruct"),
         (["recipe", "show", "nano/llava", "model.connector.mlp.depth=0"], "depth is at least 1"),
+        (
+            ["recipe", "show", "nano/llava", "model.media=null", "model.media.frames=3"],
+            "'frames': it is no map",
+        ),
+        (
+            ["recipe", "show", "nano/llava", "roots=5", "roots.world=x"],
+            "roots: has no key 'world': it is no map",
+        ),
         (["recipe", "show", "nano/llava", "--plugin", "nowhere.py"], "no such plug-in"),
         (["eval", "--model", "nowhere"], "no such folder"),
+        (["eval", "check", "--model", "nowhere", "--tasks", "mvbench"], "no such folder"),
+        (["eval", "check", "--tasks", "mvbench", "--root", "mvbench=a", "--root", "mvbench=b"], "given twice"),
         (["eval", "check", "--tasks", "mvbench", "--root", "mvbench=nowhere"], "nowhere"),
         (["eval", "check", "--tasks", "mvbanch", "--root", "mvbanch=x"], "mvbench"),
     ],
@@ -131,6 +144,24 @@ def test_a_check_names_what_is_wrong_with_the_recipe(capsys, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(f"base: nano/base\nmodel: {model}\n")
     assert says in fails(capsys, "recipe", "check", tmp_path / "mine.yaml")
+
+
+def test_a_path_must_not_be_empty(capsys):
+    assert main(["train", "nano/llava", "--out", ""]) == 2
+    assert "--out: empty, expected a path" in capsys.readouterr().err
+
+
+def test_a_plug_in_that_ends_the_program_is_an_error(capsys, tmp_path):
+    plugin = tmp_path / "ends.py"
+    plugin.write_text("import sys\nsys.exit(0)\n")
+    assert f"{plugin}:2: SystemExit: 0" in fails(capsys, "recipe", "show", "nano/llava", "--plugin", plugin)
+
+
+def test_a_terminal_of_few_characters_gets_the_error_too(tmp_path):
+    command = [sys.executable, "-P", "-m", "mmllm", "recipe", "show", b"na\xffno/llav\xc3\xa4"]
+    said = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert said.returncode == 2 and b"Traceback" not in said.stderr
+    assert said.stderr.startswith(b"error: na\\udcffno/llav\\xe4: ")
 
 
 def test_a_crash_of_a_users_part_is_not_called_ours(capsys, tmp_path, monkeypatch):

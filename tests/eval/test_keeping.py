@@ -200,3 +200,17 @@ def test_answers_about_damaged_clips_are_counted_apart(mvbench_root, tmp_path):
     assert any("1 of 80 items were answered from clips with damaged frames" in text for text in report.warnings)
     assert run(mvbench_root, tmp_path, Fake()).damaged == 1  # kept with the answers
     assert Report.read(tmp_path).damaged == 1
+
+
+def test_a_clip_that_has_changed_since_is_asked_about_again(mvbench_root, tmp_path):
+    run(mvbench_root, tmp_path, Fake(), baselines=("blind",))
+    clip = mvbench_root / "video/star/Charades_v1_480/action_sequence_0.mp4"
+    clip.write_bytes(clip.read_bytes() + b"more")
+    asked = Fake()
+    report = run(mvbench_root, tmp_path, asked, baselines=("blind",))
+    rows = lines(tmp_path)
+    again = rows[160:]
+    assert {row["condition"] for row in again} == {"model"} and len({row["id"] for row in again}) == len(again) >= 1
+    assert report.scored == 80
+    run(mvbench_root, tmp_path, Fake(), baselines=("blind",))
+    assert len(lines(tmp_path)) == len(rows)

@@ -29,7 +29,16 @@ def test_constant_letter_scores_chance(mvbench_root: Path, tmp_path: Path) -> No
     assert len(blind) == 20  # one per group of four equal questions
     assert set(fake.asked.values()) == {1}
     assert Counter(frames for _, frames in fake.asked) == {None: 100, 1: 80}
-    assert set(lines(tmp_path / "out")[0]) == {"id", "task", "condition", "response", "letter", "gold", "correct"}
+    assert set(lines(tmp_path / "out")[0]) == {
+        "id",
+        "task",
+        "condition",
+        "response",
+        "letter",
+        "gold",
+        "correct",
+        "clip",
+    }
 
 
 def test_gold_oracle_scores_100_and_blind_cannot(mvbench_root: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +36,19 @@ def test_files_of_benchmarks_are_asked_for_before_anything_runs(tmp_path, calls,
     assert main(["lab", str(path), *words, "--dry-run"]) == 0
     assert main(["lab", str(path), *words]) == 2 and not calls
     assert "arms.a: eval.mvbench: where are its files?" in capsys.readouterr().err
+
+
+def test_a_studys_folder_is_for_one_command_at_a_time(tmp_path, calls, capsys, monkeypatch):
+    @contextlib.contextmanager
+    def taken(folder: Path) -> Iterator[None]:
+        raise UserError(folder, "in use")
+        yield
+
+    monkeypatch.setattr("mmllm.cli.lab.held", taken)
+    words = ["--out", str(tmp_path / "out"), "--quiet", "--device", "cpu"]
+    path = study(tmp_path, arms={"a": "nano/llava"}, set=[f"eval.mvbench={tmp_path}"])
+    assert main(["lab", str(path), *words]) == 2 and not calls
+    assert f"{tmp_path / 'out'}: in use" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import frames, image, tiny_processor, tiny_recipe, tokenizer_folder, turn, video, write_video
+from tiny import frames, image, save_model, tiny_processor, tiny_recipe, tokenizer_folder, turn, video, write_video
 
 import mmllm
 from mmllm.chat import render
@@ -98,6 +98,8 @@ def test_fps_of_a_file_samples_and_of_a_folder_says_its_rate(processor, tmp_path
         ({"type": "audio", "path": "a.wav"}, "unknown type, expected text, image or video, got 'audio'"),
         ({"type": ["video"], "path": "a.mp4"}, "unknown type"),
         ({"type": "video"}, "it names no file"),
+        ({"type": "video", "path": "a.mp4", "video": "b.mp4"}, "path and video name its file, expected one of them"),
+        ({"type": "video", "path": "a.mp4", "frames": 4, "num_frames": 4}, "num_frames: given twice"),
         (5, "content: wrong type"),
     ],
 )
@@ -197,6 +199,7 @@ def test_another_template_and_its_variables_are_used(processor):
         ("{{ nothing.at.all }}", r"broken \(UndefinedError"),
         ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "chat template"),
         ("nothing", "it leaves out message 0"),
+        ("{% for m in messages %}{{ m.content }} {{ m.content }}{% endfor %}", "it writes a message twice"),
     ],
 )
 def test_a_broken_template_is_refused(processor, template, message):
@@ -219,6 +222,34 @@ def test_a_malformed_message_is_refused(processor, message):
         processor.apply_chat_template([message] if isinstance(message, dict) else [[message]], tokenize=False)
 
 
+@pytest.mark.parametrize("tokenize", [True, False])
+@pytest.mark.parametrize("conversation", [[], {}, None, [None], [[]], [[turn("Hi")], None], "Hi", 5])
+def test_what_is_no_conversation_is_refused(processor, conversation, tokenize):
+    with pytest.raises(UserError, match="conversation"):
+        processor.apply_chat_template(conversation, tokenize=tokenize)
+
+
+def test_what_a_message_says_beside_role_and_content_is_not_dropped(processor):
+    with pytest.raises(UserError, match="message: 'tool_calls': unknown key"):
+        processor.apply_chat_template([{**turn("Hi"), "tool_calls": []}])
+
+
+@pytest.mark.parametrize("text", [None, 5, [], [5]])
+def test_what_is_no_text_is_refused(processor, text):
+    with pytest.raises(UserError, match="processor: text: wrong type"):
+        processor(text=text)
+    with pytest.raises(UserError, match="processor_kwargs: wrong type"):
+        processor.apply_chat_template([turn("Hi")], processor_kwargs=5)
+
+
+def test_an_answer_has_to_fit_behind_its_prompt(tmp_path):
+    model, processor = mmllm.load(save_model(tmp_path / "model"))
+    most = processor.max_length - 5  # what `What?` and its turn take
+    for stream in (False, True):
+        with pytest.raises(UserError, match=f"behind a prompt of 5 tokens, expected at most {most}, got {most + 1}"):
+            mmllm.generate(model, processor, "What?", max_new_tokens=most + 1, stream=stream)
+
+
 def test_arrays_and_pictures_are_media(processor):
     batch = processor.apply_chat_template(
         [turn({"type": "image", "image": image(1)}, {"type": "image", "image": np.asarray(image(1))}, "Same?")], **BATCH
@@ -233,6 +264,10 @@ def test_arrays_and_pictures_are_media(processor):
         (lambda m, p: mmllm.load(None), "model: not a path"),
         (lambda m, p: mmllm.generate(m, p, "?", max_new_tokens=10**9), "max_new_tokens: more than this model can hold"),
         (lambda m, p: mmllm.generate(m, p, "?", max_new_tokens=0), "max_new_tokens: out of range"),
+        (lambda m, p: mmllm.generate(m, p, 5), "question: wrong type"),
+        (lambda m, p: mmllm.generate(m, p, "?", return_dict_in_generate=True), "gives the text of one answer"),
+        (lambda m, p: mmllm.evaluate(m, p, "mlvu", root=None), "evaluate: root: wrong type"),
+        (lambda m, p: mmllm.evaluate(m, p, "mlvu", root="x", out=5), "evaluate: out: wrong type"),
         (lambda m, p: mmllm.evaluate(m, p, "mlvu", root="x", limit=0), "evaluate: limit: out of range"),
         (lambda m, p: mmllm.evaluate(m, p, "mlvu", root="x", limt=1), "evaluate: limt: unknown argument. Try: limit"),
         (lambda m, p: mmllm.evaluate(m, p, "mlvu", root="x", missing="ignore"), "evaluate: missing: wrong type"),

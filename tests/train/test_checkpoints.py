@@ -199,3 +199,16 @@ def test_a_damaged_status_is_named(data, tmp_path, text):
     (tmp_path / "status.json").write_text(text)
     with pytest.raises(UserError, match=r"status\.json:stages: damaged"):
         train(recipe(data, steps=1), tmp_path, options())
+
+
+def test_a_stage_goes_on_with_the_data_that_it_began_with(data, tmp_path, monkeypatch):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_bytes(data.read_bytes())
+    (tmp_path / "clips").symlink_to(data.parent / "clips")
+    stopped_after(mine, tmp_path / "run", 3, monkeypatch)
+    whole = mine.read_bytes()
+    mine.write_bytes(whole.splitlines(keepends=True)[0] + whole)
+    with pytest.raises(UserError, match=r"mine\.jsonl: not the data that this stage began with"):
+        train(recipe(mine, steps=6), tmp_path / "run", options())
+    mine.write_bytes(whole)
+    train(recipe(mine, steps=6), tmp_path / "run", options())

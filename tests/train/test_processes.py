@@ -56,6 +56,14 @@ def test_processes_that_did_not_join_are_refused(data, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["abc", "-2", "1.5"])
+def test_a_number_of_processes_that_is_none_is_refused(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name}: (wrong type|out of range)"):
+        join(options())
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")
 def test_a_device_that_is_not_there_is_refused_not_replaced(data, tmp_path):
     for name in ("cuda", "cuda:0", "mps"):

@@ -228,3 +228,9 @@ def test_contact_sheets(tiny: Path, tmp_path: Path) -> None:
     assert len(contact_sheet(tiny, tmp_path, rows=2)) == 29
     with pytest.raises(UserError, match="no finished world"):
         contact_sheet(tmp_path, tmp_path)
+    (tmp_path / "world.json").write_text("{}")
+    (tmp_path / "mvbench/json").mkdir(parents=True)
+    for text in ("", "{}", "[5]", "[{}]"):
+        (tmp_path / f"mvbench/json/{MVBENCH[0].stem}.json").write_text(text)
+        with pytest.raises(UserError, match=f"{MVBENCH[0].stem}.json: damaged"):
+            contact_sheet(tmp_path, tmp_path)
