@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from multiprocessing import active_children
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from torch.utils.data import get_worker_info
@@ -40,21 +41,24 @@ def _loaded(paths: list[Path]) -> _Plugins:
 
 @lru_cache(maxsize=1)
 def _shield() -> None:
-    """In a worker: hear signals of the training process alone; whoever stops a job signals all of it, workers too.
+    """In a loader worker: pass over the first signal to end.
 
-    The training process saves first, and needs its workers until then.
+    Whoever stops a job signals all of its processes, and the training process saves first, for which it may need its
+    workers. It asks them to end in its turn (`ending_workers`).
     """
-    if get_worker_info() is None or not hasattr(signal, "sigwaitinfo"):
-        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    Thread(target=_end_when_asked, args=(os.getppid(),), daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, lambda *_: os._exit(0)))
 
 
-def _end_when_asked(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+@contextmanager
+def ending_workers() -> Iterator[None]:
+    """Let the loader workers that start meanwhile end with it: each is sent the signal that it passes over."""
+    before = set(active_children())
+    try:
+        yield
+    finally:
+        for worker in set(active_children()) - before:
+            worker.terminate()
 
 
 class Preparer:
@@ -78,7 +82,8 @@ class Preparer:
 
     def __call__(self, numbers: list[int]) -> dict[str, Any]:
         """The batch of some samples, or `{"error": ...}`; `skipped` says what was left out and why."""
-        _shield()
+        if get_worker_info() is not None:
+            _shield()
         caches = self.processor.loader.caches
         before = counted(caches)
         try:

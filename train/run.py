@@ -273,12 +273,14 @@ def _train_stage(
     Raises:
         Stopped: a signal came before it.
     """
+    from mmllm.train.preparing import ending_workers
     from mmllm.train.stage import make_trainer
     from mmllm.train.trainer import split_objective
 
     trainer, stopper, checkpoint = make_trainer(name, number, stage, recipe, model, processor, run, options)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with ending_workers():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         stopper.restore()
     if stopper.signal is not None and trainer.state.global_step < trainer.state.max_steps:
