@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.contract.errors import UserError, shown
-from mmllm.data.json_files import read_json
+from mmllm.data.records.json_files import read_json
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

@@ -19,9 +19,9 @@ _HOMES = {
     "pipeline": "mmllm.api",
     "Video": "mmllm.api",
     "Image": "mmllm.api",
-    "MMLLMConfig": "mmllm.configuration",
-    "MMLLMForConditionalGeneration": "mmllm.model",
-    "MMLLMProcessor": "mmllm.processing",
+    "MMLLMConfig": "mmllm.model.config",
+    "MMLLMForConditionalGeneration": "mmllm.model.modeling",
+    "MMLLMProcessor": "mmllm.processing.processor",
     "UserError": "mmllm.contract.errors",
     "register": "mmllm.contract.registry",
 }

@@ -13,10 +13,10 @@ from mmllm.contract.arguments import Count, parse
 from mmllm.contract.errors import UserError, nearest, shown
 from mmllm.contract.library import pretrained
 from mmllm.device import check_device
-from mmllm.model_folder import check_generation, check_model_folder, check_tokenizer, model_folder
+from mmllm.model.folder import check_generation, check_model_folder, check_tokenizer, model_folder
 
 if TYPE_CHECKING:
-    from mmllm.processing import MMLLMProcessor
+    from mmllm.processing.processor import MMLLMProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ def load(path: str | Path, *, device: str | None = None, dtype: Any = "auto") ->
     """
     import torch
 
-    from mmllm.model import MMLLMForConditionalGeneration
-    from mmllm.processing import MMLLMProcessor
+    from mmllm.model.modeling import MMLLMForConditionalGeneration
+    from mmllm.processing.processor import MMLLMProcessor
 
     folder = model_folder(path)
     check_device(None if device is None else str(device))
@@ -87,7 +87,7 @@ def load(path: str | Path, *, device: str | None = None, dtype: Any = "auto") ->
     check_generation(model, folder)
     check_tokenizer(processor, folder)
     if processor.model_section != model.config.model_section:
-        from mmllm.recipe import differences
+        from mmllm.config.recipe import differences
 
         keys = differences(processor.model_section, model.config.model_section)
         raise UserError(folder, f"config.json and processor_config.json differ at {', '.join(keys[:5])}")
@@ -202,7 +202,7 @@ def _medium(given: Video | Image | str | os.PathLike) -> Video | Image:
         return given
     if not isinstance(given, str | os.PathLike):
         raise UserError("media", "wrong type", expected="a path, Video(...) or Image(...)", got=type(given).__name__)
-    from mmllm.data.media import IMAGE_SUFFIXES, MediaRef
+    from mmllm.data.media.types import IMAGE_SUFFIXES, MediaRef
 
     text = os.fspath(given)
     if Path(text).suffix.lower() in IMAGE_SUFFIXES:

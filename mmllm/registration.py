@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from types import ModuleType
 
 HOMES = {
-    "transformers.models.auto.configuration_auto": "mmllm.configuration",
-    "transformers.models.auto.modeling_auto": "mmllm.model",
-    "transformers.models.auto.processing_auto": "mmllm.processing",
+    "transformers.models.auto.configuration_auto": "mmllm.model.config",
+    "transformers.models.auto.modeling_auto": "mmllm.model.modeling",
+    "transformers.models.auto.processing_auto": "mmllm.processing.processor",
 }
 """{module of the library: ours that registers itself there}."""
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
+from mmllm.config.recipe import Recipe, differences
 from mmllm.contract.arguments import Count, parse
 from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import append_lines, read_record, write_json, write_text, writing
 from mmllm.progress import say
-from mmllm.recipe import Recipe, differences
 
 COMMAND = "command.txt"
 """File that is the first in a run folder: a folder without it is no run of ours."""

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from mmllm.contract.types import Needs
-from mmllm.data.cache import Rate, key_of
-from mmllm.data.guard import GuardedReader
-from mmllm.data.loading import Caches, MediaLoader, layout
+from mmllm.data.media.cache import Rate, key_of
+from mmllm.data.media.guard import GuardedReader
+from mmllm.data.media.loading import Caches, MediaLoader, layout
 
 
 def attach_caches(

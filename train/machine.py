@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mmllm.config.recipe import Recipe
+from mmllm.config.schema import Stage
 from mmllm.contract.arguments import Count, Number, parse
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.files import read_record
 from mmllm.device import check_device
-from mmllm.recipe import Recipe
-from mmllm.sections import Stage
 
 if TYPE_CHECKING:
     from accelerate import PartialState

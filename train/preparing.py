@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Objective
 from mmllm.contract.registry import load_plugin, plugins
-from mmllm.data.conversations import Sample
+from mmllm.data.records.conversations import Sample
 from mmllm.train.caching import counted, since
 
 TRIES = 20

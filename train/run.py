@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmllm.config.recipe import Recipe
+from mmllm.config.schema import Stage
 from mmllm.contract.arguments import bind
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.files import held
 from mmllm.contract.parts import Objective
 from mmllm.contract.registry import find
-from mmllm.data.guard import GuardedReader
+from mmllm.data.media.guard import GuardedReader
 from mmllm.device import check_device, choose_threads
 from mmllm.progress import say
-from mmllm.recipe import Recipe
 from mmllm.run_folder import RunFolder
-from mmllm.sections import Stage
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -59,7 +59,7 @@ class Options:
 
     def caches(self) -> Any:
         """The media caches that are asked for, or None."""
-        from mmllm.data.loading import Caches
+        from mmllm.data.media.loading import Caches
 
         return Caches.open(self.cache.expanduser() / "media", self.keep, self.keep_bytes) if self.keep else None
 
@@ -141,7 +141,7 @@ def _model(recipe: Recipe, run: RunFolder) -> tuple[Any, Any]:
     Weights are float32 whatever they were saved in: what an optimizer adds to smaller numbers is lost in rounding.
     """
     from mmllm.api import load
-    from mmllm.build import build_model, build_processor, set_stop_tokens
+    from mmllm.model.build import build_model, build_processor, set_stop_tokens
 
     if run.status["stages"]:
         return load(run.model, dtype="float32")
@@ -177,8 +177,8 @@ def check(
     Raises:
         UserError: something does not fit.
     """
-    from mmllm.build import build_processor, check_shapes, llm_facts
-    from mmllm.data.loading import MediaLoader
+    from mmllm.data.media.loading import MediaLoader
+    from mmllm.model.build import build_processor, check_shapes, llm_facts
     from mmllm.train.machine import plan
     from mmllm.train.stage import check_names, load_data
 
@@ -215,7 +215,7 @@ def _chosen(recipe: Recipe, names: list[str] | None) -> dict[str, Stage]:
 
 
 def _check_vocabulary(processor: Any, recipe: Recipe) -> None:
-    from mmllm.build import text_config
+    from mmllm.model.build import text_config
 
     rows, needed = text_config(recipe).vocab_size, len(processor.tokenizer)
     added = len(processor.placeholder_ids)

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from mmllm.config.recipe import Recipe
+from mmllm.config.schema import Stage
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import replacing
 from mmllm.contract.registry import plugins
-from mmllm.recipe import Recipe
-from mmllm.sections import Stage
 from mmllm.train.checkpoints import digest, naming
 from mmllm.train.machine import precision
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from mmllm.config.recipe import Recipe
+from mmllm.config.schema import Stage
 from mmllm.contract.errors import UserError, nearest
-from mmllm.data import mix
-from mmllm.data.conversations import Sample
-from mmllm.data.mixture import Joined
-from mmllm.front_end import FrontEnd
-from mmllm.recipe import Recipe
+from mmllm.data.records import mix
+from mmllm.data.records.conversations import Sample
+from mmllm.data.records.mixture import Joined
+from mmllm.model.front_end import FrontEnd
 from mmllm.run_folder import RunFolder
-from mmllm.sections import Stage
 from mmllm.train.caching import attach_caches
 from mmllm.train.checkpoints import check_checkpoint, check_data, last_checkpoint
 from mmllm.train.machine import join, precision, recompute, training_arguments
@@ -77,7 +77,7 @@ def starts(name: str, stage: Stage, recipe: Recipe) -> list[tuple[str | None, Pa
     Raises:
         UserError: a folder without a model.
     """
-    from mmllm.model_folder import model_folder
+    from mmllm.model.folder import model_folder
 
     given = stage.init if isinstance(stage.init, dict) else {None: stage.init} if stage.init else {}
     found = []

@@ -17,7 +17,7 @@ from mmllm.contract.errors import UserError
 from mmllm.device import pick_device
 
 if TYPE_CHECKING:
-    from mmllm.data.conversations import Source
+    from mmllm.data.records.conversations import Source
 
 EPILOG = """\
 examples:
@@ -54,8 +54,8 @@ def configure(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Score, rank and write."""
-    from mmllm.data.align_levels import level_edges, levels_by_edges, levels_by_rank, pair_of, with_levels
-    from mmllm.data.conversations import open_source
+    from mmllm.data.records.alignment_levels import level_edges, levels_by_edges, levels_by_rank, pair_of, with_levels
+    from mmllm.data.records.conversations import open_source
 
     if options.out.exists() and options.out.samefile(options.data):
         raise UserError(options.out, "the data would be overwritten", hint="--out another.jsonl")
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _records(source: Source, folder: Path) -> Iterator[dict[str, Any]]:
     """The records, written so that their media are found: as they are beside the data or the media."""
-    from mmllm.data.formats.messages import as_record
+    from mmllm.data.records.formats.messages import as_record
 
     stay = folder.resolve() in (source.path.parent.resolve(), source.root.resolve())
     for index in range(len(source)):
@@ -127,11 +127,11 @@ def _given(path: Path, count: int) -> list[float]:
 
 def _scored(pairs: list[Any], options: argparse.Namespace) -> list[float]:
     """A score for every record's name, medium and text."""
-    from mmllm.data.align_levels import Pair
-    from mmllm.data.guard import GuardedReader
-    from mmllm.data.sampling import Sampling
+    from mmllm.data.media.guard import GuardedReader
+    from mmllm.data.media.sampling import Sampling
+    from mmllm.data.records.alignment_levels import Pair
+    from mmllm.model.contrastive_scorer import TrainedPair, is_run
     from mmllm.progress import Progress
-    from mmllm.trained_pair import TrainedPair, is_run
 
     calm_libraries()
     device, sampling = pick_device(options.device), Sampling(frames=options.frames)

@@ -49,8 +49,8 @@ def run(options: argparse.Namespace) -> int:
     """Ask."""
     calm_libraries()
     from mmllm.api import check_new_tokens, load, stream_answer
-    from mmllm.data.loading import MediaLoader
-    from mmllm.data.media import MediaRef
+    from mmllm.data.media.loading import MediaLoader
+    from mmllm.data.media.types import MediaRef
 
     media = [MediaRef.parse(kind, text) for kind, text in options.media or []]
     device = pick_device(options.device)

@@ -14,7 +14,7 @@ from mmllm.contract.arguments import Seed, Within, parse
 from mmllm.contract.errors import UserError
 
 if TYPE_CHECKING:
-    from mmllm.data.damage import OnDamage
+    from mmllm.data.media.damage import OnDamage
 
 
 def flag(annotation: Any) -> Callable[[str], Any]:
@@ -70,8 +70,8 @@ def media_reader(backend: str, seconds: float, corrupt: OnDamage = "warn") -> An
         UserError: no such back end, one that cannot tell the damage that is to be refused, or no time at all.
     """
     from mmllm.contract.registry import find, plugins
-    from mmllm.data.guard import GuardedReader
-    from mmllm.data.limits import Limits
+    from mmllm.data.media.guard import GuardedReader
+    from mmllm.data.media.limits import Limits
 
     find("backend", backend, f"--backend {backend}")
     return GuardedReader(backend, Limits(timeout=seconds), plugins(), corrupt)

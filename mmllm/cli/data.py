@@ -55,8 +55,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run_check(options: argparse.Namespace) -> int:
     """Check data files and their media."""
-    from mmllm.data.check import scan
-    from mmllm.data.doctor import examine
+    from mmllm.data.media.doctor import examine
+    from mmllm.data.records.check import scan
     from mmllm.progress import Progress
 
     if options.jobs is not None and options.jobs < 1:
@@ -100,7 +100,7 @@ def _known(path: Path) -> dict[str, dict[str, Any]]:
 
 def _report(options: argparse.Namespace, found: Any, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """All that was found, ready for JSON."""
-    from mmllm.data.doctor import HOLES, problems
+    from mmllm.data.media.doctor import HOLES, problems
 
     rows, totals, seconds = [], {kind: Counter() for kind in ("video", "image")}, []
     for medium in found.media.values():
@@ -134,7 +134,7 @@ def _report(options: argparse.Namespace, found: Any, facts: dict[str, dict[str, 
 
 
 def _exit_code(report: dict[str, Any]) -> int:
-    from mmllm.data.doctor import HOLES
+    from mmllm.data.media.doctor import HOLES
 
     both = Counter(report["videos"]) + Counter(report["images"])
     holes = sum(both[name] for name in HOLES)
@@ -145,7 +145,7 @@ def _exit_code(report: dict[str, Any]) -> int:
 
 def _table(report: dict[str, Any], out: Path) -> str:
     """What a person reads."""
-    from mmllm.data.doctor import HOLES, NOTES
+    from mmllm.data.media.doctor import HOLES, NOTES
 
     lines = []
     for error in report["errors"]["first"][:SHOWN]:

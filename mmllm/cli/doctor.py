@@ -171,13 +171,13 @@ def _backends(clip: Path) -> list[Finding]:
     """Each registered back end on a clip of 8 frames, in a process that may die of it."""
     from mmllm.contract.errors import UserError
     from mmllm.contract.registry import parts, plugins
-    from mmllm.data.guard import GuardedReader
-    from mmllm.data.limits import Limits
-    from mmllm.data.media import MediaRef
-    from mmllm.data.sampling import Sampling
+    from mmllm.data.media.guard import GuardedReader
+    from mmllm.data.media.limits import Limits
+    from mmllm.data.media.sampling import Sampling
+    from mmllm.data.media.types import MediaRef
 
     found, heard = [], _Heard()
-    log = logging.getLogger("mmllm.data.reader")
+    log = logging.getLogger("mmllm.data.media.reader")
     log.addHandler(heard)
     for name, backend in sorted(parts("backend").items(), reverse=True):
         start, heard.texts = time.perf_counter(), []

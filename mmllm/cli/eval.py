@@ -59,9 +59,9 @@ def run(options: argparse.Namespace) -> int:
         return check(names, _roots(options.model[0], names, options.root), options)
     calm_libraries()
     from mmllm.api import load
-    from mmllm.data.loading import MediaLoader
+    from mmllm.data.media.loading import MediaLoader
     from mmllm.eval.report import run_report
-    from mmllm.model_folder import model_folder
+    from mmllm.model.folder import model_folder
     from mmllm.run_folder import add_seconds, read_seconds
 
     results, holes = {}, False
@@ -133,9 +133,9 @@ def _print(path: str, reports: dict[str, Any], out: Path, options: argparse.Name
 
 def _roots(model: str, names: list[str], given: list[str] | None) -> dict[str, str]:
     """Folders of the benchmarks: from the flags, else from the recipe beside the model."""
+    from mmllm.config.recipe import load as load_recipe
     from mmllm.eval.benchmarks import find_benchmark
-    from mmllm.model_folder import model_folder
-    from mmllm.recipe import load as load_recipe
+    from mmllm.model.folder import model_folder
 
     roots = pairs(given, "--root")
     for name in roots:

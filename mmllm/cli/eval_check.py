@@ -10,7 +10,7 @@ from typing import Any
 
 from mmllm.cli.common import media_reader, print_json
 from mmllm.contract.errors import UserError
-from mmllm.data.guard import GuardedReader
+from mmllm.data.media.guard import GuardedReader
 from mmllm.eval.items import Item
 from mmllm.eval.selection import Selection, missing_by_task, select
 from mmllm.progress import Progress
@@ -43,7 +43,7 @@ def check(names: list[str], roots: dict[str, str], options: argparse.Namespace) 
 
 def _unreadable(items: list[Item], reader: GuardedReader, name: str, quiet: bool) -> list[tuple[Item, str]]:
     """(item, reason) of those whose header or bound does not fit; each part of a clip is looked at once."""
-    from mmllm.data.media import MediaRef
+    from mmllm.data.media.types import MediaRef
 
     seen: dict[MediaRef, str | None] = {}
     found = []

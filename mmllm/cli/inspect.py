@@ -41,7 +41,7 @@ def run_fusion(options: argparse.Namespace) -> int:
         raise UserError(f"--out {options.out}", "not a picture", expected="FILE.png")
     calm_libraries()
     from mmllm.api import load
-    from mmllm.data.loading import MediaLoader
+    from mmllm.data.media.loading import MediaLoader
 
     model, processor = load(options.model, device=pick_device(options.device), dtype=options.dtype or "auto")
     processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
@@ -83,8 +83,8 @@ def _look(
     """{fusion: {stream: weight}} of one clip."""
     import torch
 
-    from mmllm.batch import move
-    from mmllm.data.media import MediaRef
+    from mmllm.data.media.types import MediaRef
+    from mmllm.processing.collate import move
 
     ref = MediaRef.parse("video", video)
     medium = {"type": "video", "path": ref.path, "start": ref.start, "end": ref.end, "fps": ref.fps}

@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run_list(options: argparse.Namespace) -> int:
     """Names and what they are; reads YAML alone."""
-    from mmllm.recipe import summaries
+    from mmllm.config.recipe import summaries
 
     rows = list(summaries())
     if options.json:
@@ -57,9 +57,9 @@ def run_list(options: argparse.Namespace) -> int:
 def run_show(options: argparse.Namespace) -> int:
     """Print the walk."""
     calm_libraries()
-    from mmllm.build import llm_facts
-    from mmllm.recipe import load
-    from mmllm.walk import as_dicts, render, walk
+    from mmllm.checks.summary import as_dicts, render, walk
+    from mmllm.config.recipe import load
+    from mmllm.model.build import llm_facts
 
     recipe = load(options.recipe, options.overrides)
     rows = walk(recipe, "image" if options.image else "video", size=_size(options))
@@ -87,10 +87,10 @@ def _size(options: argparse.Namespace) -> tuple[int, int] | None:
 def run_check(options: argparse.Namespace) -> int:
     """Check every part of a recipe and the recipe as a whole."""
     calm_libraries()
+    from mmllm.checks.part import check_part
+    from mmllm.checks.recipe import check_recipe
+    from mmllm.config.recipe import load, resolve_encoders
     from mmllm.contract.registry import find
-    from mmllm.part_checks import check_part
-    from mmllm.recipe import load, resolve_encoders
-    from mmllm.recipe_checks import check_recipe
 
     recipe = load(options.recipe, options.overrides)
     resolve_encoders(recipe)

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     """Train."""
     sleep_beside_neighbours()
     calm_libraries()
-    from mmllm.recipe import load
+    from mmllm.config.recipe import load
     from mmllm.train.machine import join
     from mmllm.train.run import Options, Stopped, check, train
 

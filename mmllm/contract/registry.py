@@ -25,8 +25,8 @@ PACKAGES = {
     "reducer": "mmllm.connectors",
     "objective": "mmllm.train.objectives",
     "vocabulary": "mmllm.connectors",
-    "backend": "mmllm.data.backends",
-    "format": "mmllm.data.formats",
+    "backend": "mmllm.data.media.backends",
+    "format": "mmllm.data.records.formats",
 }
 _parts: dict[str, dict[str, type]] = {kind: {} for kind in PACKAGES}
 _imported: set[str] = set()
@@ -78,8 +78,8 @@ def parts(kind: str) -> dict[str, type]:
     if package not in _imported:
         _imported.add(package)
         module = importlib.import_module(package)
-        for info in pkgutil.iter_modules(module.__path__):
-            importlib.import_module(f"{package}.{info.name}")
+        for info in pkgutil.walk_packages(module.__path__, f"{package}."):
+            importlib.import_module(info.name)
     return _parts[kind]
 
 

@@ -164,7 +164,7 @@ class Lab:
 
     def _refuse_another(self, run: Run) -> None:
         """Raise where a folder holds a run of what the study said before."""
-        from mmllm.recipe import differences
+        from mmllm.config.recipe import differences
 
         path = run.out / "lab.json"
         known = read_record(path) if path.is_file() else {}

@@ -11,13 +11,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mmllm.config.recipe import Recipe, load
+from mmllm.config.sections import check_name
 from mmllm.contract.arguments import Count, Seed, bind
 from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.registry import load_plugin
 from mmllm.eval.benchmarks import find_benchmark
-from mmllm.recipe import Recipe, load
-from mmllm.recipe_sections import check_name
 
 CLOSE = 0.05
 """Multiply-adds are equal if no arm has more than this share above the least."""
@@ -225,9 +225,9 @@ class StudyFile:
         Raises:
             UserError: what the study wants to be equal is not; says the figures.
         """
-        from mmllm.build import check_shapes
+        from mmllm.checks.summary import walk
+        from mmllm.model.build import check_shapes
         from mmllm.train.stage import check_names
-        from mmllm.walk import walk
 
         found = {}
         for name, recipe in self.recipes.items():

@@ -1,4 +1,4 @@
-"""What both back ends make of the damaged files of tests/data/damage.py: JSON, and a table for people.
+"""What both back ends make of the damaged files of tests/helpers/damage.py: JSON, and a table for people.
 
     python scripts/bench/damaged_media.py --videos ../shared/data/videos --out damaged.json
     python scripts/bench/damaged_media.py --each
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.contract.errors import UserError
-from mmllm.data.guard import GuardedReader
-from mmllm.data.limits import Limits
-from mmllm.data.media import MediaRef
-from mmllm.data.sampling import Sampling
+from mmllm.data.media.guard import GuardedReader
+from mmllm.data.media.limits import Limits
+from mmllm.data.media.sampling import Sampling
+from mmllm.data.media.types import MediaRef
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-from data.damage import CASES
+from helpers.damage import CASES
 
 ASKED = 16
 

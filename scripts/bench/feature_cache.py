@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from mmllm.build import build_model, build_processor
-from mmllm.data.conversations import Sample
-from mmllm.data.loading import Caches, MediaLoader
-from mmllm.data.media import MediaRef
-from mmllm.data.sampling import Sampling
-from mmllm.recipe import load
+from mmllm.config.recipe import load
+from mmllm.data.media.loading import Caches, MediaLoader
+from mmllm.data.media.sampling import Sampling
+from mmllm.data.media.types import MediaRef
+from mmllm.data.records.conversations import Sample
+from mmllm.model.build import build_model, build_processor
 from mmllm.train.caching import attach_caches
 from mmllm.train.run import build_objective
 from mmllm.train.stage import freeze

@@ -64,11 +64,11 @@ def encode(video: Path, frames: int, layers: int) -> dict[str, float]:
 
     from mmllm.contract.parts import Site
     from mmllm.contract.types import MediaSpec, Needs
-    from mmllm.data.media import MediaRef
-    from mmllm.data.pixels import to_geometry
-    from mmllm.data.reader import VideoReader
-    from mmllm.encoders.chunks import chunks_of
-    from mmllm.encoders.huggingface import SiglipEncoder
+    from mmllm.data.media.pixels import to_geometry
+    from mmllm.data.media.reader import VideoReader
+    from mmllm.data.media.types import MediaRef
+    from mmllm.encoders.image.huggingface import SiglipEncoder
+    from mmllm.model.chunks import chunks_of
 
     config = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": layers, "num_attention_heads": 12}
     encoder = SiglipEncoder(Site(), config={**config, "image_size": 224, "patch_size": 16}).eval().requires_grad_(False)

@@ -72,7 +72,7 @@ def kept(part: Any, streams: list[Tensor]) -> float:
 
 def child(form: str, options: argparse.Namespace) -> None:
     """Run one form once and print the MiB that it needed at most."""
-    import mmllm.connectors.merv  # noqa: F401 - imports are not what is measured
+    import mmllm.connectors.merv.fusion  # noqa: F401 - imports are not what is measured
 
     torch.ones(64, 64) @ torch.ones(64, 64)
     cuda = torch.device(options.device).type == "cuda"

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from mmllm.data.guard import GuardedReader
-from mmllm.data.media import MediaRef
-from mmllm.data.reader import probe, read_media
-from mmllm.data.sampling import Sampling
+from mmllm.data.media.guard import GuardedReader
+from mmllm.data.media.reader import probe, read_media
+from mmllm.data.media.sampling import Sampling
+from mmllm.data.media.types import MediaRef
 
 Read = Callable[[], np.ndarray]
 HOWS = ("pyav", "pyav guarded", "decord guarded")

@@ -30,7 +30,7 @@ def batches(recipe: Any, processor: Any, count: int, size: int) -> list[dict[str
 
 def by_hand(model: Any, prepared: list[dict[str, Any]], lr: float) -> Any:
     """A generator of step seconds of a plain loop: embed, run the LLM, head on scored rows, cross-entropy."""
-    from mmllm.batch import move
+    from mmllm.processing.collate import move
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     model.train()
@@ -113,8 +113,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
-    from mmllm.build import build_model, build_processor
-    from mmllm.recipe import load
+    from mmllm.config.recipe import load
+    from mmllm.model.build import build_model, build_processor
 
     recipe = load(options.recipe, [f"roots.world={options.world}"])
     prepared = batches(recipe, build_processor(recipe), 4, options.batch)

@@ -110,7 +110,7 @@ def build(root: Path) -> None:
 
 
 def _model(bench: Bench) -> None:
-    from tiny import save_model, tokenizer_folder
+    from helpers.tiny import save_model, tokenizer_folder
 
     save_model(bench.model)
     shutil.copytree(tokenizer_folder(), bench.tokenizer)
@@ -118,7 +118,7 @@ def _model(bench: Bench) -> None:
 
 def _videos(folder: Path) -> None:
     """What `data.makers` asks for by name, made of the one clip that the repository has."""
-    from data.makers import _real, encode
+    from helpers.makers import _real, encode
     from PIL import Image
 
     folder.mkdir()
@@ -132,7 +132,7 @@ def _videos(folder: Path) -> None:
 
 
 def _media(bench: Bench) -> None:
-    from data.makers import encode, encoded, gif, numbered
+    from helpers.makers import encode, encoded, gif, numbered
     from PIL import Image
 
     folder = bench.root / "media"
@@ -158,7 +158,7 @@ def _media(bench: Bench) -> None:
 
 
 def _data(path: Path) -> None:
-    from tiny import frames, image, write_video
+    from helpers.tiny import frames, image, write_video
 
     lines = []
     for number in range(8):
@@ -179,9 +179,9 @@ def _data(path: Path) -> None:
 
 
 def _recipes(bench: Bench) -> None:
-    from tiny import tiny_recipe
+    from helpers.tiny import tiny_recipe
 
-    from mmllm.recipe import names
+    from mmllm.config.recipe import names
 
     folder = bench.root / "recipes"
     folder.mkdir()

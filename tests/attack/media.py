@@ -161,9 +161,9 @@ def read(path: Path) -> np.ndarray:
     """The frames that the model of the bench is given, at full size, uint8 [T, H, W, 3]."""
     import logging
 
-    from mmllm.data.guard import GuardedReader
-    from mmllm.data.media import MediaRef
-    from mmllm.data.sampling import Sampling
+    from mmllm.data.media.guard import GuardedReader
+    from mmllm.data.media.sampling import Sampling
+    from mmllm.data.media.types import MediaRef
 
     ref = MediaRef("image" if path.suffix in IMAGES else "video", str(path))
     logging.disable(logging.CRITICAL)  # the command has said it all before
@@ -192,8 +192,8 @@ LATE = ("late.mkv", "late.ts")
 
 
 def _of_the_tests() -> list[Row]:
-    """The files of tests/data/damage.py, with what is known of them there."""
-    from data.damage import CASES
+    """The files of tests/helpers/damage.py, with what is known of them there."""
+    from helpers.damage import CASES
 
     def written(known: Any) -> Asked:
         def write(here: Path, bench: Bench, note: str, expect: Expect) -> Case:

@@ -13,7 +13,7 @@ from attack import kills
 from attack.case import Case, Ran, judge
 from attack.generators import FULL, GENERATORS, SHARES, names
 from attack.media import same_frames
-from tiny import image
+from helpers.tiny import image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

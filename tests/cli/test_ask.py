@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import frames, image, save_model, write_video
+from helpers.tiny import frames, image, save_model, write_video
 
 from mmllm.cli import main
 
@@ -64,7 +64,7 @@ def test_the_committed_clip_is_answered(capsys, model):
 
 
 def test_an_answer_that_nobody_takes_ends(tmp_path):
-    from tiny import save_model
+    from helpers.tiny import save_model
 
     folder = save_model(tmp_path / "model")
     command = [
@@ -89,7 +89,7 @@ def test_an_answer_that_nobody_takes_ends(tmp_path):
 def test_a_stream_that_is_closed_stops_generating(tmp_path):
     import threading
 
-    from tiny import save_model
+    from helpers.tiny import save_model
 
     import mmllm
 

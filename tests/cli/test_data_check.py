@@ -8,10 +8,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from tiny import frames, image, write_video
+from helpers.tiny import frames, image, write_video
 
 from mmllm.cli import main
-from mmllm.data import doctor
+from mmllm.data.media import doctor
 
 CLIP = Path(__file__).resolve().parents[1] / "assets" / "tablet_drawing.mp4"
 

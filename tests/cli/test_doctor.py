@@ -13,7 +13,7 @@ from mmllm.cli import doctor, main
 
 BROKEN = """
 from mmllm.contract.registry import register
-from mmllm.data.backends.pyav import PyAVBackend
+from mmllm.data.media.backends.pyav import PyAVBackend
 
 
 @register("backend", "crashes")

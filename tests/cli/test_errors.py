@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import frames, image, save_model, tiny_processor, tiny_recipe, tokenizer_folder, write_video
+from helpers.tiny import frames, image, save_model, tiny_processor, tiny_recipe, tokenizer_folder, write_video
 
 from mmllm.cli import main
 from mmllm.contract.errors import UserError
@@ -207,7 +207,7 @@ def test_more_media_than_placeholders_and_the_reverse():
 
 
 def test_a_conversation_that_is_too_long_loses_whole_turns_or_is_refused():
-    from tiny import turn, video
+    from helpers.tiny import turn, video
 
     processor = tiny_processor(tiny_recipe())
     answer = turn("left", role="assistant")

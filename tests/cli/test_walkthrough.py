@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mmllm import recipe as recipes
 from mmllm.cli import main
+from mmllm.config import recipe as recipes
 
 TWINS = [
     name for name in recipes.names() if name.startswith("nano/") and name.split("/")[1] not in ("base", "llava", "clip")

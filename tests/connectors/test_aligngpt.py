@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import frames, image, save_model, tiny_model, tiny_processor, tiny_recipe, turn, video, write_video
+from helpers.tiny import frames, image, save_model, tiny_model, tiny_processor, tiny_recipe, turn, video, write_video
 
 from mmllm.cli import main
 from mmllm.connectors.aligngpt import LevelGate
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
 from mmllm.contract.types import Grid, MediaSpec, PromptFeatures, TokenSpec
-from mmllm.data.align_levels import clip_score, level_edges, level_of, levels_by_edges, levels_by_rank
-from mmllm.data.conversations import Sample
-from mmllm.data.media import MediaRef
-from mmllm.data.mix import load_data
-from mmllm.encoders.tokens import frame_tokens
+from mmllm.data.media.types import MediaRef
+from mmllm.data.records.alignment_levels import clip_score, level_edges, level_of, levels_by_edges, levels_by_rank
+from mmllm.data.records.conversations import Sample
+from mmllm.data.records.mix import load_data
+from mmllm.encoders.common.tokens import frame_tokens
 from mmllm.world.tokenizer import build_tokenizer
 
 WIDTH = 6
@@ -312,7 +312,7 @@ def test_a_pair_of_towers_scores_pictures_and_captions(tmp_path):
 
 
 def test_a_contrastive_run_scores_media_as_it_read_them_in_training(tmp_path, capsys):
-    from mmllm.trained_pair import TrainedPair
+    from mmllm.model.contrastive_scorer import TrainedPair
 
     recipe = tiny_recipe("nano/clip", overrides=("model.text.words.joint=64",))
     pair = tmp_path / "run/model"

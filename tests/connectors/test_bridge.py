@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from mmllm.connectors.bridgetower import Bridge
-from mmllm.connectors.cross_modal import masked_mean
-from mmllm.connectors.pool import Pool
+from mmllm.connectors.bridgetower.connector import Bridge
+from mmllm.connectors.bridgetower.cross_modal import masked_mean
+from mmllm.connectors.common.pool import Pool
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
 from mmllm.contract.types import Grid, MediaSpec, PromptFeatures, TokenSpec, VisualTokens
-from mmllm.encoders.tokens import at_times, frame_tokens
+from mmllm.encoders.common.tokens import at_times, frame_tokens
 
 CLIP = TokenSpec(MediaSpec("video", 3), 12, 10, Grid(3, 2, 2), {"levels": (12, 2, 10)})
 SMALL = {"width": 8, "heads": 2, "std": 0.4}

@@ -12,8 +12,8 @@ from transformers import (
     BridgeTowerModel,
 )
 
-from mmllm.connectors.cross_modal import BRIDGES, CrossModalStack, Sizes
-from mmllm.connectors.image_text import ImageTextModel, PooledStack, from_transformers, sizes_of
+from mmllm.connectors.bridgetower.cross_modal import BRIDGES, CrossModalStack, Sizes
+from mmllm.connectors.bridgetower.image_text import ImageTextModel, PooledStack, from_transformers, sizes_of
 from mmllm.contract.errors import UserError
 
 TOLERANCE = 1e-5
@@ -213,7 +213,7 @@ def test_without_its_last_text_layer_the_image_stream_is_the_same():
 
 def test_sizes_of_the_paper():
     """Parameters and multiply-adds as the paper and its cost notes count them (millions, thousands, milliards)."""
-    from mmllm.walk import count_macs
+    from mmllm.checks.summary import count_macs
 
     with torch.device("meta"):
         for depth, millions in ((2, 37.8), (3, 56.8), (4, 75.6), (6, 113.4)):

@@ -7,18 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import frames, tiny_model, tiny_processor, tiny_recipe, write_video
+from helpers.tiny import frames, tiny_model, tiny_processor, tiny_recipe, write_video
 
-from mmllm.build import check_shapes
+from mmllm.checks.summary import walk
 from mmllm.cli import main
+from mmllm.config.recipe import load
 from mmllm.contract import registry
 from mmllm.contract.arguments import bind
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part, Site
 from mmllm.contract.types import Grid, MediaSpec, Needs, TokenSpec, VisualTokens
-from mmllm.encoders.tokens import at_times, frame_tokens
-from mmllm.recipe import load
-from mmllm.walk import walk
+from mmllm.encoders.common.tokens import at_times, frame_tokens
+from mmllm.model.build import check_shapes
 
 PROJECTORS = {
     "pool": lambda t, h, w: {"grid": (t, h, w)},
@@ -103,7 +103,7 @@ def test_the_cheap_form_equals_the_authors_in_values_and_gradients(attn_dim, opt
 
 
 def test_gradients_of_the_mixture_equal_those_of_its_formula():
-    from mmllm.connectors.merv_attention import Mixture, blend
+    from mmllm.connectors.merv.attention import Mixture, blend
 
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(size, generator=generator) for size in [(4,), (3,), *[(2, 5, 4)] * 3]]
@@ -136,7 +136,7 @@ def test_only_what_matters_is_stored():
 
 
 def test_both_forms_start_with_the_same_spread():
-    from mmllm.connectors.merv_attention import collapse
+    from mmllm.connectors.merv.attention import collapse
 
     inputs = tuple(tokens(seed, width=96).spec for seed in range(2))
     for attn_dim in (64, 96):

@@ -12,14 +12,14 @@ from transformers import (
     CLIPModel,
 )
 
-from mmllm.connectors.patch_heads import ClipHead, cosine
-from mmllm.connectors.ppllava import PromptPool, PromptRelevance
-from mmllm.connectors.windows import distance_from_mean, resolve_windows, window_weights, windowed_softmax_pool
+from mmllm.connectors.common.windows import distance_from_mean, resolve_windows, window_weights, windowed_softmax_pool
+from mmllm.connectors.ppllava.patch_heads import ClipHead, cosine
+from mmllm.connectors.ppllava.pooling import PromptPool, PromptRelevance
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import NoPrompt, Site
 from mmllm.contract.types import Grid, MediaSpec, PromptFeatures, VisualTokens
-from mmllm.encoders.tokens import at_times, frame_tokens
-from mmllm.front_end import FrontEnd
+from mmllm.encoders.common.tokens import at_times, frame_tokens
+from mmllm.model.front_end import FrontEnd
 
 CLIP = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
 VISION = {**CLIP, "image_size": 28, "patch_size": 14}

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from mmllm.checks.part import check_part
 from mmllm.contract import registry
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part, Site
 from mmllm.contract.types import Grid, MediaSpec, TokenSpec, VisualTokens
-from mmllm.part_checks import check_part
 
 PARTS = [(kind, name) for kind in ("encoder", "connector") for name in sorted(registry.parts(kind))]
 
@@ -226,7 +226,7 @@ def test_the_check_lets_be_what_is_unusual_and_right(monkeypatch):
 
 def tokens(grid: Grid, width: int = 3, seed: int = 0) -> VisualTokens:
     """Random tokens on a grid."""
-    from mmllm.encoders.tokens import at_times, frame_tokens
+    from mmllm.encoders.common.tokens import at_times, frame_tokens
 
     values = torch.randn(2, grid.tokens, width, generator=torch.Generator().manual_seed(seed))
     made = frame_tokens(values, MediaSpec("video", grid.t), grid, grid.t)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.makers import coded, decoded
+from helpers.makers import coded, decoded
 
 
 @pytest.fixture

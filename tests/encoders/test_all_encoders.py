@@ -294,7 +294,7 @@ def test_positions_are_interpolated_where_another_size_is_asked_for():
 
 
 def test_a_video_tower_reads_tubelets_with_their_own_times():
-    from mmllm.encoders.tokens import at_times
+    from mmllm.encoders.common.tokens import at_times
 
     vivit = registry.find("encoder", "vivit")
     config = next(vivit.examples())[0]["config"]

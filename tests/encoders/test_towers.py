@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import frames, tiny_processor, tiny_recipe, turn
+from helpers.tiny import frames, tiny_processor, tiny_recipe, turn
 
-from mmllm.build import build_model
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
 from mmllm.contract.types import MediaSpec, Needs
-from mmllm.encoders.bank import build_encoder
+from mmllm.model.build import build_model
+from mmllm.model.encoder_bank import build_encoder
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -125,7 +125,7 @@ def test_logits_are_those_of_the_librarys_llava():
     """Same weights, same picture: transformers' LlavaForConditionalGeneration and our recipe `llava`, tiny."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    from mmllm.recipe import load
+    from mmllm.config.recipe import load
 
     vision = {**SMALL, "image_size": 28, "patch_size": 14, "projection_dim": 16}
     text = {**SMALL, "vocab_size": 120, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -163,7 +163,7 @@ def test_logits_are_those_of_the_librarys_llava_onevision_on_video():
         SiglipVisionConfig,
     )
 
-    from mmllm.recipe import load
+    from mmllm.config.recipe import load
 
     vision = {**SMALL, "image_size": 42, "patch_size": 14, "vision_use_head": False}
     text = {**SMALL, "vocab_size": 120, "num_key_value_heads": 2, "max_position_embeddings": 64}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_answers import Fake, lines, run
+from helpers.fake_answers import Fake, lines, run
 
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import held

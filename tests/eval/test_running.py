@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_answers import Fake, lines, run
+from helpers.fake_answers import Fake, lines, run
 
 from mmllm.contract.errors import UserError
 from mmllm.eval.mvbench import load

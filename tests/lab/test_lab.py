@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from lab.studies import study
+from helpers.studies import study
 
 from mmllm.cli import main
 from mmllm.contract.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lab.studies import ARMS, SHIPPED, study
+from helpers.studies import ARMS, SHIPPED, study
 
 from mmllm.contract.errors import UserError
 from mmllm.lab.study import StudyFile
@@ -89,7 +89,7 @@ def test_shipped_studies_are_fair(path):
     ],
 )
 def test_what_shipped_studies_train_first_fits_their_arms(tmp_path, name, taken):
-    from mmllm.build import build_model
+    from mmllm.model.build import build_model
     from mmllm.train.stage import start_from
 
     file = StudyFile(next(path for path in SHIPPED if path.stem == name))

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import frames, tiny_model, tiny_processor, tiny_recipe, turn, write_video
 from PIL import Image
-from tiny import frames, tiny_model, tiny_processor, tiny_recipe, turn, write_video
 
-from mmllm.data.sampling import Sampling
+from mmllm.data.media.sampling import Sampling
 
 OPTIONS = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny import LLMS, picture, tiny_model, tiny_processor, tiny_recipe, turn, video
+from helpers.tiny import LLMS, picture, tiny_model, tiny_processor, tiny_recipe, turn, video
 
 PROMPT = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import permutations
 
 import torch
-from tiny import picture, tiny_model, tiny_processor, tiny_recipe, turn, video
+from helpers.tiny import picture, tiny_model, tiny_processor, tiny_recipe, turn, video
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tiny import save_model, tiny_model, tiny_recipe
 from safetensors.torch import load_file, save_file
-from tiny import save_model, tiny_model, tiny_recipe
 
 from mmllm.api import load_weights
 from mmllm.contract.errors import UserError

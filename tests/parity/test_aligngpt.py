@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity.spliced import embedded, row
+from helpers.spliced import embedded, row
 from torch import Tensor, nn
 
 from mmllm.connectors.aligngpt import LevelGate
 from mmllm.contract.parts import Site
 from mmllm.contract.types import MediaSpec, PromptFeatures, TokenSpec
-from mmllm.data.align_levels import level_edges, levels_by_edges, levels_by_rank
-from mmllm.encoders.tokens import frame_tokens
+from mmllm.data.records.alignment_levels import level_edges, levels_by_edges, levels_by_rank
+from mmllm.encoders.common.tokens import frame_tokens
 
 PLACEHOLDER = -200
 

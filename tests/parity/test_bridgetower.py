@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, gelu, layer_norm, linear, normalize
 
-from mmllm.connectors.cross_modal import AddNorm, Sizes
-from mmllm.connectors.image_text import PooledStack, from_transformers
+from mmllm.connectors.bridgetower.cross_modal import AddNorm, Sizes
+from mmllm.connectors.bridgetower.image_text import PooledStack, from_transformers
 
 TOLERANCE = 2e-6
 """Absolute and, as rounding grows with the width, relative too."""

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mmllm.batch import Example, Medium, collate
-from mmllm.configuration import MMLLMConfig
-from mmllm.connectors.merv_attention import collapse
+from mmllm.connectors.merv.attention import collapse
 from mmllm.contract import registry
 from mmllm.contract.parts import Encoder, Part, Site
 from mmllm.contract.types import Geometry, Grid, MediaSpec, TokenSpec, VisualTokens
-from mmllm.encoders.tokens import frame_tokens
-from mmllm.model import MMLLMModel
+from mmllm.encoders.common.tokens import frame_tokens
+from mmllm.model.config import MMLLMConfig
+from mmllm.model.modeling import MMLLMModel
+from mmllm.processing.collate import Example, Medium, collate
 
 FORMS = pytest.mark.parametrize("reference", [False, True], ids=["default", "reference"])
 

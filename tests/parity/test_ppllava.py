@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from parity.spliced import embedded, row
+from helpers.spliced import embedded, row
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -18,13 +18,13 @@ from transformers import (
 )
 from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
-from mmllm.connectors.patch_heads import SiglipPatchHead, cosine
-from mmllm.connectors.windows import arithmetic, resolve_windows, windowed_softmax_pool
+from mmllm.connectors.common.windows import arithmetic, resolve_windows, windowed_softmax_pool
+from mmllm.connectors.ppllava.patch_heads import SiglipPatchHead, cosine
 from mmllm.contract import registry
 from mmllm.contract.parts import Part, Site
 from mmllm.contract.types import Grid, MediaSpec, PromptFeatures, VisualTokens
-from mmllm.encoders.extended_positions import KEEP, ExtendedPositions, extend_positions, extend_tower
-from mmllm.encoders.tokens import frame_tokens
+from mmllm.encoders.common.extended_positions import KEEP, ExtendedPositions, extend_positions, extend_tower
+from mmllm.encoders.common.tokens import frame_tokens
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from mmllm.contract.parts import Site
 from mmllm.contract.types import MediaSpec, Needs
-from mmllm.encoders.bt_adapter import Block, BTAdapter, ClipBTAdapterEncoder
+from mmllm.encoders.video.bt_adapter import Block, BTAdapter, ClipBTAdapterEncoder
 
 close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)  # shapes too
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import frames, tokenizer_folder, write_video
+from helpers.tiny import frames, tokenizer_folder, write_video
 
 PART = '''
 """Keeps every second token."""

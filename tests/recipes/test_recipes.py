@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import tokenizer_folder
+from helpers.tiny import tokenizer_folder
 
-from mmllm import recipe as recipes
-from mmllm.build import build_tokenizer, check_shapes
-from mmllm.chat import render
+from mmllm.checks.summary import walk
+from mmllm.config import recipe as recipes
 from mmllm.contract.errors import UserError
 from mmllm.contract.types import MediaSpec
+from mmllm.model.build import build_tokenizer, check_shapes
+from mmllm.processing.chat_template import render
 from mmllm.train.stage import check_names
-from mmllm.walk import walk
 
 MODELS = [name for name in recipes.names() if name != "nano/base"]
 # tokens of a video into the LLM, parameters of the whole in units of 1e6

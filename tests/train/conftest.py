@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import frames, write_video
+from helpers.tiny import frames, write_video
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import frames, tiny_recipe, tokenizer_folder, write_video
+from helpers.tiny import frames, tiny_recipe, tokenizer_folder, write_video
 
-from mmllm.encoders.nano_conv import NanoConv
-from mmllm.recipe import Recipe
+from mmllm.config.recipe import Recipe
+from mmllm.encoders.nano.conv import NanoConv
 from mmllm.train.run import Options, train
 
 CLIPS, STEPS, BATCH = 6, 6, 4  # four epochs: six clips are one batch an epoch and two left over
@@ -66,7 +66,7 @@ def encoded(monkeypatch) -> list[int]:
 @pytest.fixture
 def opened(monkeypatch) -> list[str]:
     """Which files were read."""
-    from mmllm.data.guard import GuardedReader
+    from mmllm.data.media.guard import GuardedReader
 
     paths: list[str] = []
     real = GuardedReader.read

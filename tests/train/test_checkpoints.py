@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import losses, options, recipe, weights
+from helpers.small_runs import losses, options, recipe, weights
 
 from mmllm.contract.errors import UserError
 from mmllm.run_folder import RunFolder
@@ -149,7 +149,7 @@ def test_a_folder_with_a_model_of_no_run_is_refused_and_stays(data, tmp_path):
 def test_a_stage_whose_name_leaves_the_folder_is_refused(data, tmp_path, name):
     import yaml
 
-    from mmllm.recipe import load
+    from mmllm.config.recipe import load
 
     made = recipe(data)
     made.data["stages"] = {name: made.data["stages"]["instruct"]}

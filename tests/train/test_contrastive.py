@@ -182,13 +182,13 @@ def test_a_batch_of_clips_and_descriptions():
 
 
 def test_the_nano_text_tower_keeps_the_contract():
-    from mmllm.part_checks import check_part
+    from mmllm.checks.part import check_part
 
     assert check_part("text", "nano_text") == 2
 
 
 def test_the_nano_text_tower_reads_nanoworlds_words():
-    from tiny import tokenizer_folder
+    from helpers.tiny import tokenizer_folder
 
     from mmllm.contract.parts import Site
     from mmllm.contract.registry import find
@@ -228,8 +228,8 @@ if __name__ == "__main__":
 
 
 def test_its_temperature_trains_is_resumed_and_stays_out_of_the_model(tmp_path, monkeypatch):
+    from helpers.tiny import frames, tiny_recipe, tokenizer_folder, write_video
     from safetensors.torch import load_file
-    from tiny import frames, tiny_recipe, tokenizer_folder, write_video
 
     from mmllm.train import progress
     from mmllm.train.run import Options, Stopped, train

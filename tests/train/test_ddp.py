@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import frames, tokenizer_folder, write_video
+from helpers.tiny import frames, tokenizer_folder, write_video
 
-SCRIPT = Path(__file__).with_name("ddp_run.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "ddp_run.py"
 
 
 @pytest.fixture(scope="module")

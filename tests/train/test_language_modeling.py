@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_runs import recipe
+from helpers.small_runs import recipe
 
-from mmllm.build import build_processor
 from mmllm.contract.errors import UserError
+from mmllm.model.build import build_processor
 
 
 @pytest.mark.parametrize("groups", [2, 3, 20])
 def test_rows_in_groups_of_similar_length_give_the_same_loss_and_gradients(data, groups):
-    from mmllm.build import build_model
+    from mmllm.model.build import build_model
     from mmllm.train.objectives.language_modeling import LanguageModeling
     from mmllm.train.stage import load_data
 
@@ -39,7 +39,7 @@ def test_rows_in_groups_of_similar_length_give_the_same_loss_and_gradients(data,
 
 
 def test_the_padding_of_a_row_is_read_by_nothing_though_there_is_no_mask(data):
-    from mmllm.build import build_model
+    from mmllm.model.build import build_model
     from mmllm.train.objectives.language_modeling import LanguageModeling
     from mmllm.train.stage import load_data
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tiny import tiny_model, tiny_recipe
+from helpers.tiny import tiny_model, tiny_recipe
 
 from mmllm.train.optimizer import muon, split
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import options, recipe
+from helpers.small_runs import options, recipe
 
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import held
@@ -215,7 +215,7 @@ TRAIN = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from small_runs import options, recipe
+from helpers.small_runs import options, recipe
 from mmllm.cli.common import calm_libraries
 from mmllm.train.run import Stopped, train
 calm_libraries()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from small_runs import losses, options, recipe
+from helpers.small_runs import losses, options, recipe
 
 from mmllm.train.run import train
 

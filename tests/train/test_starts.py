@@ -9,10 +9,10 @@ import time
 
 import pytest
 import torch
-from small_runs import options, recipe, weights
+from helpers.small_runs import options, recipe, weights
 
-from mmllm.build import build_processor
 from mmllm.contract.errors import UserError
+from mmllm.model.build import build_processor
 from mmllm.train.run import train
 from mmllm.train.shared import SharedStage
 

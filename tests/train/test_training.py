@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import losses, options, recipe, weights
-from tiny import tiny_recipe
+from helpers.small_runs import losses, options, recipe, weights
+from helpers.tiny import tiny_recipe
 
 from mmllm.contract.errors import UserError
 from mmllm.train.run import Stopped, train
@@ -132,7 +132,7 @@ def test_gradients_reach_what_trains_and_nothing_else(data, tmp_path, straight):
     train(recipe(data, trains=["connector"], steps=2), tmp_path, options())
     from transformers import set_seed
 
-    from mmllm.build import build_model
+    from mmllm.model.build import build_model
 
     set_seed(0)
     fresh = build_model(recipe(data)).state_dict()
@@ -226,7 +226,7 @@ def test_a_broken_clip_is_named_and_nothing_is_lost(data, tmp_path, jobs):
 def test_the_llm_starts_the_same_behind_any_front_end():
     from transformers import set_seed
 
-    from mmllm.build import build_model
+    from mmllm.model.build import build_model
 
     states = []
     for name in ("nano/llava", "nano/video_chatgpt"):
@@ -321,8 +321,8 @@ def test_a_term_of_nothing_is_zero_and_no_nan(data, tmp_path, monkeypatch):
 
 
 def test_positions_reach_an_objective(data):
-    from small_runs import recipe as small_recipe
-    from tiny import tiny_model
+    from helpers.small_runs import recipe as small_recipe
+    from helpers.tiny import tiny_model
 
     model, seen = tiny_model(small_recipe(data)), []
     ids = torch.arange(1, 5)[None]
@@ -334,7 +334,7 @@ def test_positions_reach_an_objective(data):
 
 
 def test_shared_stages_tell_number_formats_and_versions_apart(data, tmp_path, monkeypatch):
-    from mmllm.build import build_processor
+    from mmllm.model.build import build_processor
     from mmllm.train import shared
 
     made = recipe(data, trains=["llm"], share=True)

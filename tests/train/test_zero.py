@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import frames, tokenizer_folder, write_video
+from helpers.tiny import frames, tokenizer_folder, write_video
 
-SCRIPT = Path(__file__).with_name("zero_run.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "zero_run.py"
 pytestmark = pytest.mark.slow
 
 
@@ -62,8 +62,8 @@ def test_losses_are_those_of_plain_training(data, plain, tmp_path, zero):
 
 
 def test_sharded_parameters_are_refused_before_anything_hangs():
+    from mmllm.config.schema import Stage
     from mmllm.contract.errors import UserError
-    from mmllm.sections import Stage
     from mmllm.train.machine import deepspeed_config
 
     with pytest.raises(UserError, match=r"zero3.*unequal media.*Try: --deepspeed zero2"):

@@ -13,7 +13,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Objective
 from mmllm.contract.registry import register
 from mmllm.contract.types import Term
-from mmllm.data.align_levels import level_of
+from mmllm.data.records.alignment_levels import level_of
 
 
 @register("objective", "language_modeling")

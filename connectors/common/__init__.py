@@ -1,0 +1,1 @@
+"""Parts of no single paper: projectors, pooling, separators, windows."""

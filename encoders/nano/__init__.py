@@ -1,0 +1,1 @@
+"""Small encoders that learn NanoWorld from nothing."""

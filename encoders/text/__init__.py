@@ -1,0 +1,1 @@
+"""Text towers as sources of prompt features."""

@@ -1,0 +1,248 @@
+"""Text towers of transformers as sources of prompt features: those of CLIP and SigLIP.
+
+Sources: CLIP (Radford et al. 2021), SigLIP (Zhai et al. 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmllm.contract.errors import UserError
+from mmllm.contract.library import pretrained
+from mmllm.contract.parts import Site, TextSource
+from mmllm.contract.registry import register
+from mmllm.contract.types import PromptFeatures
+from mmllm.encoders.common.extended_positions import extend_tower, extended_length
+from mmllm.encoders.common.pretrained import fetch_config, hidden_states, load_tower, tower_config
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+class TransformersText(TextSource):
+    """A text tower of transformers.
+
+    Args:
+        name: hub id or folder of the weights; None = random weights (for tests and for loading a whole model).
+        config: the tower's config, inline; filled in for a name.
+        tokenizer: hub id or folder of the tokenizer; None = `name`.
+        length: most tokens of a prompt that are read, start and end among them; a longer one is cut and keeps its
+            end. None = as many as the tower has positions; more are refused.
+        extended: stretch the tower's positions, 77 to 248 and 64 to 196 (see `extended_positions`).
+    """
+
+    model_type: ClassVar[str]
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        name: str | None = None,
+        config: dict | None = None,
+        tokenizer: str | None = None,
+        length: int | None = None,
+        extended: bool = False,
+    ) -> None:
+        super().__init__(site)
+        own = (config or {}).get("model_type")
+        self.config = tower_config(config or {}, own if own in self.model_types() else self.model_type)
+        self.name, self.tokenizer_name = name, tokenizer or name
+        self.positions, self.extended = self.position_count(), extended
+        if extended:
+            self.positions = extended_length(self.positions)
+        self.length = self.positions if length is None else length
+        if not 2 <= self.length <= self.positions:
+            raise ValueError(f"length {length}: the tower has {self.positions} positions")
+        self.tower: nn.Module = extend_tower(self.build()) if extended else self.build()
+        self.width = self.config.hidden_size
+
+    @classmethod
+    def model_types(cls) -> tuple[str, ...]:
+        """Model types that a config may name."""
+        return (cls.model_type,)
+
+    @classmethod
+    def resolve(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        """With only a name, fetch the config, so that the recipe can be built offline."""
+        if arguments.get("config") is None and arguments.get("name"):
+            return {**arguments, "config": fetch_config(arguments["name"], "text_config")}
+        return arguments
+
+    def position_count(self) -> int:
+        """How many tokens the tower has positions for."""
+        return self.config.max_position_embeddings
+
+    def build(self) -> nn.Module:
+        """The tower with random weights."""
+        raise NotImplementedError
+
+    def pooled(self, output: Any) -> Tensor | None:
+        """[B, J] out of the tower's output; None without a joint space."""
+        raise NotImplementedError
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tower's tokenizer, read when it is first needed.
+
+        Raises:
+            UserError: there is none.
+        """
+        if "_tokenizer" not in self.__dict__:
+            from transformers import AutoTokenizer
+
+            where = f"text {self.registered_name}"
+            if self.tokenizer_name is None:
+                raise UserError(where, "neither a tokenizer nor a name")
+            try:
+                self.__dict__["_tokenizer"] = pretrained(AutoTokenizer, self.tokenizer_name)
+            except (OSError, ValueError) as error:
+                raise UserError(where, f"no tokenizer at {self.tokenizer_name}") from error
+        return self.__dict__["_tokenizer"]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one prompt with its start and end, at most `length`."""
+        return self.tokenizer(text, truncation=True, max_length=self.length)["input_ids"]
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        fields: tuple[str, ...] = ("tokens", "pooled"),
+        layers: tuple[int, ...] = (),
+        embed_tokens: nn.Module | None = None,
+    ) -> PromptFeatures:
+        """tokens [B, L, C] after the last norm, pooled [B, J] in the joint space, levels before that norm."""
+        count = self.config.num_hidden_layers + 1
+        if any(not -count <= layer < count for layer in layers):
+            raise ValueError(f"layers {list(layers)}: this tower has the layers {-count} to {count - 1}")
+        outputs: list[Any] = []
+
+        def call(**options: Any) -> Any:
+            outputs.append(self.run(ids, mask, **options))
+            return outputs[0]
+
+        indices = [layer % count for layer in layers]
+        states = hidden_states(call, indices, False, count)
+        levels = torch.stack([states[index] for index in indices], dim=2) if indices else None
+        tokens = outputs[0].last_hidden_state if "tokens" in fields else None
+        pooled = self.pooled(outputs[0]) if "pooled" in fields else None
+        return PromptFeatures(ids, mask, tokens, pooled, levels, mask.sum(dim=1) > 1)
+
+    def run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+        """The tower's forward."""
+        raise NotImplementedError
+
+    def load_weights(self) -> None:
+        """Weights of `name` into the tower.
+
+        Raises:
+            UserError: they cannot be had, or are of another size than the recipe's config.
+        """
+        if self.name is None:
+            return
+        if not self.extended:
+            load_tower(self.tower, self.name)
+            return
+        original = self.build()
+        load_tower(original, self.name)
+        self.tower.load_state_dict(extend_tower(original).state_dict())
+
+
+@register("text", "clip_text")
+class ClipText(TransformersText):
+    """CLIP's text tower: causal, pooled at the end token and projected into the space shared with the image tower."""
+
+    model_type = "clip_text_model"
+
+    def build(self) -> nn.Module:
+        """The tower with its projection."""
+        from transformers import CLIPTextModelWithProjection
+
+        self.joint = self.config.projection_dim
+        return CLIPTextModelWithProjection(self.config)
+
+    def collate(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Padded to the longest: what follows the end token never matters."""
+        return pad(rows, 0, max([1, *map(len, rows)]))
+
+    def run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+        """Causal attention: padding comes after all that is real, so no mask is needed, nor its values read."""
+        return self.tower(input_ids=ids, **options)
+
+    def pooled(self, output: Any) -> Tensor:
+        """[B, J], projected, not normalised."""
+        return output.text_embeds
+
+    @classmethod
+    def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[list[int], ...]]]:
+        """Rows of ids between a start and an end."""
+        config = {**SMALL, "vocab_size": 99, "max_position_embeddings": 12, "projection_dim": 24}
+        config |= {"bos_token_id": 97, "eos_token_id": 98}
+        rows = ([97, 5, 6, 98], [97, 7, 98], [97, 8, 9, 10, 11, 98])
+        yield {"config": config}, rows
+        yield {"config": config, "length": 6}, rows
+        yield {"config": {**config, "max_position_embeddings": 24}, "extended": True}, rows
+
+
+@register("text", "siglip_text")
+class SiglipText(TransformersText):
+    """SigLIP's text tower (and SigLIP 2's): attention both ways over a fixed length, padding included.
+
+    Pooled at the last position, as it was trained, so every prompt is padded to the tower's own number of positions.
+    """
+
+    model_type = "siglip_text_model"
+
+    @classmethod
+    def model_types(cls) -> tuple[str, ...]:
+        """Both generations."""
+        return ("siglip_text_model", "siglip2_text_model")
+
+    def build(self) -> nn.Module:
+        """The tower with its head."""
+        from transformers import Siglip2TextModel, SiglipTextModel
+
+        self.joint = self.config.projection_size
+        return (Siglip2TextModel if self.config.model_type == "siglip2_text_model" else SiglipTextModel)(self.config)
+
+    def collate(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Padded to the tower's positions, with the tokenizer's padding where there is a tokenizer."""
+        # a prompt in which nothing is said needs no tokenizer
+        known = any(rows) and (self.tokenizer_name is not None or "_tokenizer" in self.__dict__)
+        padding = self.tokenizer.pad_token_id if known else self.config.pad_token_id
+        return pad(rows, padding, self.positions)
+
+    def run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+        """Attention over all positions: the tower was trained without a mask."""
+        return self.tower(input_ids=ids, **options)
+
+    def pooled(self, output: Any) -> Tensor:
+        """[B, J], not normalised."""
+        return output.pooler_output
+
+    @classmethod
+    def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[list[int], ...]]]:
+        """Rows of ids that end with an end; both generations."""
+        config = {**SMALL, "vocab_size": 99, "max_position_embeddings": 8, "projection_size": 24}
+        rows = ([5, 6, 1], [7, 1], [8, 9, 10, 11, 1])
+        yield {"config": config}, rows
+        yield {"config": {**config, "model_type": "siglip2_text_model"}}, rows
+
+
+def attend_to_all(tower: nn.Module, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    """The output of a tower whose tokens look at all real ones, before and after them."""
+    seen = mask.bool()[:, None, None].expand(-1, 1, ids.shape[1], -1)  # the library reads no value of such a mask
+    return tower(input_ids=ids, attention_mask=seen, **options)
+
+
+def pad(rows: list[list[int]], padding: int, length: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids -> ids [B, length] and mask [B, length]; an empty row is one padding token, unmasked."""
+    ids = torch.full((len(rows), length), padding, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[index, : max(1, len(row))] = 1
+    return ids, mask

@@ -1,0 +1,1 @@
+"""Towers that look at several frames together."""

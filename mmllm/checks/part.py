@@ -1,0 +1,352 @@
+"""What every part must keep: declared = real, no garbage from missing weights, gradients reach it, batch = single.
+
+One function, called by the tests over all registered parts and by `mmllm recipe check` on a user's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmllm.contract.arguments import bind, signature
+from mmllm.contract.errors import UserError
+from mmllm.contract.parts import Encoder, Part, Site, TextSource, Tower
+from mmllm.contract.registry import find, raised_at
+from mmllm.contract.types import Needs, PromptFeatures, TokenSpec, VisualTokens
+from mmllm.encoders.common.tokens import frame_tokens
+from mmllm.model.config import MMLLMConfig
+from mmllm.model.modeling import MMLLMPreTrainedModel
+
+LLM_WIDTH = 16
+PROMPT_JOINT = 12
+PROMPT_LENGTH = 4
+
+
+def check_part(kind: str, name: str) -> int:
+    """Check a registered part on each of its own examples; returns how many there are.
+
+    Raises:
+        UserError: the part breaks one of the rules; names the example and the rule.
+    """
+    cls = find(kind, name)
+    where = f"{kind} {name}"
+    if Part.examples.__func__ is cls.examples.__func__:
+        raise UserError(where, "gives no examples()", hint="yield (arguments, input specs) pairs")
+    with _blamed(cls, f"{where}, arguments"):
+        parameters, known = inspect.signature(cls.__init__).parameters, signature(cls)
+    for argument in known:
+        if parameters[argument].annotation is inspect.Parameter.empty:
+            raise UserError(where, f"argument {argument} has no type", hint=f"{argument}: int, or what it is")
+    with _blamed(cls, f"{where}, examples()"):
+        examples = list(cls.examples())
+    if not examples:
+        raise UserError(where, "gives no examples()", hint="yield (arguments, input specs) pairs")
+    for number, (arguments, inputs) in enumerate(examples, start=1):
+        at = f"{where}, example {number} {arguments}"
+        with _blamed(cls, at):
+            _check_example(cls, arguments, inputs, at)
+    return len(examples)
+
+
+@contextlib.contextmanager
+def _blamed(cls: type, where: str) -> Iterator[None]:
+    """What a part raises is a finding about the part, with its line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        try:
+            at = raised_at(error, Path(inspect.getfile(cls)))
+        except (OSError, TypeError):  # made in a notebook
+            at = None
+        if at is None:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            at = f"{last.filename}:{last.lineno}"
+        raise UserError(where, f"{type(error).__name__}: {error} ({at})") from error
+
+
+def _check_example(cls: type, arguments: dict[str, Any], inputs: tuple, where: str) -> None:
+    bound = bind(cls, arguments, where)
+    torch.manual_seed(0)
+    part = _build(cls, bound, inputs)
+    runner = _runner(part, inputs)
+    runner.check_declared(where)
+    runner.check_inputs(where)
+    _no_garbage(cls, bound, inputs, part, where)
+    _gradients_reach(part, runner, where)
+    _batch_is_single(part, runner, where)
+
+
+def _build(cls: type, arguments: dict[str, Any], inputs: tuple) -> Part:
+    specs = inputs if all(isinstance(given, TokenSpec) for given in inputs) else ()
+    return cls(Site(specs, LLM_WIDTH, LLM_WIDTH, PROMPT_JOINT), **arguments)
+
+
+def _runner(part: Part, inputs: tuple) -> _Run:
+    kind = _TextRun if isinstance(part, TextSource) else _EncoderRun if isinstance(part, Encoder) else _ConnectorRun
+    return kind(part, inputs)
+
+
+class _Run:
+    """Runs a part on the inputs of its example; what is given as clip b does not depend on the batch."""
+
+    def __init__(self, part: Part, inputs: tuple) -> None:
+        self.part, self.inputs = part, inputs
+
+    def values(self, clips: list[int], part: nn.Module | None = None) -> Tensor:
+        """[B, ...] that a gradient may enter by and that batches are compared by."""
+        return self(clips, part).values
+
+    def check_gradients(self, where: str) -> None:
+        """What is read gets a gradient, where anything is read that could learn."""
+
+    def check_inputs(self, where: str) -> None:
+        """What a part reads stays as it was: others read the same tensors after it."""
+
+    def check_declared(self, where: str) -> None:
+        """Declared = real."""
+        with torch.no_grad():
+            real = self([1, 2])
+        declared = self.part.output_spec(*self.inputs)
+        if real.spec != declared:
+            raise UserError(where, "declared is not real", expected=f"{declared}", got=f"{real.spec}")
+        for name in ("positions", "sizes"):
+            if getattr(real, name).shape[:2] != real.values.shape[:2]:
+                raise UserError(where, f"{name} do not belong to the tokens", got=list(getattr(real, name).shape))
+
+
+class _EncoderRun(_Run):
+    """Random clips through an encoder."""
+
+    def _pixels(self, clips: list[int]) -> Tensor:
+        g, media = self.part.geometry, self.inputs[0]
+        shape = (self.part.frames_of(media), 3, g.height, g.width)
+        rows = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=_generator(clip)) for clip in clips]
+        return torch.stack(rows)
+
+    def __call__(self, clips: list[int], part: nn.Module | None = None, needs: Needs | None = None) -> VisualTokens:
+        return (part or self.part)(self._pixels(clips), self.inputs[0], needs or Needs())
+
+    def check_inputs(self, where: str) -> None:
+        """Pixels stay as they were: encoders of one geometry share them."""
+        pixels = self._pixels([1, 2])
+        with torch.no_grad():
+            self.part(pixels, self.inputs[0], Needs())
+        _same({"pixels": pixels}, {"pixels": self._pixels([1, 2])}, where)
+
+    def check_declared(self, where: str) -> None:
+        """Declared = real, for the tokens and for each extra that the encoder says it gives."""
+        super().check_declared(where)
+        for name in ("levels", "cls", "keys"):
+            needs = Needs(**{name: (-1,)})
+            try:
+                declared = self.part.extras_spec(self.inputs[0], needs)
+            except ValueError:
+                continue
+            with torch.no_grad():
+                real = self([1, 2], needs=needs).spec.extras
+            if real != declared:
+                raise UserError(where, "declared extras are not real", expected=declared, got=real)
+
+
+class _TextRun(_Run):
+    """Rows of ids through a text source; padding may differ between a batch and a single row, and must not matter."""
+
+    def __call__(self, clips: list[int], part: nn.Module | None = None) -> PromptFeatures:
+        ids, mask = self.part.collate([self.inputs[clip % len(self.inputs)] for clip in clips])
+        return (part or self.part)(ids, mask, embed_tokens=self._table())
+
+    def _table(self) -> nn.Module:
+        """A table of embeddings in place of the LLM's, always the same one."""
+        rows = max(max(row) for row in self.inputs) + 1
+        return nn.Embedding.from_pretrained(torch.randn(rows, LLM_WIDTH, generator=_generator(3)))
+
+    def values(self, clips: list[int], part: nn.Module | None = None) -> Tensor:
+        """[B, length * C + J], zero where there is no token."""
+        found = self(clips, part)
+        tokens = found.tokens * found.mask[..., None]
+        missing = max(self.part.length, max(map(len, self.inputs))) - tokens.shape[1]
+        tokens = nn.functional.pad(tokens, (0, 0, 0, missing)).flatten(1)
+        return tokens if found.pooled is None else torch.cat([tokens, found.pooled], dim=1)
+
+    def check_declared(self, where: str) -> None:
+        """The declared widths are real, an empty row is absent with one token unmasked, the others are present."""
+        ids, mask = self.part.collate([*self.inputs, []])
+        with torch.no_grad():
+            layers = (-1,) if self.part.layered else ()
+            found = self.part(ids, mask, layers=layers, embed_tokens=self._table())
+        pooled = None if found.pooled is None else found.pooled.shape[-1]
+        widths, declared = (found.tokens.shape[-1], pooled), (self.part.width, self.part.joint)
+        if pooled is not None and declared[1] is None:
+            declared = (declared[0], pooled)
+        if widths != declared:
+            raise UserError(where, "declared is not real", expected=f"widths {declared}", got=f"{widths}")
+        shape = (*ids.shape, 1, self.part.width)
+        levels = shape if found.levels is None and not layers else tuple(found.levels.shape)
+        if found.tokens.shape[:2] != ids.shape or levels != shape:
+            raise UserError(where, "not one row a token", expected=list(shape), got=list(levels))
+        present = [*[True] * len(self.inputs), False]
+        if found.present.tolist() != present or int(mask[-1].sum()) != 1:
+            raise UserError(where, "an empty prompt is absent, with one token unmasked", got=found.present.tolist())
+
+
+class _ConnectorRun(_Run):
+    """Random tokens through a connector, with the extras and the prompt that it needs."""
+
+    def _tokens(self, clips: list[int]) -> list[VisualTokens]:
+        result = []
+        for place, spec in enumerate(self.inputs):
+            seeds = [clip * 97 + place for clip in clips]
+            rows = [torch.randn(spec.tokens, spec.width, generator=_generator(seed)) for seed in seeds]
+            frames = spec.grid.t if spec.grid else 1
+            tokens = frame_tokens(torch.stack(rows), spec.media, spec.grid, frames)
+            shapes = spec.extras if place else {**spec.extras, **self._layers(spec, frames)}
+            for name, shape in shapes.items():
+                extra = [torch.randn(shape, generator=_generator(seed + len(name))) for seed in seeds]
+                tokens.extras[name] = torch.stack(extra)
+            result.append(tokens)
+        return result
+
+    def _layers(self, spec: TokenSpec, frames: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the encoder's layers that the part declares."""
+        rows = {"levels": spec.tokens, "cls": frames, "keys": spec.tokens}
+        wanted = {name: len(getattr(self.part.needs(), name)) for name in rows}
+        return {name: (rows[name], count, spec.width) for name, count in wanted.items() if count}
+
+    def _prompt(self, clips: list[int]) -> PromptFeatures:
+        """Prompts of 2 to PROMPT_LENGTH tokens."""
+        layers = len(self.part.needs().prompt_levels)
+        shapes = {"tokens": (PROMPT_LENGTH, LLM_WIDTH), "pooled": (PROMPT_JOINT,)}
+        shapes |= {"levels": (PROMPT_LENGTH, layers, LLM_WIDTH)} if layers else {}
+        said = {}
+        for name, shape in shapes.items():
+            rows = [torch.randn(shape, generator=_generator(clip * 89 + len(name))) for clip in clips]
+            said[name] = torch.stack(rows)
+        lengths = torch.tensor([2 + clip % (PROMPT_LENGTH - 1) for clip in clips])
+        mask = (torch.arange(PROMPT_LENGTH) < lengths[:, None]).long()
+        return PromptFeatures(mask, mask, present=torch.ones(len(clips), dtype=torch.bool), **said)
+
+    def __call__(self, clips: list[int], part: nn.Module | None = None) -> VisualTokens:
+        return self._run(self._tokens(clips), clips, part)
+
+    def _context(self, clips: list[int]) -> dict[str, PromptFeatures]:
+        needs = self.part.needs()
+        return {"prompt": self._prompt(clips)} if needs.prompt or needs.prompt_levels else {}
+
+    def _run(self, tokens: list[VisualTokens], clips: list[int], part: nn.Module | None = None) -> VisualTokens:
+        return (part or self.part)(*tokens, **self._context(clips))
+
+    def check_inputs(self, where: str) -> None:
+        """Tokens, their extras and the prompt stay as they were: other nodes read them too."""
+        tokens, context = self._tokens([1, 2]), self._context([1, 2])
+        with torch.no_grad():
+            self.part(*tokens, **context)
+        for place, (given, fresh) in enumerate(zip(tokens, self._tokens([1, 2]), strict=True), start=1):
+            if set(given.extras) != set(fresh.extras):
+                added = ", ".join(sorted(set(given.extras) ^ set(fresh.extras)))
+                raise UserError(where, f"changes the extras of input {place} in place: {added}", hint="a copy")
+            _same({**vars(given), **given.extras}, {**vars(fresh), **fresh.extras}, f"{where}, input {place}")
+        for name, prompt in context.items():
+            _same(vars(prompt), vars(self._context([1, 2])[name]), f"{where}, {name}")
+
+    def values(self, clips: list[int], part: nn.Module | None = None) -> Tensor:
+        """[B, ...]: tokens, and the extras that a part has written."""
+        tokens = self._tokens(clips)
+        return self._flat(self._run(tokens, clips, part), tokens)
+
+    def _flat(self, out: VisualTokens, tokens: list[VisualTokens]) -> Tensor:
+        given = set(tokens[0].extras)
+        written = [value.float().flatten(1) for name, value in out.extras.items() if name not in given]
+        return torch.cat([out.values.flatten(1), *written], dim=1)
+
+    def check_gradients(self, where: str) -> None:
+        """Every input that changes what comes out gets a gradient, or what stands before it would never learn."""
+        tokens, leaves = self._tokens([1]), []
+        for given in tokens:
+            read = {"values": given.values, **given.extras}
+            leaves.append([tensor.requires_grad_() for tensor in read.values()])
+            copies = {name: tensor.clone() for name, tensor in read.items()}  # leaves are no inputs of a walk
+            given.values, given.extras = copies.pop("values"), copies
+        out = self._flat(self._run(tokens, [1]), tokens)
+        if out.requires_grad:
+            (out * torch.randn(out.shape, generator=_generator(5))).sum().backward()
+        with torch.no_grad():
+            for place, read in enumerate(leaves):
+                other = self._tokens([1])
+                other[place] = self._tokens([2])[place]
+                moved = not torch.equal(self._flat(self._run(other, [1]), other), out)
+                if moved and not any(_alive(tensor.grad) for tensor in read):
+                    raise UserError(where, f"no gradient reaches input {place + 1}: nothing before it would learn")
+
+
+def _same(after: dict[str, Any], before: dict[str, Any], where: str) -> None:
+    """Refuse tensors that changed."""
+    for name, value in before.items():
+        if isinstance(value, Tensor) and not torch.equal(after[name], value):
+            raise UserError(where, f"changes {name} in place: what others read is no longer what it was", hint="a copy")
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _no_garbage(cls: type, arguments: dict[str, Any], inputs: tuple, real: Part, where: str) -> None:
+    """Loading starts on the meta device: what the checkpoint lacks must be written by the part itself."""
+    with torch.device("meta"):
+        part = _build(cls, arguments, inputs)
+    part.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*part.parameters(), *part.buffers()]:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+    model = MMLLMPreTrainedModel(MMLLMConfig(text_config={"model_type": "llama"}))
+    model.part = part
+    for module in model.modules():  # a tower marks its modules as initialised when it is built
+        module.__dict__.pop("_is_hf_initialized", None)
+    model.initialize_weights()
+    for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
+        unwritten = tensor.isnan().any() if tensor.is_floating_point() else (tensor == -1).all()
+        if tensor.numel() and bool(unwritten):
+            raise UserError(where, f"{name} stays unwritten when a checkpoint lacks it", hint="reset_parameters()")
+
+
+def _gradients_reach(part: Part, run: Any, where: str) -> None:
+    trained = copy.deepcopy(part).train()
+    values = run.values([1, 2], trained)
+    weights = torch.randn(values.shape, generator=_generator(5))
+    parameters = dict(trained.named_parameters())
+    run.check_gradients(where)
+    if not parameters:
+        return
+    (values * weights).sum().backward()
+    dead = [name for name, value in parameters.items() if not _alive(value.grad)]
+    # A tower read before its last layer leaves that layer without gradient; a whole part without any is a mistake.
+    if dead and (len(dead) == len(parameters) or not isinstance(part, Tower)):
+        raise UserError(where, f"no gradient reaches {', '.join(dead[:3])}")
+
+
+def _alive(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool((gradient != 0).any())
+
+
+def _batch_is_single(part: Part, run: Any, where: str) -> None:
+    part.eval()
+    with torch.no_grad():
+        together = run.values([1, 2, 3])
+        if not together.isfinite().all():
+            raise UserError(where, "gives numbers that are not finite")
+        if not (worst := float((run.values([1, 2, 3]) - together).abs().max())) <= 1e-5:
+            raise UserError(where, f"not the same twice in eval mode, by {worst:.1e}: random numbers, or a state?")
+        for row, clip in enumerate((1, 2, 3)):
+            alone = run.values([clip])[0]
+            worst = float((together[row] - alone).abs().max())
+            if not worst <= 1e-5:
+                raise UserError(where, f"a batch differs from single clips by {worst:.1e}")

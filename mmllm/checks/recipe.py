@@ -1,0 +1,69 @@
+"""Whether a recipe holds together as a whole model, on random pixels."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+
+from mmllm.checks.summary import short, walk
+from mmllm.config.recipe import Recipe
+from mmllm.contract.errors import UserError
+from mmllm.contract.types import MediaSpec
+from mmllm.model.build import build_model, check_shapes
+
+SMALL = 50_000_000
+
+
+def check_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Shapes for any recipe; for a small one also a real forward, gradients, save = load.
+
+    Returns:
+        facts, and under "says" the line to print.
+
+    Raises:
+        UserError: something does not hold.
+    """
+    front = check_shapes(recipe)
+    parameters = sum(row.parameters for row in walk(recipe))
+    facts: dict[str, Any] = {"parameters": parameters, "full": parameters <= SMALL}
+    if parameters > SMALL:
+        facts["says"] = f"ok: shapes fit ({short(parameters)} parameters, too large to run here); parts checked small"
+        return facts
+    torch.manual_seed(0)
+    model = build_model(recipe, weights=False).eval()
+    visual, length = visual_input(front, [front.nominal("video"), MediaSpec("image", 1)])
+    ids = torch.zeros(1, length, dtype=torch.long)
+    logits = model(ids, visual=visual).logits
+    logits.sum().backward()
+    for name, part in model.model.front_end.parts.items():
+        gradients = [parameter.grad for parameter in part.parameters()]
+        if gradients and all(gradient is None for gradient in gradients):
+            raise UserError(recipe.where(f"model.connector.{name}"), "no gradient reaches it")
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model.save_pretrained(folder)
+        again = type(model).from_pretrained(folder, dtype=model.dtype).eval()
+        if not torch.equal(again(ids, visual=visual).logits, logits):
+            raise UserError(recipe.file, "a saved and loaded model gives other logits")
+    facts["says"] = "ok: declared = real; gradient reaches it; batch = single; save = load"
+    return facts
+
+
+def visual_input(front: Any, specs: list[MediaSpec]) -> tuple[dict[str, Any], int]:
+    """A `visual` dict of random media, all in row 0 one after the other, and the row's length."""
+    generator = torch.Generator().manual_seed(1)
+    media, spans, start = [], [], 1
+    for index, spec in enumerate(specs):
+        pixels = {
+            geometry: torch.randint(
+                0, 256, (spec.frames, 3, geometry.height, geometry.width), dtype=torch.uint8, generator=generator
+            )
+            for geometry in dict.fromkeys(front.geometries.values())
+        }
+        media.append({"spec": spec, "times": torch.arange(spec.frames).float(), "pixels": pixels})
+        for stream, tokens in enumerate(front.streams(spec)):
+            spans.append((0, start, index, stream))
+            start += tokens.tokens
+    pairs = [(index, -1) for index in range(len(specs))]
+    return {"media": media, "pairs": pairs, "spans": torch.tensor(spans)}, start + 1

@@ -1,0 +1,115 @@
+"""Overrides on the command line: `stages.instruct.lr=1e-5 model.connector.pool.grid=8,6,6`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmllm.config.schema import LLM, Stage
+from mmllm.config.sections import renamed, without_inherited
+from mmllm.contract.arguments import signature
+from mmllm.contract.documents import parse_yaml
+from mmllm.contract.errors import UserError, nearest, shown
+from mmllm.data.media.sampling import Sampling
+
+NAME = "model.llm.name="
+OLDER = ("rope_theta", "rope_scaling", "torch_dtype")
+"""Keys of a library's config that it takes under the names of before."""
+PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "encoders": ("encoder", ()),
+    "text": ("text", ("turns",)),
+    "connector": ("connector", ("only", "prompt")),
+}
+"""Kind of the parts in a section of `model`, and what may stand beside their arguments."""
+
+
+def override_all(data: dict[str, Any], lines: Sequence[str], file: str) -> None:
+    """Set values in a recipe's maps, one `key.path=value` after the other; see `override`.
+
+    Another name of the LLM comes first: it drops what the recipe says of the old one, unless it is given again.
+    """
+    for line in sorted(lines, key=lambda line: not line.startswith(NAME)):
+        before = dict(data["model"]["llm"]) if line.startswith(NAME) else {}
+        override(data, line, file)
+        if before and renamed(before, data["model"]["llm"]):
+            data["model"]["llm"] = without_inherited(data["model"]["llm"])
+
+
+def override(data: dict[str, Any], line: str, file: str) -> None:
+    """Set one value in a recipe's maps by its path; lists of nodes are addressed by name.
+
+    Args:
+        data: the recipe; changed in place. line: `key.path=value`. file: the recipe's file, for errors.
+
+    Raises:
+        UserError: not of that form, or the path names nothing that is there or that a part takes.
+    """
+    key, equals, value = line.partition("=")
+    if not equals or not key:
+        raise UserError(line, "not an override", expected="key.path=value")
+    *parents, last = key.split(".")
+    here: Any = data
+    walked: list[str] = []
+    for name in parents:
+        walked.append(name)
+        here = _child(here, name, f"{file}:{'.'.join(walked)}")
+    _check_key(here, parents, last, f"{file}:{key}")
+    if isinstance(here, list):
+        raise UserError(f"{file}:{key}", "names a whole part", expected="one of its arguments")
+    if not isinstance(here, dict):
+        raise UserError(f"{file}:{'.'.join(parents)}", f"has no key {last!r}: it is no map", got=shown(here))
+    here[last] = _typed(here.get(last), value)
+
+
+def _child(here: Any, name: str, where: str) -> Any:
+    if isinstance(here, list):
+        named = {node.get("name", node.get("type")): node for node in here if isinstance(node, dict)}
+    else:
+        named = here if isinstance(here, dict) else {}
+    if name not in named:
+        raise UserError(where, "no such key", hint=nearest(name, list(named)) if named else None)
+    return named[name]
+
+
+def _check_key(here: Any, parents: list[str], last: str, where: str) -> None:
+    if not isinstance(here, dict) or last in here:
+        return
+    known = list(here)
+    if parents[:1] == ["stages"] and len(parents) == 2:
+        known = list(signature(Stage))
+    elif parents == ["model", "llm"]:
+        known = list(signature(LLM))
+    elif parents == ["model", "media"]:
+        known = list(signature(Sampling))
+    elif parents[:1] in (["roots"], ["eval"]):
+        return
+    elif "config" in parents:
+        known = _config_keys(here) or [last]
+    elif "type" in here:
+        from mmllm.contract.registry import find
+
+        kind, beside = PARTS.get(parents[1], ("objective", ()))
+        known = list(dict.fromkeys([*signature(find(kind, here["type"], where)), *beside, *known]))
+    if last not in known:
+        raise UserError(where, "unknown key", hint=nearest(last, known))
+
+
+def _config_keys(config: dict[str, Any]) -> list[str]:
+    """The keys of a library's config, by its `model_type`; nothing for a part of one that says none."""
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return []
+    cls = CONFIG_MAPPING[kind]
+    return list(dict.fromkeys([*config, *cls().to_dict(), *cls.attribute_map, *OLDER]))
+
+
+def _typed(old: Any, value: str) -> Any:
+    """Text stays text where an annotation will read it later; a plain number or map is read as YAML does."""
+    if isinstance(old, str):
+        return value
+    try:
+        return parse_yaml(value, value)
+    except UserError:
+        return value

@@ -1,0 +1,205 @@
+"""Recipes: YAML with inheritance and overrides by name; a paper is a recipe, a recipe is a list of parts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmllm.config.llm_source import llm_source
+from mmllm.config.overrides import override_all
+from mmllm.config.schema import LLM, Stage
+from mmllm.config.sections import merge, normalise
+from mmllm.contract.arguments import bind
+from mmllm.contract.documents import read_yaml
+from mmllm.contract.errors import UserError, nearest, shown
+from mmllm.contract.library import pretrained
+
+SHIPPED = Path(__file__).parents[1] / "recipes"
+BASES = 20
+"""Longest chain of bases."""
+
+
+@dataclass
+class Recipe:
+    """A resolved recipe.
+
+    Attributes:
+        name: as it was asked for. file: the YAML it came from, for errors.
+        data: everything, as plain maps and lists; what is written beside a checkpoint.
+    """
+
+    name: str
+    file: str
+    data: dict[str, Any]
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The `model` section."""
+        return self.data["model"]
+
+    @property
+    def llm(self) -> LLM:
+        """The language model."""
+        return LLM(**bind(LLM, self.model["llm"], self.where("model.llm")))
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """{name: stage} in order; a stage that an override or a heir set to null is none."""
+        sections = (self.data.get("stages") or {}).items()
+        return {name: self._stage(name, section) for name, section in sections if section is not None}
+
+    @property
+    def eval_roots(self) -> dict[str, str]:
+        """{benchmark: folder}."""
+        return {name: self.path(root) for name, root in (self.data.get("eval") or {}).items()}
+
+    def where(self, key: str) -> str:
+        """`file:key path`, for errors."""
+        return f"{self.file}:{key}"
+
+    def path(self, text: str) -> str:
+        """A path; `world:train/text.jsonl` stands below the folder that `roots.world` names."""
+        root, _, rest = text.partition(":")
+        roots = self.data.get("roots") or {}
+        return str(Path(roots[root]) / rest) if rest and root in roots else text
+
+    def dump(self) -> str:
+        """YAML that loads to the same recipe."""
+        return yaml.safe_dump(self.data, sort_keys=False, allow_unicode=True)
+
+    def _stage(self, name: str, section: dict[str, Any]) -> Stage:
+        where = self.where(f"stages.{name}")
+        stage = Stage(**bind(Stage, section, where))
+        if (stage.steps is None) == (stage.epochs is None):
+            raise UserError(where, "a stage is as long as either steps or epochs say", hint=f"stages.{name}.steps=1000")
+        for part, folder in stage.init.items() if isinstance(stage.init, dict) else ():
+            if not isinstance(folder, str):
+                raise UserError(f"{where}.init.{part}", "not a folder", expected="a run folder", got=folder)
+        if not stage.data:
+            raise UserError(f"{where}.data", "missing", expected="a .jsonl file of conversations")
+        return stage
+
+
+def names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted(str(path.relative_to(SHIPPED).with_suffix("")) for path in SHIPPED.rglob("*.yaml"))
+
+
+def load(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A recipe by its shipped name or by file, with bases merged, overrides applied and defaults written out.
+
+    Args:
+        overrides: `key.path=value` lines.
+
+    Raises:
+        UserError: no such recipe, not YAML, an unknown key, a wrong type.
+    """
+    path = _find(str(name))
+    data = copy.deepcopy(_read(path, (), {}))
+    recipe = Recipe(str(name), path.name, data)
+    normalise(data, path.name)  # before, so that overrides find every node and default; after, to check what they set
+    for key in ("roots", "eval"):  # there to be overridden
+        data[key] = data.get(key) or {}
+    override_all(data, overrides, path.name)
+    normalise(data, path.name)
+    _ = recipe.llm, recipe.stages
+    return recipe
+
+
+def _find(name: str) -> Path:
+    try:
+        shipped, path = SHIPPED / f"{name}.yaml", Path(name)
+        if shipped.is_file() and shipped.resolve().is_relative_to(SHIPPED.resolve()):
+            return shipped
+        if path.is_file():
+            return path
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+        raise UserError(shown(name), f"not a recipe ({error})", hint="mmllm recipe list") from None
+    if path.suffix in (".yaml", ".yml"):
+        raise UserError(name, "no such file", hint="mmllm recipe list")
+    raise UserError(name, "no such recipe", hint=nearest(name, names()))
+
+
+def _read(path: Path, above: tuple[Path, ...], known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """A recipe's file over its bases; `known` are those that were read for the same recipe, each once."""
+    if path in known:
+        return known[path]
+    if path in above:
+        raise UserError(f"{path.name}:base", "a recipe is its own base")
+    if len(above) > BASES:
+        raise UserError(f"{above[0].name}:base", f"more than {BASES} recipes above each other")
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise UserError(path, "not a recipe", expected="a map of model, stages and eval", got=shown(data))
+    bases = data.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path.name}:base", "wrong type", expected="a recipe or a list of them", got=shown(bases))
+    merged: dict[str, Any] = {}
+    for base in bases:
+        beside = path.parent / base
+        merged = merge(merged, _read(beside if beside.is_file() else _find(base), (*above, path), known))
+    known[path] = merge(merged, data)
+    return known[path]
+
+
+def summaries() -> Iterator[tuple[str, str, str]]:
+    """(name, summary, paper) of the shipped recipes; reads YAML alone."""
+    for name in names():
+        data = _read(_find(name), (), {})
+        yield name, data.get("summary", ""), data.get("paper", "")
+
+
+def resolve_encoders(recipe: Recipe) -> None:
+    """Complete encoders and LLM with inline configs where they only have a name (asks the hub or a folder)."""
+    from mmllm.contract.registry import find
+
+    for kind, key in (("encoder", "encoders"), ("text", "text")):
+        for name, section in (recipe.model.get(key) or {}).items():
+            where = recipe.where(f"model.{key}.{name}")
+            fixed = {name: section[name] for name in ("type", "turns") if name in section}
+            arguments = {name: value for name, value in section.items() if name not in fixed}
+            completed = find(kind, section["type"], f"{where}.type").resolve(arguments)
+            if isinstance(completed.get("tokenizer"), str):
+                completed["tokenizer"] = recipe.path(completed["tokenizer"])
+            recipe.model[key][name] = {**fixed, **completed}
+    llm = recipe.llm
+    if llm.config is None:
+        if llm.name is None:
+            raise UserError(recipe.where("model.llm"), "neither name nor config")
+        config = fetch_llm_config(recipe, *llm_source(llm, recipe.where("model.llm.name")))
+        recipe.model["llm"] = {**asdict(llm), "config": config.to_dict()}
+
+
+def fetch_llm_config(recipe: Recipe, place: str, options: dict[str, Any]) -> Any:
+    """The library's config of the LLM that a recipe names.
+
+    Args:
+        place, options: as `llm_source` gives them.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return pretrained(AutoConfig, place, **options)
+    except (OSError, ValueError) as error:
+        where = recipe.where("model.llm.name")
+        raise UserError(where, f"cannot fetch {recipe.llm.name}", hint="give config:") from error
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """Key paths at which two nested maps differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            found
+            for name in sorted({*old, *new})
+            for found in differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+        ]
+    return [] if old == new else [key]

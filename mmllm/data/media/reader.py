@@ -1,0 +1,319 @@
+"""Reading media: probe a header, decode the frames a sampler asks for, and say plainly what is wrong with a file."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.registry import parts
+from mmllm.data.media.backends.base import Backend, BackendFailure, Convert
+from mmllm.data.media.backends.pyav import PyAVBackend
+from mmllm.data.media.backends.stills import FolderBackend, ImageBackend
+from mmllm.data.media.damage import OnDamage, check_choice, judge
+from mmllm.data.media.limits import DEFAULTS, Limits
+from mmllm.data.media.sampling import Sampling
+from mmllm.data.media.types import VIDEO_SUFFIXES, Clip, MediaRef, Probe, kind_of
+
+log = logging.getLogger(__name__)
+
+MISSING_SHARE = 0.05
+"""Share of the frames asked for that may be missing at the end of a file."""
+
+
+def probe(ref: MediaRef, backend: str = "pyav", limits: Limits = DEFAULTS) -> Probe:
+    """Read the header of a media file or folder.
+
+    Raises:
+        UserError: it is missing, empty, not what it should be, above a limit, or the bounds of ``ref`` do not fit it.
+    """
+    with VideoReader(ref, backend_class(backend).header_by or backend, limits) as reader:
+        return reader.probe
+
+
+def read_media(
+    ref: MediaRef,
+    sampling: Sampling,
+    backend: str = "pyav",
+    limits: Limits = DEFAULTS,
+    convert: Convert | None = None,
+    corrupt: OnDamage = "warn",
+) -> Clip:
+    """Read the frames that ``sampling`` takes of ``ref``: a clip of uint8 ``[T, H, W, 3]``, or of converted frames.
+
+    Raises:
+        UserError: see :class:`VideoReader`.
+    """
+    with VideoReader(ref, backend, limits, corrupt) as reader:
+        return reader.read(sampling, convert)
+
+
+def backend_class(name: str) -> type[Backend]:
+    """The back end registered under a name.
+
+    Raises:
+        UserError: there is none; the text gives the nearest names.
+    """
+    known = parts("backend")
+    if name not in known:
+        raise UserError("backend", f"unknown back end {name!r}", hint=nearest(str(name), list(known)))
+    return known[name]
+
+
+class VideoReader:
+    """One open video, image or folder of frames; a context manager.
+
+    Args:
+        ref: what to read.
+        backend: ``"pyav"`` (the reference), ``"decord"`` or the name of a registered one; only for video files.
+        limits: caps on what a file may cost, checked against its header. The time limit needs a
+            :class:`mmllm.data.media.guard.GuardedReader`.
+        corrupt: what becomes of a clip in which frames that are taken may be damaged, as far as the decoder can tell:
+            ``"warn"`` reads it and says so, ``"error"`` refuses it.
+
+    Raises:
+        UserError: unknown back end, or one that cannot tell damage that is to be refused; a file that is missing,
+            empty, damaged, above a limit, or not what it should be; bounds that do not fit the file.
+    """
+
+    def __init__(
+        self, ref: MediaRef, backend: str = "pyav", limits: Limits = DEFAULTS, corrupt: OnDamage = "warn"
+    ) -> None:
+        opener = backend_class(backend)
+        check_choice(corrupt, backend, opener.tells_damage)
+        self.ref, self.limits, self.corrupt = ref, limits, corrupt
+        try:
+            kind = _check_path(ref, limits)
+            opener = {"image": ImageBackend, "folder": FolderBackend, "gif": PyAVBackend}.get(kind, opener)
+            self._backend = opener.open(ref.path, ref.fps, limits)
+        except BackendFailure as failure:
+            self._fall_back(failure)
+        except OSError as error:
+            hint = "check the path and its permissions"
+            raise UserError(
+                ref.path[:200], f"the path cannot be read ({error.strerror or error})", hint=hint
+            ) from error
+        try:
+            _check_bound(ref, self.probe)
+        except UserError:
+            self.close()
+            raise
+
+    @property
+    def probe(self) -> Probe:
+        """The header."""
+        return self._backend.probe
+
+    def read(self, sampling: Sampling, convert: Convert | None = None) -> Clip:
+        """Frames of the part that is meant (``ref.start`` to ``ref.end``), as many as ``sampling.count`` says.
+
+        Args:
+            sampling: how many and where.
+            convert: called once with each distinct frame, uint8 ``[H, W, 3]``, as it is decoded, so that full-size
+                frames need not be held together; it may keep or change its argument.
+
+        Returns:
+            ``frames`` uint8 ``[T, H, W, 3]``, or with ``convert`` the list of its T values; ``times`` float64 ``[T]``
+            in seconds since the start of the file.
+
+        Raises:
+            UserError: too many of them are missing at the end of the file, some are damaged and that is to be refused,
+                or they are above a limit.
+        """
+        bounds = (self.ref.start, self.ref.end)
+        self.limits.check(self.ref, self.probe, sampling.count(self.probe, *bounds), held=convert is None)
+        return self.read_indices(sampling.indices(self.probe, *bounds), convert)
+
+    def read_indices(self, indices: Sequence[int], convert: Convert | None = None) -> Clip:
+        """Frames ``[T, H, W, 3]`` at indices in ``[0, probe.frames)`` of the file, in any order, with repeats.
+
+        Raises:
+            UserError: an index outside the file, none at all, too many missing, or a limit.
+        """
+        for index in indices:
+            if not 0 <= index < self.probe.frames:
+                raise UserError(
+                    self.ref.describe(), "no such frame", expected=f"0 to {self.probe.frames - 1}", got=index
+                )
+        return self._deliver([index / self.probe.fps for index in indices], convert)
+
+    def read_times(self, times: Sequence[float], convert: Convert | None = None) -> Clip:
+        """The frames ``[T, H, W, 3]`` on screen at these seconds since the start of the file, in any order.
+
+        Raises:
+            UserError: a moment outside the file, none at all, too many missing, or a limit.
+        """
+        for moment in times:
+            if not 0 <= moment <= self.probe.duration:
+                span = f"0 to {self.probe.duration:.3f} seconds"
+                raise UserError(self.ref.describe(), "no such moment", expected=span, got=moment)
+        return self._deliver([float(moment) for moment in times], convert)
+
+    def _deliver(self, times: list[float], convert: Convert | None) -> Clip:
+        """Read, and judge what is damaged, and missing at the end."""
+        if not times:
+            raise UserError(self.ref.describe(), "no frames asked for", hint="at least one index or time")
+        self.limits.check(self.ref, self.probe, len(times), held=convert is None)
+        try:
+            frames = self._frames(times, convert)
+        except BackendFailure as failure:
+            self._fall_back(failure)
+            frames = self._frames(times, convert)
+        missing = self._backend.missing
+        if missing:
+            self._judge_missing(missing, times)
+        judge(self.ref.describe(), self._backend.corrupt, self.corrupt)
+        return Clip(frames, np.asarray(times, np.float64), missing, self._backend.corrupt)
+
+    def _frames(self, times: list[float], convert: Convert | None) -> np.ndarray | list[Any]:
+        """The stacked frames, or the list of what ``convert`` makes of them."""
+        shape = (self.probe.height, self.probe.width, 3)
+        keep = _Stack(len(times), shape) if convert is None else _own(convert)
+        if convert is not None and self.probe.kind == "folder":  # each file may have a size of its own
+            return self._backend.read_times(times, keep)
+        try:
+            values = self._backend.read_times(times, _of_shape(shape, keep))
+        except _WrongShape as error:
+            if self.probe.kind == "folder":
+                file, got = self._backend.reading, "x".join(map(str, error.args[0][:2]))
+                expected = f"{shape[0]}x{shape[1]} (height x width)"
+                what, hint = "the frames of a folder differ in size", "make all frames the size of the first one"
+                raise UserError(file, what, expected=expected, got=got, hint=hint) from error
+            what = f"the back end gives a picture of shape {error.args[0]} after a header of {shape}"
+            raise UserError(self.ref.describe(), what, hint="read it with another back end") from error
+        return values if convert is not None else keep.at(values)
+
+    def _judge_missing(self, missing: int, times: list[float]) -> None:
+        """Warn of a few missing frames, refuse many."""
+        last, asked = self._backend.last, len(times)
+        too_many = missing > max(1, int(MISSING_SHARE * asked))
+        # a lone frame may be off by one in a header, not by seconds
+        lone = missing == asked and max(times) - last > 2.5 / self.probe.fps
+        found = f"the file ends at {last:.2f} s although its header says {self.probe.duration:.2f} s"
+        if too_many or lone:
+            hint = "copy or download it again, it is probably cut off"
+            raise UserError(self.ref.describe(), f"{missing} of {asked} frames are missing, {found}", hint=hint)
+        text = "%s: %d of %d frames are missing, %s; the last frame is repeated"
+        log.warning(text, self.ref.describe(), missing, asked, found)
+
+    def _fall_back(self, failure: BackendFailure) -> None:
+        """Go on with PyAV and say so."""
+        log.warning("%s: %s; reading it with pyav instead", self.ref.describe(), failure)
+        self._backend = PyAVBackend.open(self.ref.path, limits=self.limits)
+
+    def close(self) -> None:
+        """Let the file go."""
+        self._backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class _WrongShape(Exception):
+    """A picture is not of the size in the header."""
+
+
+def _of_shape(shape: tuple[int, ...], keep: Convert) -> Convert:
+    """``keep`` behind a check of the picture's shape."""
+
+    def checked(picture: np.ndarray) -> Any:
+        if picture.shape != shape:
+            raise _WrongShape(picture.shape)
+        return keep(picture)
+
+    return checked
+
+
+def _own(convert: Convert) -> Convert:
+    """``convert`` on pictures that are contiguous and may be written to."""
+
+    def own(picture: np.ndarray) -> Any:
+        flags = picture.flags
+        return convert(picture if flags.c_contiguous and flags.writeable else picture.copy())
+
+    return own
+
+
+class _Stack:
+    """Pictures copied into one array ``[T, H, W, 3]`` as they come; each is known by its number."""
+
+    def __init__(self, count: int, shape: tuple[int, ...]) -> None:
+        self.frames, self.used = np.empty((count, *shape), np.uint8), 0
+
+    def __call__(self, picture: np.ndarray) -> int:
+        self.frames[self.used] = picture
+        self.used += 1
+        return self.used - 1
+
+    def at(self, numbers: list[int]) -> np.ndarray:
+        """The pictures of these numbers; nothing is copied where all came in order."""
+        return self.frames if numbers == list(range(len(self.frames))) else self.frames[numbers]
+
+
+def _check_path(ref: MediaRef, limits: Limits) -> str:
+    """The kind of the path, once it exists, holds something and suits the item."""
+    path = Path(ref.path)
+    if not path.exists():
+        near = get_close_matches(
+            path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        )
+        hint = str(path.with_name(near[0])) if near else "check the path and the folder it starts from"
+        raise UserError(ref.path, f"no such file or folder ({ref.kind} item)", hint=hint)
+    if not path.is_file() and not path.is_dir():
+        raise UserError(ref.path, "neither a file nor a folder", hint="a pipe or a device cannot be read as media")
+    if path.is_file() and path.stat().st_size == 0:
+        raise UserError(ref.path, "the file is empty (0 bytes)", hint="copy or download it again")
+    kind = kind_of(ref.path)
+    if ref.fps is not None and kind != "folder":
+        raise UserError(ref.path, "fps is for folders of frames, a file has its own", hint="drop fps from this item")
+    if ref.kind == "video":
+        return kind
+    if kind == "folder" or path.suffix.lower() in VIDEO_SUFFIXES or (kind == "gif" and _is_animated(ref.path, limits)):
+        what = "folder" if kind == "folder" else "video"
+        hint = '{"type": "video"} for a video or a folder of frames'
+        raise UserError(ref.path, f"an image item names a {what}", expected="an image", hint=hint)
+    return "image"
+
+
+def _is_animated(path: str, limits: Limits) -> bool:
+    """Whether a GIF has more than one frame."""
+    with PyAVBackend.open(path, limits=limits) as backend:
+        return backend.probe.frames > 1
+
+
+def _check_bound(ref: MediaRef, header: Probe) -> None:
+    """Raise where the bounds of an item hold nothing of its file; an end behind the file is clamped, and logged."""
+    if ref.start is None and ref.end is None:
+        return
+    where, length = ref.describe(), f"{header.duration:.3f} s"
+    if header.kind == "image":
+        raise UserError(where, "an image has no start and end", hint="drop them")
+    start = 0.0 if ref.start is None else ref.start
+    if not 0 <= start < math.inf or (ref.end is not None and not ref.end < math.inf):
+        raise UserError(where, "bad bound", expected="seconds >= 0", got=f"{ref.start} to {ref.end}")
+    if ref.end is not None and ref.end <= start:
+        what = "zero length" if ref.end == start else "negative length"
+        raise UserError(
+            where, f"the bound has {what}", expected="an end behind the start", hint="correct start and end"
+        )
+    if start >= header.duration:
+        hint = "correct start and end, they are seconds"
+        raise UserError(
+            where,
+            "the bound starts after the end of the clip",
+            expected=f"a start below {length}",
+            got=f"{start:g} s",
+            hint=hint,
+        )
+    if ref.end is not None and ref.end > header.duration:
+        log.info("%s: the bound ends after the clip (%s) and is cut there", where, length)

@@ -1,0 +1,131 @@
+"""Which frames are taken: one sampler for training, evaluation and asking."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+from mmllm.contract.arguments import Positive, Within
+from mmllm.contract.errors import UserError, nearest
+from mmllm.data.media.types import Probe
+
+DEFAULT_FRAMES = 8
+MOST_FRAMES = 65_536
+"""No recipe takes more frames of a clip."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many frames to take and where. The count is known from the header alone.
+
+    Args:
+        frames: a fixed number of frames. 8 where neither ``frames`` nor ``fps`` is given.
+        fps: frames per second of the part that is meant; instead of ``frames``.
+        max_frames: upper limit of the count.
+        sampler: ``"uniform"`` (middle of equal segments) or ``"linspace"`` (both ends included).
+
+    Raises:
+        UserError: both or bad numbers given, or an unknown sampler.
+    """
+
+    frames: Annotated[int, Within(least=1, most=MOST_FRAMES)] | None = None
+    fps: Positive | None = None
+    max_frames: Annotated[int, Within(least=1, most=MOST_FRAMES)] | None = None
+    sampler: str = "uniform"
+
+    def __post_init__(self) -> None:
+        """Check the values and fill in the default."""
+        where = "sampling"
+        if self.frames is not None and self.fps is not None:
+            raise UserError(where, "frames and fps exclude each other", hint="set one of them to null")
+        if self.frames is None and self.fps is None:
+            object.__setattr__(self, "frames", min(DEFAULT_FRAMES, self.max_frames or DEFAULT_FRAMES))
+        for name in ("frames", "max_frames"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise UserError(f"{where}.{name}", "bad number of frames", expected="a whole number >= 1", got=value)
+        if self.fps is not None and not _positive(self.fps):
+            raise UserError(f"{where}.fps", "bad rate", expected="a positive number", got=self.fps)
+        if self.frames and self.max_frames and self.frames > self.max_frames:
+            got = f"frames={self.frames}, max_frames={self.max_frames}"
+            raise UserError(where, "more frames than max_frames", got=got, hint="raise max_frames or lower frames")
+        if self.sampler not in SAMPLERS:
+            hint = nearest(str(self.sampler), list(SAMPLERS))
+            raise UserError(f"{where}.sampler", f"unknown sampler {self.sampler!r}", hint=hint)
+
+    def override(
+        self,
+        frames: int | None = None,
+        fps: float | None = None,
+        max_frames: int | None = None,
+        sampler: str | None = None,
+    ) -> Sampling:
+        """This sampling with what is given in place of its own; a limit holds for a number of frames, too.
+
+        Raises:
+            UserError: both frames and fps, or an unknown sampler.
+        """
+        if frames is None and fps is None:
+            frames, fps = self.frames, self.fps
+        if frames is not None:
+            frames, most = min(frames, max_frames or frames), None
+        else:
+            most = max_frames or self.max_frames
+        return Sampling(frames, fps, most, sampler or self.sampler)
+
+    def count(self, probe: Probe, start: float | None = None, end: float | None = None) -> int:
+        """The number of frames that will be delivered, from the header alone.
+
+        Args:
+            probe: the header of the file.
+            start: first second that is meant, or None.
+            end: last second that is meant, or None.
+        """
+        if probe.kind == "image":
+            return 1
+        if self.frames is not None:
+            return self.frames
+        low = min(max(start or 0.0, 0.0), probe.duration)
+        high = probe.duration if end is None else min(max(end, low), probe.duration)
+        wanted = max(1, round((high - low) * self.fps))
+        return min(wanted, self.max_frames or wanted)
+
+    def indices(self, probe: Probe, start: float | None = None, end: float | None = None) -> list[int]:
+        """Frame indices in ``[0, probe.frames - 1]``, as many as :meth:`count` says, in the sampler's order.
+
+        Bounds are clamped to the clip; frames repeat where more are asked for than there are. Whether a bound
+        makes sense at all is checked by the reader, which knows the file's name.
+        """
+        number = self.count(probe, start, end)
+        # folders follow the reference, which counts files from 1
+        first = 1 if probe.kind == "folder" else 0
+        last = first + probe.frames - 1
+        low = first if start is None else max(first, round(start * probe.fps))
+        high = last if end is None else min(round(end * probe.fps), last)
+        picked = SAMPLERS[self.sampler](low, high, number)
+        return [min(max(index - first, 0), probe.frames - 1) for index in picked]
+
+
+def _positive(value: object) -> bool:
+    """Whether the value is a finite number above zero."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _uniform(low: int, high: int, number: int) -> list[int]:
+    """The middles of equal segments, rounded half to even as the authors' code does."""
+    step = (high - low) / number
+    return [int(low + step / 2 + round(step * i)) for i in range(number)]
+
+
+def _linspace(low: int, high: int, number: int) -> list[int]:
+    """Evenly spaced with both ends, truncated."""
+    # numpy's own arithmetic: another order of operations truncates some points one lower
+    import numpy as np
+
+    return [int(value) for value in np.linspace(low, high, number)]
+
+
+SAMPLERS: dict[str, Callable[[int, int, int], list[int]]] = {"uniform": _uniform, "linspace": _linspace}
+"""name -> function(first index, last index, number) giving ``number`` indices."""

@@ -1,0 +1,1 @@
+"""Training data: formats, mixtures, conversations, alignment levels."""

@@ -1,0 +1,266 @@
+"""The model: front end, splice, a stock causal LM of transformers, our head over its hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from mmllm.contract.errors import UserError
+from mmllm.contract.parts import Part
+from mmllm.contract.types import Needs, Sequence
+from mmllm.model.config import MMLLMConfig
+from mmllm.model.front_end import FrontEnd
+from mmllm.processing.collate import joined, move
+
+# What the LLM returns beside its hidden states; the library renamed past_key_values to cache after 5.23.
+BESIDE = ("cache", "past_key_values", "hidden_states", "attentions")
+
+# Heads that do more than multiply: ours would lose it without a word.
+SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class MMLLMPreTrainedModel(PreTrainedModel):
+    """What the two classes share with the library: flags and how a part writes its own weights."""
+
+    config_class = MMLLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    input_modalities = ("image", "video", "text")
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: what is written at loading is written through `transformers.initialization`, which leaves loaded tensors.
+
+        For custom code the library skips every module without a raw tensor of its own, and so a part whose children
+        need more than the library's own initialisation.
+        """
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Part):
+            module.reset_parameters()
+
+
+class MMLLMModel(MMLLMPreTrainedModel):
+    """Front end and the LLM's body."""
+
+    def __init__(self, config: MMLLMConfig) -> None:
+        super().__init__(config)
+        # The LLM first: its random weights then depend on the seed alone, not on what stands before it.
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.front_end = FrontEnd(config.model_section, config.text_config.hidden_size)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LLM's embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the LLM's embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        visual: dict[str, Any] | None = None,
+    ) -> Sequence:
+        """Ids [B, L] and media -> embeddings [B, L, D], visual rows written at their spans.
+
+        Raises:
+            UserError: a span does not fit into its row.
+        """
+        if visual is not None:
+            visual = move(visual, input_ids.device)
+        blank = self.front_end.blanks(visual or {"media": []}) if self.trains_in_company() else ()
+        where = torch.zeros_like(input_ids, dtype=torch.bool)
+        rows, target = None, None
+        if blank or (visual is not None and visual["media"]):
+            visual = visual or {"media": [], "pairs": [], "spans": input_ids.new_zeros(0, 4)}
+            rows, blanks = self.front_end(visual, blank, self.get_input_embeddings())
+            real = rows[: len(rows) - blanks]
+            source, target = self._splice(visual, input_ids.shape, input_ids.device)
+            where.view(-1)[target] = True
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(where, 0))
+        if rows is not None:
+            flat = embeds.flatten(0, 1).index_copy(0, target, real[source].to(embeds.dtype))
+            # Blank rows touch the same parameters as real ones do elsewhere, and change nothing.
+            flat = flat + 0.0 * rows[len(rows) - blanks :].sum().to(embeds.dtype) if blanks else flat
+            embeds = flat.view_as(embeds)
+        return Sequence(embeds, attention_mask, position_ids, where)
+
+    def trains_in_company(self) -> bool:
+        """Whether several processes train together, so that each has to touch every parameter."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return self.training and torch.is_grad_enabled() and distributed and torch.distributed.get_world_size() > 1
+
+    def _splice(self, visual: dict[str, Any], shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which front-end row goes to which flat position, for all spans."""
+        starts: dict[tuple[int, int], tuple[int, int]] = {}
+        offset = 0
+        for pair, (clip, _) in enumerate(visual["pairs"]):
+            for stream, spec in enumerate(self.front_end.streams(visual["media"][clip]["spec"])):
+                starts[pair, stream] = (offset, spec.tokens)
+                offset += spec.tokens
+        source, target = [], []
+        for row, start, pair, stream in visual["spans"].tolist():
+            first, count = starts[pair, stream]
+            if start < 0 or start + count > shape[1]:
+                raise UserError(f"row {row}", f"a visual span of {count} at {start} leaves a row of {shape[1]}")
+            source.append(torch.arange(first, first + count))
+            target.append(torch.arange(row * shape[1] + start, row * shape[1] + start + count))
+        if not source:
+            empty = torch.zeros(0, dtype=torch.long, device=device)
+            return empty, empty
+        return torch.cat(source).to(device), torch.cat(target).to(device)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        visual: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The LLM's output over ids [B, L] with media, or over embeddings [B, L, D]."""
+        if inputs_embeds is None:
+            sequence = self.embed(input_ids, attention_mask, position_ids, visual)
+        else:
+            sequence = Sequence(inputs_embeds, attention_mask, position_ids, torch.zeros_like(inputs_embeds[..., 0]))
+        return self.run(sequence, **kwargs)
+
+    def run(self, sequence: Sequence, **kwargs: Any) -> Any:
+        """The LLM's body over a sequence; `last_hidden_state` [B, L, D] and what the library returns beside it."""
+        return self.language_model(
+            inputs_embeds=sequence.embeds,
+            attention_mask=sequence.mask,
+            position_ids=sequence.positions,
+            **kwargs,
+        )
+
+
+class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
+    """Front end + LLM + head; generates, saves and loads as any model of transformers does."""
+
+    def __init__(self, config: MMLLMConfig) -> None:
+        super().__init__(config)
+        text = config.text_config
+        for name in SCALED_LOGITS:
+            if getattr(text, name, None) not in (None, 1.0):
+                raise UserError(text.model_type, f"its head uses {name}, ours does not", hint="another LLM")
+        self.model = MMLLMModel(config)
+        embedding = self.model.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    def embed(self, batch: dict[str, Any]) -> Sequence:
+        """The sequence of a batch."""
+        keys = ("input_ids", "attention_mask", "position_ids", "visual")
+        return self.model.embed(**{key: batch[key] for key in keys if key in batch})
+
+    def run(self, sequence: Sequence) -> Tensor:
+        """Hidden states [B, L, D] of a whole sequence, without a cache."""
+        return self.model.run(sequence, use_cache=False).last_hidden_state
+
+    def pooled_images(self, batch: dict[str, Any]) -> Tensor:
+        """The mean of each pair's visual rows, [pairs, D]."""
+        front, visual = self.model.front_end, move(batch["visual"], self.device)
+        blank = front.blanks(visual) if self.model.trains_in_company() else ()
+        rows, blanks = front(visual, blank, self.model.get_input_embeddings())
+        rows, rest = rows.split([len(rows) - blanks, blanks])
+        specs = [visual["media"][clip]["spec"] for clip, _ in visual["pairs"]]
+        counts = [sum(stream.tokens for stream in front.streams(spec)) for spec in specs]
+        pooled = torch.stack([part.mean(0) for part in rows.split(counts)])
+        return pooled + 0.0 * rest.sum().to(pooled.dtype) if blanks else pooled
+
+    def pooled_texts(self, batch: dict[str, Any], source: str | None = None) -> Tensor:
+        """The pooled feature of each text, [B, J]; ids and mask are those of the text source (default: the first)."""
+        prompts = self.model.front_end.prompts
+        name = source or next(iter(prompts.sources))
+        asked = {name: {"ids": batch["input_ids"], "mask": batch["attention_mask"]}}
+        return prompts(asked, {name: Needs(prompt=("pooled",))}, self.model.get_input_embeddings())[name].pooled
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """[..., D] -> [..., vocabulary]; call it on scored rows only."""
+        return self.lm_head(rows)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        visual: dict[str, Any] | None = None,
+        objective: Any = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits [B, L, V]; with `labels` their mean loss too; with an `objective` its terms instead.
+
+        Args:
+            visual: media, pairs and spans of the batch, as the processor makes them; only with whole prompts.
+            objective: runs inside this call, so that gradients are synchronised and shards gathered.
+            logits_to_keep: how many of the last positions need logits (0 = all).
+        """
+        if objective is not None:
+            batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "visual": visual}
+            if position_ids is not None:
+                batch["position_ids"] = position_ids
+            return objective(self, {**batch, **kwargs})
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, visual, **kwargs)
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
+        beside = {key: value for key, value in outputs.items() if key in BESIDE}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **beside)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        visual: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Media enter with the prompt only: afterwards they are in the cache."""
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if kwargs.get("is_first_iteration") or kwargs.get("use_cache") is False:
+            inputs["visual"] = visual
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Beams repeat rows; the media stay as they are and the spans of a row are copied to its repeats."""
+        visual = model_kwargs.pop("visual", None)
+        if isinstance(visual, list):  # the library's pipeline collates what it knows, and lists the rest
+            visual = joined(visual, model_kwargs.get("attention_mask"))
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **model_kwargs
+        )
+        if visual is not None:
+            spans = visual["spans"].repeat_interleave(expand_size, dim=0)
+            repeat = torch.arange(expand_size, device=spans.device).repeat(len(visual["spans"]))
+            spans[:, 0] = spans[:, 0] * expand_size + repeat
+            model_kwargs["visual"] = {**visual, "spans": spans}
+        return input_ids, model_kwargs
+
+
+AutoModel.register(MMLLMConfig, MMLLMModel)
+AutoModelForImageTextToText.register(MMLLMConfig, MMLLMForConditionalGeneration)

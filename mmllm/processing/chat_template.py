@@ -1,0 +1,126 @@
+"""Conversations as text: any tokenizer's chat template, media at their places, answers with their extent.
+
+The template is rendered once a conversation *shape* with marks in place of the contents, and the contents are put in
+afterwards. So a turn's extent is known exactly, whatever the template adds around it or writes differently for
+earlier turns, and text that a user types is never read as a part of the template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from mmllm.contract.errors import UserError, shown
+from mmllm.processing.content import PLACEHOLDERS, MediumEntry, entries_of
+from mmllm.processing.sandbox import Template
+
+MARK = "\ue000{}\ue001"
+
+
+@dataclass
+class Rendered:
+    """A conversation as one text.
+
+    Attributes:
+        text: the text, with one placeholder for every medium.
+        media: the media in the order of their placeholders.
+        answers: (start, end) characters of what the assistant says, end markers included.
+        typed: (start, end) characters of the texts in the messages: what spells a control token there is text.
+    """
+
+    text: str
+    media: list[MediumEntry] = field(default_factory=list)
+    answers: list[tuple[int, int]] = field(default_factory=list)
+    typed: list[tuple[int, int]] = field(default_factory=list)
+
+
+def render(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    *,
+    prompt: bool,
+    continued: bool = False,
+    template: str | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> Rendered:
+    """The text of a conversation.
+
+    Args:
+        tokenizer: whose chat template to use.
+        messages: `[{"role": ..., "content": text or [{"type": "video", "path": ...}, {"type": "text", ...}]}]`.
+        prompt: end with the opening of an assistant's turn.
+        continued: leave the last turn open, to be continued.
+        template: another chat template than the tokenizer's. variables: of the template.
+
+    Raises:
+        UserError: a malformed message, no chat template or a broken one, or a placeholder typed in a text.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise UserError("conversation", "no messages", expected="a list of messages", got=shown(messages))
+    roles = tuple(_role(message) for message in messages)
+    frame = Template(tokenizer, template, tuple(sorted((variables or {}).items())))
+    pieces, opening = _frame(frame, roles, prompt)
+    result = Rendered(pieces[0])
+    for index, (message, piece) in enumerate(zip(messages, pieces[1:], strict=True)):
+        start = len(result.text)
+        _write_content(message, result)
+        if roles[index] == "assistant":
+            start -= _written_first(pieces[index], opening)
+            end_marker = tokenizer.eos_token or ""
+            blank = len(piece) - len(piece.lstrip(" \n"))
+            extent = blank + len(end_marker) if end_marker and piece[blank:].startswith(end_marker) else 0
+            result.answers.append((start, len(result.text) + extent))
+        result.text += "" if continued and index == len(messages) - 1 else piece
+    return result
+
+
+def _role(message: dict[str, Any]) -> str:
+    if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        raise UserError("conversation", "a message needs role and content", got=shown(message))
+    if not isinstance(message["role"], str):
+        raise UserError("message: role", "wrong type", expected="user, assistant or system", got=shown(message["role"]))
+    for key, value in message.items():
+        if key not in ("role", "content") and value is not None:
+            raise UserError(f"message: {shown(key)}", "unknown key", expected="role and content")
+    return message["role"]
+
+
+def _written_first(piece: str, opening: str) -> int:
+    """How much a template writes between what a generation prompt ends with and the content (an empty thought, say)."""
+    place = piece.rfind(opening) if opening else -1
+    return len(piece) - place - len(opening) if place >= 0 else 0
+
+
+def _write_content(message: dict[str, Any], result: Rendered) -> None:
+    """Append what a message says to the text, a placeholder for each of its media."""
+    for entry in entries_of(message):
+        if isinstance(entry, MediumEntry):
+            result.text += PLACEHOLDERS[entry.kind]
+            result.media.append(entry)
+            continue
+        for placeholder in PLACEHOLDERS.values():
+            if placeholder in entry:
+                what = f"more placeholders than media: it contains {placeholder}"
+                hint = '{"type": "video", "path": ...} as a content entry'
+                raise UserError(f"text {entry[:40]!r}", what, hint=hint)
+        result.typed.append((len(result.text), len(result.text) + len(entry)))
+        result.text += entry
+
+
+@lru_cache(maxsize=4096)
+def _frame(template: Template, roles: tuple[str, ...], prompt: bool) -> tuple[list[str], str]:
+    """What the template writes around the contents: before the first, and after each; and how a turn opens."""
+    marked = [{"role": role, "content": MARK.format(index)} for index, role in enumerate(roles)]
+    text = template(marked, prompt)
+    pieces = []
+    for index in range(len(roles)):
+        before, mark, text = text.partition(MARK.format(index))
+        if not mark:
+            raise UserError("chat template", f"it leaves out message {index} ({roles[index]})")
+        pieces.append(before)
+    if any(MARK[0] in piece for piece in (*pieces, text)):
+        raise UserError("chat template", "it writes a message twice, or in another order")
+    opening = template(marked[:1], True).removeprefix(template(marked[:1], False)) if roles else ""
+    return [*pieces, text], opening

@@ -1,0 +1,385 @@
+"""The processor: conversations with media in, a batch with known token counts out."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from transformers import AutoProcessor, ProcessorMixin
+
+from mmllm.contract.arguments import Count, Number, parse
+from mmllm.contract.errors import UserError, shown
+from mmllm.data.media.loading import Loaded, MediaLoader, resized
+from mmllm.data.media.sampling import Sampling
+from mmllm.data.media.types import Clip
+from mmllm.model.front_end import FrontEnd, shape_copy
+from mmllm.model.prompt_bank import said_by_user
+from mmllm.processing.chat_template import Rendered, render
+from mmllm.processing.collate import Example, Medium, VisualBatch, collate
+from mmllm.processing.content import PLACEHOLDERS, MediumEntry, entries_of
+from mmllm.processing.control_tokens import ControlTokens
+from mmllm.processing.options import SAMPLING, read_options, refuse_unknown
+
+CHARACTERS = 256
+"""No tokenizer makes a token of more characters, on average over a text."""
+
+
+class MMLLMProcessor(ProcessorMixin):
+    """Tokenizer + our reader + the arithmetic of the front end.
+
+    Args:
+        tokenizer: of the language model.
+        model_section: the resolved `model` section; the same as in the model's config.
+        llm_width: width of the LLM's embeddings.
+        max_length: longest sequence; None = no limit.
+
+    Attributes:
+        loader: reads media; another one reads with another back end, other limits, or from caches.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        model_section: dict[str, Any] | None = None,
+        llm_width: int = 0,
+        max_length: int | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        self.model_section = parse(model_section, dict | None, "processor_config.json: model_section")
+        self.llm_width = parse(llm_width, Number, "processor_config.json: llm_width")
+        self.max_length = parse(max_length, Count | None, "processor_config.json: max_length")
+        self._section = json.dumps(model_section, sort_keys=True)
+        self.loader = MediaLoader()
+        missing = [token for token in PLACEHOLDERS.values() if token not in tokenizer.get_vocab()]
+        if missing:
+            tokenizer.add_tokens(missing, special_tokens=True)
+        self.placeholder_ids = {tokenizer.convert_tokens_to_ids(token) for token in PLACEHOLDERS.values()}
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token_id is None:
+            raise UserError("tokenizer", "has neither a padding token nor an end of sentence", hint="another tokenizer")
+        tokenizer.padding_side = "left"  # answers are generated behind a prompt; batches for training say "right"
+        # Expanded positions hold an id that every LLM has a row for; the row itself is never used there.
+        self.filler_id = tokenizer.pad_token_id
+
+    @property
+    def front_end(self) -> FrontEnd:
+        """The shape arithmetic, without weights."""
+        front = shape_copy(self._section, self.llm_width)
+        front.prompts.use_tokenizer(self.tokenizer)
+        return front
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What the model's forward takes from here."""
+        return ["input_ids", "attention_mask", "visual"]
+
+    def apply_chat_template(
+        self,
+        conversation: list[Any],
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Text, or with `tokenize` a batch, of one conversation or of a list of them; media are read here.
+
+        Args:
+            chat_template: another one than the tokenizer's.
+            processor_kwargs: `padding_side`, and `frames` (or `num_frames`), `fps`, `max_frames`, `sampler`, see
+                `sampling`. They may also stand among `kwargs`, beside variables of the template.
+
+        Raises:
+            UserError: an argument that nobody reads, a malformed message, a medium that cannot be read.
+        """
+        if not isinstance(processor_kwargs or {}, dict):
+            raise UserError("processor_kwargs", "wrong type", expected="a map", got=shown(processor_kwargs))
+        options, variables = read_options({**(processor_kwargs or {}), "return_tensors": return_tensors, **kwargs})
+        refuse_unknown([name for name in processor_kwargs or {} if name in variables], "processor_kwargs")
+        if not isinstance(conversation, list | tuple) or not conversation:
+            raise UserError("conversation", "no messages", expected="a list of messages", got=shown(conversation))
+        single = isinstance(conversation[0], dict)
+        conversations = [conversation] if single else conversation
+        conversations = [getattr(item, "messages", item) for item in conversations]
+        how = {"prompt": add_generation_prompt, "continued": continue_final_message}
+        how |= {"template": chat_template, "variables": variables}
+        if not tokenize:
+            texts = [render(self.tokenizer, item, **how).text for item in conversations]
+            return texts[0] if single else texts
+        sampling = self.sampling(**{name: options[name] for name in SAMPLING})
+        examples = [self.encode(item, answers=False, sampling=sampling, **how) for item in conversations]
+        batch = self.collate(examples, padding_side=options["padding_side"] or "left")
+        return batch if return_dict else batch["input_ids"]
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        videos: Any = None,
+        **kwargs: Any,
+    ) -> VisualBatch:
+        """A batch of plain texts with `<image>` and `<video>` where the media stand, in order.
+
+        Args:
+            images, videos: media of all texts in order (paths, PIL images, uint8 arrays [T, H, W, 3]), or a list
+                for each text.
+            kwargs: as `processor_kwargs` of `apply_chat_template`.
+
+        Raises:
+            UserError: more media than placeholders or the reverse, or an argument that nobody reads.
+        """
+        options, unknown = read_options(kwargs)
+        refuse_unknown(list(unknown), "processor")
+        sampling = self.sampling(**{name: options[name] for name in SAMPLING})
+        if self.front_end.text_needs:
+            what = "this model is guided by what the user says, which a plain text does not mark"
+            raise UserError("text", what, hint="apply_chat_template(..., tokenize=True)")
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(item, str) for item in texts):
+            raise UserError("processor: text", "wrong type", expected="a text or a list of texts", got=shown(text))
+        queues = {"image": _flat(images), "video": _flat(videos)}
+        rendered = [Rendered(item, self._take(item, queues)) for item in texts]
+        for kind, rest in queues.items():
+            if rest:
+                raise UserError(
+                    f"{kind}s", f"more media than placeholders: {len(rest)} left over", hint=f"add <{kind}>"
+                )
+        examples = [self._expand(item, sampling=sampling) for item in rendered]
+        return self.collate(examples, padding_side=options["padding_side"] or "left")
+
+    def _take(self, text: str, queues: dict[str, list]) -> list[MediumEntry]:
+        taken = []
+        for piece in text.split("<")[1:]:
+            for kind, placeholder in PLACEHOLDERS.items():
+                if f"<{piece}".startswith(placeholder):
+                    if not queues[kind]:
+                        raise UserError(
+                            f"text {text[:40]!r}", f"more placeholders than media: no {kind} for {placeholder}"
+                        )
+                    taken.append(MediumEntry(kind, queues[kind].pop(0)))
+        return taken
+
+    def encode(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        answers: bool = True,
+        prompt: bool = False,
+        continued: bool = False,
+        template: str | None = None,
+        variables: dict[str, Any] | None = None,
+        sampling: Sampling | None = None,
+        name: str = "",
+        level: int | None = None,
+    ) -> Example:
+        """One conversation: media read, tokens expanded, labels on the assistant's turns.
+
+        Args:
+            answers: whether to make labels.
+            prompt, continued, template, variables: see `mmllm.processing.chat_template.render`.
+            sampling: another than the recipe's, for this conversation. level: how completely text and media fit.
+
+        Raises:
+            UserError: a medium cannot be read, or even the first turn is longer than `max_length`.
+        """
+        level = _checked_level(level, self.front_end.alignment_levels, name)
+        how = {"prompt": prompt, "continued": continued, "template": template, "variables": variables}
+        known: dict[Any, Medium] = {}  # by their place: read once, however many of the last turns have to go
+        while True:
+            rendered = render(self.tokenizer, messages, **how)
+            shorter = _without_last_turn(messages) if answers else None
+            if self.max_length is not None and len(rendered.text) > CHARACTERS * self.max_length:
+                if shorter is None:  # before megabytes are tokenised
+                    what = f"a text of {len(rendered.text)} characters"
+                    raise UserError(name or "conversation", what, expected=f"at most {self.max_length} tokens")
+                messages = shorter
+                continue
+            example = self._expand(rendered, answers, sampling, name, known)
+            example.prompt = self.front_end.prompts.encode(said_by_user(messages))
+            example.level = level
+            if self.max_length is None or len(example.ids) <= self.max_length:
+                return example
+            if shorter is None:
+                visual = sum(self._length(example.media[index], stream) for _, index, stream in example.spans)
+                raise UserError(
+                    name or "conversation",
+                    f"{len(example.ids)} tokens, {visual} of them visual",
+                    expected=f"at most {self.max_length}",
+                    hint="fewer frames, or a connector that pools more"
+                    if 2 * visual > len(example.ids)
+                    else "a shorter text",
+                )
+            messages = shorter
+
+    def _expand(
+        self,
+        rendered: Rendered,
+        answers: bool = False,
+        sampling: Sampling | None = None,
+        name: str = "",
+        known: dict[Any, Medium] | None = None,
+    ) -> Example:
+        typed = self.controls.spelled(rendered.text, rendered.typed)
+        placed = answers or bool(typed)
+        encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=placed)
+        offsets = encoded["offset_mapping"] if placed else None
+        example = Example([], [] if answers else None, name=name)
+        for position, token in enumerate(encoded["input_ids"]):
+            if token in self.placeholder_ids:
+                self._append_medium(example, rendered, sampling, {} if known is None else known)
+                continue
+            ids = self.controls.ids_of(token, rendered.text, offsets[position], typed) if typed else [token]
+            example.ids += ids
+            if answers:
+                # Overlap, not inclusion: many tokenizers join a word with the blank before it.
+                first, last = offsets[position]
+                learnt = any(last > start and first < end for start, end in rendered.answers)
+                example.labels += ids if learnt else [-100] * len(ids)
+        if len(example.media) != len(rendered.media):
+            raise UserError(name or "text", "a placeholder was lost in tokenisation")
+        if self.front_end.first:
+            self._put_first(example)
+        return example
+
+    @cached_property
+    def controls(self) -> ControlTokens:
+        """The tokenizer's control tokens, for texts that spell one."""
+        return ControlTokens(self.tokenizer)
+
+    def _put_first(self, example: Example) -> None:
+        """The streams that stand at the start of the sequence, after BOS, whatever the place of their medium."""
+        start = int(bool(example.ids) and example.ids[0] == self.tokenizer.bos_token_id)
+        front, at = self.front_end, start
+        first: list[tuple[int, int, int]] = []
+        for index, medium in enumerate(example.media):
+            for stream, node in enumerate(front.output[medium.spec.kind]):
+                if node in front.first:
+                    first.append((at, index, stream))
+                    at += self._length(medium, stream)
+        example.ids[start:start] = [self.filler_id] * (at - start)
+        if example.labels is not None:
+            example.labels[start:start] = [-100] * (at - start)
+        example.spans = [*first, *((place + at - start, index, stream) for place, index, stream in example.spans)]
+
+    def _append_medium(
+        self, example: Example, rendered: Rendered, sampling: Sampling | None, known: dict[Any, Medium]
+    ) -> None:
+        if len(example.media) >= len(rendered.media):
+            raise UserError(example.name or "text", "more placeholders than media")
+        place = len(example.media)
+        # one image alone is worth its details; with others, each is one view (LLaVA-OneVision)
+        alone = len(rendered.media) == 1
+        if (place, alone) not in known:
+            known[place, alone] = self.read(rendered.media[place], sampling, tiled=alone)
+        medium = known[place, alone]
+        for stream, node in enumerate(self.front_end.output[medium.spec.kind]):
+            if node in self.front_end.first:
+                continue  # put in when all is known
+            example.spans.append((len(example.ids), len(example.media), stream))
+            example.ids += [self.filler_id] * self._length(medium, stream)
+        if example.labels is not None:
+            example.labels += [-100] * (len(example.ids) - len(example.labels))
+        example.media.append(medium)
+
+    def _length(self, medium: Medium, stream: int) -> int:
+        return self.front_end.streams(medium.spec)[stream].tokens
+
+    def read(self, entry: MediumEntry | dict[str, Any], sampling: Sampling | None = None, tiled: bool = True) -> Medium:
+        """Decode one content entry and resize it for every encoder.
+
+        Args:
+            entry: a content entry of a medium (see `mmllm.processing.content`).
+            sampling: how, where the entry does not say it itself; default: the recipe's.
+            tiled: cut an image into tiles, where the recipe does that.
+
+        Raises:
+            UserError: the entry is malformed, or the medium cannot be read.
+        """
+        if isinstance(entry, dict):
+            (entry,) = entries_of({"content": [entry]})
+        sampling = entry.sampled(sampling or self.front_end.sampling)
+        wanted = self.front_end.geometries
+        tiling = self.front_end.tiling if tiled and entry.kind == "image" else None
+        ref = entry.ref
+        if ref is not None:
+            loaded, key = self.loader.load(ref, sampling, wanted, tiling), (ref, sampling, tiling)
+        else:
+            clip, kind = _in_memory(entry.source, entry.kind, sampling), entry.kind
+            loaded = resized(clip, kind, tuple(wanted.values()), tiling)
+            key = (kind, id(entry.source), sampling, tiling)
+        return _medium(key, loaded, entry.source)
+
+    def sampling(
+        self,
+        frames: int | None = None,
+        fps: float | None = None,
+        sampler: str | None = None,
+        max_frames: int | None = None,
+    ) -> Sampling:
+        """The model's own sampling with a number of frames, a rate, a limit or a sampler of its own.
+
+        Raises:
+            UserError: both frames and fps, or an unknown sampler.
+        """
+        return self.front_end.sampling.override(frames, fps, max_frames, sampler)
+
+    def collate(self, examples: list[Example], padding_side: str = "right") -> VisualBatch:
+        """A batch: padded ids, mask, labels, and the `visual` dict in which equal media appear once."""
+        return collate(examples, self.tokenizer.pad_token_id, padding_side, self.front_end.prompts.collate)
+
+
+def _checked_level(level: int | None, known: int | None, name: str) -> int:
+    """The alignment level of a record, -1 where it carries none; `known`: how many the parts know, if any reads it."""
+    if level is None:
+        return -1
+    if isinstance(level, bool) or not isinstance(level, int) or level < 0:
+        raise UserError(f"sample {name}: level", "not a level", expected="a whole number >= 0", got=level)
+    if known is not None and level >= known:
+        hint = f"mmllm data align-levels ... --levels {known}, or the connector's `levels`"
+        raise UserError(f"sample {name}: level", "no part has it", expected=f"below {known}", got=level, hint=hint)
+    return level
+
+
+def _medium(key: Any, loaded: Loaded, source: Any) -> Medium:
+    return Medium(key, loaded.spec, loaded.times, loaded.pixels, loaded.features, loaded.keys, source, loaded.corrupt)
+
+
+def _flat(media: Any) -> list:
+    if media is None:
+        return []
+    if not isinstance(media, list | tuple):
+        return [media]
+    return [item for group in media for item in (group if isinstance(group, list | tuple) else [group])]
+
+
+def _without_last_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    """The conversation without its last question and answer; None if that was the only one."""
+    questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    return messages[: questions[-1]] if len(questions) > 1 else None
+
+
+def _in_memory(source: Any, kind: str, sampling: Sampling) -> Clip:
+    """Frames that are in memory already: a PIL image or uint8 [H, W, 3] or [T, H, W, 3] (one frame a second)."""
+    from PIL import ImageOps
+
+    array = np.asarray(ImageOps.exif_transpose(source).convert("RGB") if hasattr(source, "convert") else source)
+    array = array[None] if array.ndim == 3 else array
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
+        raise UserError(f"{kind} array", "wrong shape or type", expected="uint8 [T, H, W, 3]", got=array.shape)
+    if kind == "video":
+        from mmllm.data.media.types import Probe
+
+        probe = Probe("video", len(array), 1.0, *array.shape[1:3])
+        index = sampling.indices(probe, None, None)
+        return Clip(array[index], np.asarray(index, dtype=np.float64))
+    return Clip(array[:1], np.zeros(1))
+
+
+AutoProcessor.register("mmllm", MMLLMProcessor)
