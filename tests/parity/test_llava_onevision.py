@@ -1,17 +1,18 @@
-"""LLaVA-OneVision on images of any size: from pixels to logits as the library, same weights."""
+"""LLaVA-OneVision on images of any size and on video: from pixels to logits as the library, same weights."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from helpers.library import SMALL, copy_weights
 from helpers.tiny import tokenizer_folder
 from PIL import Image
 
 from mmllm.config.recipe import load
+from mmllm.contract.types import MediaSpec
 from mmllm.model.build import build_model
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 VISION = {**SMALL, "image_size": 42, "patch_size": 14, "vision_use_head": False}
 TEXT = {**SMALL, "vocab_size": 800, "num_key_value_heads": 2, "max_position_embeddings": 512}
 PLACE = 790
@@ -46,14 +47,7 @@ def both():
         )
     ).eval()
     front = ours.model.front_end
-    tower = {key.removeprefix("vision_model."): v for key, v in theirs.model.vision_tower.state_dict().items()}
-    own = {key.removeprefix("vision_model."): key for key in front.bank.encoders["siglip"].tower.state_dict()}
-    front.bank.encoders["siglip"].tower.load_state_dict({own[key]: value for key, value in tower.items()})
-    projector = theirs.model.multi_modal_projector
-    front.parts["mlp"].layers[0].load_state_dict(projector.linear_1.state_dict())
-    front.parts["mlp"].layers[2].load_state_dict(projector.linear_2.state_dict())
-    ours.model.language_model.load_state_dict(theirs.model.language_model.state_dict())
-    ours.lm_head.load_state_dict(theirs.lm_head.state_dict())
+    copy_weights(ours, theirs, "siglip")
     front.parts["any_resolution"].newline.data.copy_(theirs.model.image_newline.data)
     return recipe, ours, theirs
 
@@ -134,3 +128,47 @@ def test_images_of_many_sizes_in_one_batch_answer_as_alone(models) -> None:
     together = last(chats)
     for row, chat in enumerate(chats):
         torch.testing.assert_close(together[row], last([chat])[0], atol=2e-6, rtol=0)
+
+
+def test_logits_are_those_of_the_librarys_llava_onevision_on_video():
+    """Same weights, same clip: transformers' LlavaOnevision and our recipe `llava_onevision_video`, tiny."""
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    from mmllm.config.recipe import load
+
+    vision = {**SMALL, "image_size": 42, "patch_size": 14, "vision_use_head": False}
+    text = {**SMALL, "vocab_size": 120, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    unnamed = ["model.encoders.siglip.name=null", "model.llm.name=null"]
+    recipe = load("llava_onevision_video", [*unnamed, "model.media.frames=3"])
+    recipe.model["encoders"]["siglip"]["config"] = vision
+    recipe.model["llm"]["config"] = {"model_type": "qwen2", **text}
+    ours = build_model(recipe, weights=False).eval()
+    theirs = LlavaOnevisionForConditionalGeneration(
+        LlavaOnevisionConfig(
+            vision_config=SiglipVisionConfig(**vision),
+            text_config=Qwen2Config(**text),
+            image_token_index=101,
+            video_token_index=100,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+    ).eval()
+    front = ours.model.front_end
+    copy_weights(ours, theirs, "siglip")
+    front.parts["newline"].embedding.data.copy_(theirs.model.image_newline.data)
+
+    pixels = torch.randint(0, 256, (3, 3, 42, 42), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    count = 3 * 2 * 2 + 1
+    ids = torch.tensor([[5, *[100] * count, 7, 8, 9]])
+    encoder = front.bank.encoders["siglip"]
+    clip = {"spec": MediaSpec("video", 3), "times": torch.arange(3.0), "pixels": {encoder.geometry: pixels}}
+    visual = {"media": [clip], "pairs": [(0, -1)], "spans": torch.tensor([[0, 1, 0, 0]])}
+    with torch.no_grad():
+        left = ours(ids, visual=visual).logits
+        right = theirs(input_ids=ids, pixel_values_videos=encoder.normalise(pixels)[None]).logits
+    torch.testing.assert_close(left, right, atol=1e-6, rtol=0)
