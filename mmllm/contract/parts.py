@@ -118,10 +118,13 @@ class Tower(Part):
 
     Attributes:
         arguments: the keyword arguments that it was built with.
+        version: of what it computes. Raise it where equal arguments and weights give another output than before:
+            features that were kept are then computed anew.
         origins: arguments that only say where weights or text rules come from; the digest leaves them out.
     """
 
     arguments: dict[str, Any]
+    version: ClassVar[int] = 1
     origins: ClassVar[tuple[str, ...]] = ("name", "weights", "tokenizer")
 
     def __new__(cls, /, *args: Any, **arguments: Any) -> Tower:
@@ -145,14 +148,17 @@ class Tower(Part):
         return arguments
 
     def digest(self) -> str:
-        """sha256, in hex, of what decides its output: class and its source, arguments, all weights and buffers.
+        """sha256, in hex, of what decides its output: class, version, arguments, all weights and buffers.
+
+        The source of a user's own class counts too, since nobody raises the version of what is being tried.
 
         Raises:
             ValueError: it has no memory (meta device).
         """
         defaults = {name: default for name, (_, default) in signature(type(self)).items()}
         arguments = {key: value for key, value in {**defaults, **self.arguments}.items() if key not in self.origins}
-        facts = [self.kind, self.registered_name, _source(type(self)), arguments]
+        ours = type(self).__module__.startswith("mmllm.")
+        facts = [self.kind, self.registered_name, self.version, "" if ours else _source(type(self)), arguments]
         text = json.dumps(facts, sort_keys=True, default=repr)
         digest = hashlib.sha256(text.encode())
         for name, tensor in sorted({**dict(self.named_parameters()), **dict(self.named_buffers())}.items()):

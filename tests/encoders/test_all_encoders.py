@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmllm.contract import registry
+from mmllm.contract import parts, registry
 from mmllm.contract.parts import Encoder, Site
 from mmllm.contract.types import Grid, MediaSpec, Needs, VisualTokens
 
@@ -138,6 +138,19 @@ def test_the_digest_is_of_weights_and_arguments(cls, arguments, media):
     other = cls(Site(), **{**arguments, "frames": frames})
     other.load_state_dict(encoder.state_dict())
     assert (other.digest() == changed) == (arguments.get("frames") == frames)
+
+
+def test_a_digest_knows_the_version_and_the_source_of_a_users_class(monkeypatch):
+    clip = registry.find("encoder", "clip")
+    arguments, _ = next(clip.examples())
+    before = build(clip, arguments).digest()
+    monkeypatch.setattr(parts, "_source", lambda cls: "other words")
+    assert build(clip, arguments).digest() == before
+    monkeypatch.setattr(clip, "__module__", "mmllm_plugin_0")
+    assert build(clip, arguments).digest() != before
+    monkeypatch.undo()
+    monkeypatch.setattr(clip, "version", 2)
+    assert build(clip, arguments).digest() != before
 
 
 def test_a_digest_needs_memory_and_does_not_know_names():
