@@ -76,7 +76,7 @@ class LevelGate(Part):
         if level is not None:
             token = token.where(level[:, None] < 0, self.table[level.clamp_min(0)])
         first = torch.full((1,), -1, device=tokens.values.device)
-        return tokens.new(token[:, None].to(tokens.values.dtype), None, index=first)
+        return tokens.derive(token[:, None].to(tokens.values.dtype), None, index=first)
 
     def weights(self, values: Tensor, prompt: PromptFeatures | None) -> Tensor:
         """[B, N, D] -> [B, levels - 1] in float32, summing to 1: how much of each local level."""

@@ -61,14 +61,14 @@ class LookUps:
         return {f"{name} cached": str(rate) for name, rate in self.rates.items()}
 
 
-def counted(caches: Caches | None) -> dict[str, tuple[int, int]]:
+def snapshot(caches: Caches | None) -> dict[str, tuple[int, int]]:
     """{cache: (hits, misses)} of this process so far."""
     found = {"frames": caches.frames, "features": caches.features} if caches is not None else {}
     return {name: (disk.rate.hits, disk.rate.misses) for name, disk in found.items() if disk is not None}
 
 
-def since(before: dict[str, tuple[int, int]], caches: Caches | None) -> dict[str, tuple[int, int]]:
-    """What was looked up since `before` was counted."""
+def delta(before: dict[str, tuple[int, int]], caches: Caches | None) -> dict[str, tuple[int, int]]:
+    """What was looked up since `before` was taken."""
     return {
-        name: (hits - before[name][0], misses - before[name][1]) for name, (hits, misses) in counted(caches).items()
+        name: (hits - before[name][0], misses - before[name][1]) for name, (hits, misses) in snapshot(caches).items()
     }

@@ -8,29 +8,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from torch import nn
+
 from mmllm.config.recipe import Recipe
 from mmllm.config.schema import Stage
 from mmllm.contract.arguments import Count, Number, parse
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.files import read_record
 from mmllm.device import check_device
+from mmllm.train.context import RunOptions, StageContext
+from mmllm.train.data import data_files
+from mmllm.train.weights import resolve_init
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-
-    from mmllm.train.run import Options
+    from transformers import TrainingArguments
 
 T = TypeVar("T")
 
 
-def training_arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, options: Options) -> Any:
+def training_arguments(context: StageContext) -> TrainingArguments:
     """The library's arguments for a stage."""
     from transformers import TrainingArguments
 
-    micro, accumulation = micro_batch(name, stage, recipe, join(options).num_processes)
+    stage, options = context.stage, context.options
+    micro, accumulation = split_batch(context.name, stage, context.recipe, join(options).num_processes)
     accelerated = _accelerated(options)
     arguments = TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(context.folder),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
         max_steps=stage.steps or -1,
@@ -61,7 +66,7 @@ def training_arguments(name: str, stage: Stage, recipe: Recipe, folder: Path, op
     return arguments
 
 
-def precision(options: Options) -> str:
+def precision(options: RunOptions) -> str:
     """The number format of the forward: the one asked for, else bfloat16 where an accelerator has it."""
     import torch
 
@@ -69,13 +74,13 @@ def precision(options: Options) -> str:
     return options.precision or ("bfloat16" if bfloat16 else "float32")
 
 
-def _accelerated(options: Options) -> bool:
+def _accelerated(options: RunOptions) -> bool:
     import torch
 
     return options.device != "cpu" and torch.accelerator.is_available()
 
 
-def join(options: Options) -> PartialState:
+def join(options: RunOptions) -> PartialState:
     """The processes of this run, joined: what torchrun has started would else train side by side in one folder.
 
     Without an accelerator they join on the CPU.
@@ -148,18 +153,16 @@ def deepspeed_config(name: str | None, stage: Stage) -> dict | str | None:
     }
 
 
-def plan(name: str, stage: Stage, recipe: Recipe, options: Options, processes: int) -> tuple[int, int]:
+def plan(name: str, stage: Stage, recipe: Recipe, options: RunOptions, processes: int) -> tuple[int, int]:
     """(samples of one forward, accumulation steps) of a stage, once all that it needs is there.
 
     Raises:
         UserError: the batch, the DeepSpeed config, a data file or what it starts from does not fit or is absent.
     """
-    from mmllm.train.stage import data_files, starts
-
     data_files(stage, recipe)
-    starts(name, stage, recipe)
+    resolve_init(name, stage, recipe)
     deepspeed_config(options.deepspeed, stage)
-    return micro_batch(name, stage, recipe, processes)
+    return split_batch(name, stage, recipe, processes)
 
 
 def _deepspeed_file(name: str) -> dict[str, Any]:
@@ -176,7 +179,7 @@ def _deepspeed_file(name: str) -> dict[str, Any]:
     return given
 
 
-def micro_batch(name: str, stage: Stage, recipe: Recipe, processes: int) -> tuple[int, int]:
+def split_batch(name: str, stage: Stage, recipe: Recipe, processes: int) -> tuple[int, int]:
     """(samples of one forward, accumulation steps): a recipe's batch is global, whatever the machine.
 
     Raises:
@@ -192,7 +195,7 @@ def micro_batch(name: str, stage: Stage, recipe: Recipe, processes: int) -> tupl
     return micro, per_process // micro
 
 
-def recompute(model: Any, wanted: bool) -> None:
+def set_gradient_checkpointing(model: nn.Module, wanted: bool) -> None:
     """Whether the backward pass computes the layers' inner values again, or the forward keeps them."""
     for name in ("activation_checkpointing", "gradient_checkpointing"):  # renamed by the library after 5.23
         if switch := getattr(model, f"{name}_{'enable' if wanted else 'disable'}", None):

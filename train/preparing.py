@@ -17,7 +17,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Objective
 from mmllm.contract.registry import load_plugin, plugins
 from mmllm.data.records.conversations import Sample
-from mmllm.train.caching import counted, since
+from mmllm.train.caching import delta, snapshot
 
 TRIES = 20
 """So many samples in a row may be bad before the data are at fault, not a sample."""
@@ -85,12 +85,12 @@ class Preparer:
         if get_worker_info() is not None:
             _shield()
         caches = self.processor.loader.caches
-        before = counted(caches)
+        before = snapshot(caches)
         try:
             batch = self._batch(numbers)
         except UserError as error:
             return {"error": error}
-        return {**batch, "looked_up": since(before, caches)} if caches is not None else batch
+        return {**batch, "looked_up": delta(before, caches)} if caches is not None else batch
 
     def _batch(self, numbers: list[int]) -> dict[str, Any]:
         try:

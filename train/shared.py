@@ -16,6 +16,8 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.files import replacing
 from mmllm.contract.registry import plugins
 from mmllm.train.checkpoints import digest, naming
+from mmllm.train.context import StageContext
+from mmllm.train.data import data_files
 from mmllm.train.machine import precision
 
 VERSION = 1
@@ -29,18 +31,18 @@ class SharedStage:
     and data and settings of this stage and of those before it; not the front end, which such stages never run.
     """
 
-    def __init__(self, name: str, recipe: Recipe, processor: Any, options: Any) -> None:
-        stages = list(recipe.stages.items())
-        until = [stage for _, stage in stages[: [key for key, _ in stages].index(name) + 1]]
+    def __init__(self, context: StageContext) -> None:
+        recipe, tokenizer, options = context.recipe, context.processor.tokenizer, context.options
+        until = list(recipe.stages.values())[: context.number]
         if any(stage.trains != ("llm",) or stage.init for stage in until):
-            where = recipe.where(f"stages.{name}.share")
+            where = context.where("share")
             raise UserError(where, "only stages that train the llm alone, from the first one on, can be shared")
         facts = {
             "llm": recipe.model["llm"].get("config"),
             "name": recipe.model["llm"].get("name"),
             "gguf": recipe.model["llm"].get("gguf"),
-            "tokenizer": processor.tokenizer.backend_tokenizer.to_str(),
-            "template": processor.tokenizer.chat_template,
+            "tokenizer": tokenizer.backend_tokenizer.to_str(),
+            "template": tokenizer.chat_template,
             "stages": [_stage_facts(stage, recipe) for stage in until],
             "seed": options.seed,
             "precision": precision(options),
@@ -129,8 +131,6 @@ def _from_main(value: bool) -> bool:
 
 
 def _stage_facts(stage: Stage, recipe: Recipe) -> dict[str, Any]:
-    from mmllm.train.stage import data_files
-
     facts = {**asdict(stage), "micro_batch": None, "data": [digest(path) for path in data_files(stage, recipe)]}
     del facts["checkpointing"]  # like micro_batch it says how, not what; out, so that digests stay what they were
     return facts

@@ -27,7 +27,7 @@ class Projector(Part):
 
     def forward(self, *inputs: VisualTokens) -> VisualTokens:
         """The same token set, projected."""
-        return inputs[0].same(self.project(inputs[0].values))
+        return inputs[0].with_values(self.project(inputs[0].values))
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[TokenSpec, ...]]]:

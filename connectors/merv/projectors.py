@@ -80,7 +80,7 @@ class Conv3dPool(Part):
     def forward(self, *inputs: VisualTokens) -> VisualTokens:
         """[B, t h w, C] -> [B, t' h' w', width]."""
         maps = self.conv(inputs[0].as_grid().movedim(-1, 1))
-        return self.pool(inputs[0].same(maps.flatten(2).transpose(1, 2)))
+        return self.pool(inputs[0].with_values(maps.flatten(2).transpose(1, 2)))
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[TokenSpec, ...]]]:
@@ -145,8 +145,8 @@ class CAbstractor(FrameResampler):
         maps = self.after(nn.functional.adaptive_avg_pool2d(maps, self.grid))
         values = maps.flatten(2).transpose(1, 2).unflatten(0, (-1, tokens.grid.t)).flatten(1, 2)
         # The values are pooled as maps; positions and sizes, which need the tokens, by the same windows.
-        places = self.pool_of(tokens.spec)(tokens.same(tokens.values[..., :1]))
-        return places.same(values)
+        places = self.pool_of(tokens.spec)(tokens.with_values(tokens.values[..., :1]))
+        return places.with_values(values)
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[TokenSpec, ...]]]:

@@ -34,7 +34,7 @@ class ClipPatchHead(nn.Module):
         """[..., C] -> [..., J]."""
         return self.projection(self.norm(values))
 
-    def take(self, pair: nn.Module) -> None:
+    def load_from(self, pair: nn.Module) -> None:
         """Weights out of a CLIP model."""
         self.norm.load_state_dict(pair.vision_model.post_layernorm.state_dict())
         self.projection.load_state_dict(pair.visual_projection.state_dict())
@@ -63,7 +63,7 @@ class ClipHead(Projector):
             UserError: it cannot be had, or its head is another one.
         """
         if self.weights is not None:
-            take_head(self.head, self.weights, "clip_head.weights")
+            load_head(self.head, self.weights, "clip_head.weights")
 
     def project(self, values: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, width]."""
@@ -105,7 +105,7 @@ class SiglipPatchHead(nn.Module):
             logits = torch.einsum("...nhc,hc->...hn", keys.float(), query.float()) / math.sqrt(query.shape[-1])
         return logits.softmax(-1)
 
-    def take(self, pair: nn.Module) -> None:
+    def load_from(self, pair: nn.Module) -> None:
         """Weights out of a SigLIP model."""
         head = pair.vision_model.head
         query, key, value = (
@@ -125,7 +125,7 @@ class SiglipPatchHead(nn.Module):
             self.probe.data.copy_(head.probe.flatten())
 
 
-def take_head(head: ClipPatchHead | SiglipPatchHead, name: str, where: str) -> Tensor:
+def load_head(head: ClipPatchHead | SiglipPatchHead, name: str, where: str) -> Tensor:
     """The head of an image-text model into `head`; returns the logarithm of its scale [].
 
     Args:
@@ -138,7 +138,7 @@ def take_head(head: ClipPatchHead | SiglipPatchHead, name: str, where: str) -> T
 
     try:
         pair = pretrained(AutoModel, name)
-        head.take(pair)
+        head.load_from(pair)
         return pair.logit_scale.detach().reshape(())
     except OSError as error:
         raise UserError(name, "cannot fetch the weights", hint=f"hf download {name}") from error

@@ -24,7 +24,7 @@ from mmllm.connectors.common.windows import (
     weighted_means,
     window_weights,
 )
-from mmllm.connectors.ppllava.patch_heads import ClipPatchHead, SiglipPatchHead, cosine, take_head
+from mmllm.connectors.ppllava.patch_heads import ClipPatchHead, SiglipPatchHead, cosine, load_head
 from mmllm.contract.parts import Part, Site
 from mmllm.contract.registry import register
 from mmllm.contract.types import Grid, MediaSpec, Needs, PromptFeatures, TokenSpec, VisualTokens
@@ -97,7 +97,7 @@ class PromptRelevance(Part):
             UserError: it cannot be had, or its head is another one.
         """
         if self.weights is not None:
-            self.logit_scale.copy_(take_head(self.head, self.weights, "prompt_relevance.weights"))
+            self.logit_scale.copy_(load_head(self.head, self.weights, "prompt_relevance.weights"))
 
     def needs(self) -> Needs:
         """The prompt in the joint space."""

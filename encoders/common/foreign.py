@@ -36,7 +36,7 @@ def library(name: str, package: str) -> Any:
         raise UserError(name, "not installed, and this tower is of it", hint=f"pip install {package}") from error
 
 
-def settle(tower: nn.Module) -> nn.Module:
+def mark_initialized(tower: nn.Module) -> nn.Module:
     """Mark a fresh tower, so that the library leaves its values alone where it has any."""
     tower.in_memory = not any(tensor.is_meta for tensor in _tensors(tower).values())
     if tower.in_memory:

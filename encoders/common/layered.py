@@ -99,7 +99,7 @@ class LayeredEncoder(Encoder):
         """One zero input of the tower, on the current default device."""
         return torch.zeros(1, 3, self.geometry.height, self.geometry.width)
 
-    def adopt(self) -> None:
+    def build_tower(self) -> None:
         """Build the tower and learn the shapes of its layers.
 
         Raises:

@@ -49,7 +49,7 @@ class Transform:
             self.size, self.size, self.fit, self.interpolation, self.short, self.fill, self.resampler, centre
         )
 
-    def but(self, **given: Any) -> Transform:
+    def override(self, **given: Any) -> Transform:
         """With the arguments that a recipe gives (not None) in place of these.
 
         Raises:

@@ -13,7 +13,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
 from mmllm.contract.registry import register
 from mmllm.contract.types import MediaSpec
-from mmllm.encoders.common.foreign import library, load_states, settle, write_missing
+from mmllm.encoders.common.foreign import library, load_states, mark_initialized, write_missing
 from mmllm.encoders.common.layered import LayeredEncoder, State
 from mmllm.encoders.common.transform import HALF, PILLOW, Transform
 
@@ -55,12 +55,12 @@ class EfficientNetLite0(LayeredEncoder):
         transform = Transform(*HALF, size, "crop", "bicubic", short=size * 256 // 224, **PILLOW)
         super().__init__(site, transform, layer=(2, 4, 8, 16, 32).index(reduction), cls=False, frames=frames)
         self.weights = weights
-        self.adopt()
+        self.build_tower()
 
     def create(self) -> nn.Module:
         """timm's network with random weights, without pooling and classifier."""
         timm = library("timm", "'mmllm[towers]'")
-        return settle(timm.create_model("tf_efficientnet_lite0", num_classes=0, global_pool=""))
+        return mark_initialized(timm.create_model("tf_efficientnet_lite0", num_classes=0, global_pool=""))
 
     def read(self, tower: nn.Module, inputs: Tensor, layers: list[int] | None) -> dict[int, State]:
         """Maps [M, C, h, w] at reductions of 2, 4, 8, 16 and 32."""

@@ -74,13 +74,13 @@ class HuggingFaceEncoder(LayeredEncoder):
     ) -> None:
         parsed = tower_config({**self.config_defaults, **(config or {})}, self.model_type)
         given = {"mean": mean, "std": std, "fit": fit, "short": short, "interpolation": interpolation}
-        transform = self.own_transform(parsed, size, given).but(**given)
+        transform = self.own_transform(parsed, size, given).override(**given)
         super().__init__(site, transform, layer=layer, cls=cls, frames=frames)
         self.name, self.config, self.norm = name, parsed, norm
         self.patch = square_side(getattr(parsed, "patch_size", None))
         if self.patch and size is not None and size % self.patch:  # a tower's own size may leave pixels over
             raise ValueError(f"size {size} is not a multiple of the patch of {self.patch}")
-        self.adopt()
+        self.build_tower()
 
     @classmethod
     def own_transform(cls, config: Any, size: int | None, given: dict[str, Any]) -> Transform:

@@ -13,7 +13,7 @@ from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.parts import Site
 from mmllm.contract.registry import register
 from mmllm.contract.types import MediaSpec
-from mmllm.encoders.common.foreign import library, load_states, settle, write_missing
+from mmllm.encoders.common.foreign import library, load_states, mark_initialized, write_missing
 from mmllm.encoders.common.layered import LayeredEncoder, State
 from mmllm.encoders.common.transform import PILLOW, Colour, Fit, Interpolation, Transform
 
@@ -69,10 +69,10 @@ class OpenClipEncoder(LayeredEncoder):
         complete = None not in (mean, std, fit, interpolation)  # as resolved: then nothing has to be asked for
         base = Transform(mean, std, size or own) if complete else own_transform(name, weights, size or own)
         given = {"mean": mean, "std": std, "fit": fit, "short": short, "interpolation": interpolation}
-        super().__init__(site, base.but(**given), layer=layer, cls=cls, frames=frames)
+        super().__init__(site, base.override(**given), layer=layer, cls=cls, frames=frames)
         self.name, self.weights, self.config, self.norm = name, weights, parsed, norm
         self.resized = size is not None and size != own
-        self.adopt()
+        self.build_tower()
 
     @classmethod
     def resolve(cls, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class OpenClipEncoder(LayeredEncoder):
         tower = build_pair(self.config, vision_cfg=vision, text_cfg=NO_TEXT).visual
         if self.resized and hasattr(tower, "set_input_size"):
             tower.set_input_size(self.geometry.height)
-        return settle(tower)
+        return mark_initialized(tower)
 
     def read(self, tower: nn.Module, inputs: Tensor, layers: list[int] | None) -> dict[int, State]:
         """Outputs of blocks as maps [M, C, h, w], and the tokens before the patches."""

@@ -13,7 +13,7 @@ from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.parts import Site
 from mmllm.contract.registry import register
 from mmllm.contract.types import MediaSpec
-from mmllm.encoders.common.foreign import library, load_states, settle, write_missing
+from mmllm.encoders.common.foreign import library, load_states, mark_initialized, write_missing
 from mmllm.encoders.common.layered import LayeredEncoder, State
 from mmllm.encoders.common.transform import PILLOW, Colour, Fit, Interpolation, Transform
 
@@ -69,14 +69,14 @@ class TimmEncoder(LayeredEncoder):
         config = registered_config(architecture)
         transform = own_transform(config, size, fit, architecture)
         given = {"mean": mean, "std": std, "fit": fit, "short": short, "interpolation": interpolation}
-        super().__init__(site, transform.but(**given), layer=layer, cls=cls, frames=frames)
+        super().__init__(site, transform.override(**given), layer=layer, cls=cls, frames=frames)
         self.name, self.weights, self.architecture, self.norm = name, weights, architecture, norm
         self.model_args = {**(model_args or {}), "num_classes": 0}
         if "img_size" in self.model_args:
             raise ValueError("model_args.img_size: say size instead")
         if config.get("fixed_input_size"):
             self.model_args["img_size"] = transform.size
-        self.adopt()
+        self.build_tower()
 
     @classmethod
     def resolve(cls, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class TimmEncoder(LayeredEncoder):
         model = library("timm", PACKAGE).create_model(self.architecture, **self.model_args)
         if not hasattr(model, "forward_intermediates"):
             raise ValueError(f"{self.architecture} does not give its intermediate features")
-        return settle(model)
+        return mark_initialized(model)
 
     def read(self, tower: nn.Module, inputs: Tensor, layers: list[int] | None) -> dict[int, State]:
         """Outputs of blocks as maps [M, C, h, w], and the tokens before the patches."""

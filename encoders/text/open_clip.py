@@ -12,7 +12,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site, TextSource
 from mmllm.contract.registry import register
 from mmllm.contract.types import PromptFeatures
-from mmllm.encoders.common.foreign import library, load_states, settle, write_missing
+from mmllm.encoders.common.foreign import library, load_states, mark_initialized, write_missing
 from mmllm.encoders.image.open_clip import PACKAGE, build_pair, load_pair, model_config
 from mmllm.encoders.text.huggingface import pad
 
@@ -66,7 +66,7 @@ class OpenClipText(TextSource):
 
     def create(self) -> nn.Module:
         """The text tower with random weights."""
-        return settle(build_pair(self.config, vision_cfg=NO_IMAGE, text_cfg=self.config["text_cfg"]).text)
+        return mark_initialized(build_pair(self.config, vision_cfg=NO_IMAGE, text_cfg=self.config["text_cfg"]).text)
 
     @property
     def tokenizer(self) -> Any:

@@ -73,11 +73,11 @@ class VideoTower(LayeredEncoder):
         if frames not in (None, parsed.num_frames):
             raise ValueError(f"frames {frames}: this tower reads {parsed.num_frames} frames at once")
         given = {"mean": mean, "std": std, "fit": fit, "short": short, "interpolation": interpolation}
-        transform = self.own_transform(own).but(**given)
+        transform = self.own_transform(own).override(**given)
         super().__init__(site, transform, layer=layer, cls=False, frames=frames)
         self.name, self.config, self.norm = name, parsed, norm
         self.tubelet = self.own_tubelet(parsed)
-        self.adopt()
+        self.build_tower()
 
     @classmethod
     def own_transform(cls, size: int) -> Transform:

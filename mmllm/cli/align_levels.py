@@ -54,7 +54,13 @@ def configure(verbs: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Score, rank and write."""
-    from mmllm.data.records.alignment_levels import level_edges, levels_by_edges, levels_by_rank, pair_of, with_levels
+    from mmllm.data.records.alignment_levels import (
+        level_edges,
+        levels_by_edges,
+        levels_by_rank,
+        media_and_answer,
+        with_levels,
+    )
     from mmllm.data.records.conversations import open_source
 
     if options.out.exists() and options.out.samefile(options.data):
@@ -62,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     known = _read_edges(options) if options.edges else None
     count = 8 if options.levels is None else options.levels
     source = open_source(options.data, options.root)
-    names, pairs = zip(*((sample.id, pair_of(sample)) for sample in source), strict=True)
+    names, pairs = zip(*((sample.id, media_and_answer(sample)) for sample in source), strict=True)
     places = [index for index, pair in enumerate(pairs) if pair is not None]
     wanted = [(names[index], *pairs[index]) for index in places]
     if not places:

@@ -176,7 +176,7 @@ def _backends(clip: Path) -> list[Finding]:
     from mmllm.data.media.sampling import Sampling
     from mmllm.data.media.types import MediaRef
 
-    found, heard = [], _Heard()
+    found, heard = [], _LogCapture()
     log = logging.getLogger("mmllm.data.media.reader")
     log.addHandler(heard)
     for name, backend in sorted(parts("backend").items(), reverse=True):
@@ -195,7 +195,7 @@ def _backends(clip: Path) -> list[Finding]:
     return found
 
 
-class _Heard(logging.Handler):
+class _LogCapture(logging.Handler):
     """Collects what a reader warns of: that it had to fall back, above all."""
 
     def __init__(self) -> None:

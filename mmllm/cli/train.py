@@ -67,14 +67,15 @@ def run(options: argparse.Namespace) -> int:
     sleep_beside_neighbours()
     calm_libraries()
     from mmllm.config.recipe import load
+    from mmllm.train.context import RunOptions, Stopped
     from mmllm.train.machine import join
-    from mmllm.train.run import Options, Stopped, check, train
+    from mmllm.train.run import check, train
 
     recipe = load(options.recipe, options.overrides)
     stages = None if options.stages is None else options.stages.split(",")
     out = options.out or Path("runs") / Path(options.recipe).stem
     keep, keep_bytes = kept_kinds(options)
-    settings = Options(
+    settings = RunOptions(
         seed=options.seed,
         jobs=1 if options.jobs is None else options.jobs,
         threads=options.threads,

@@ -131,13 +131,13 @@ class VisualTokens:
         values = self.values if values is None else values
         return values.unflatten(1, (self.grid.t, self.grid.h * self.grid.w))
 
-    def same(self, values: Tensor) -> VisualTokens:
+    def with_values(self, values: Tensor) -> VisualTokens:
         """The same token set with other values [B, N, C']: everything that belongs to the tokens rides along."""
         if values.shape[:2] != self.values.shape[:2]:
             raise ValueError(f"not the same token set: {tuple(values.shape[:2])} and {tuple(self.values.shape[:2])}")
         return replace(self, values=values)
 
-    def new(
+    def derive(
         self, values: Tensor, grid: Grid | None, *, weights: Tensor | None = None, index: Tensor | None = None
     ) -> VisualTokens:
         """Another token set made from this one; extras are dropped, positions and sizes move.
@@ -160,7 +160,7 @@ class VisualTokens:
             positions, sizes = _pick(self.positions, self.sizes, index)
         return VisualTokens(values, self.media, grid, positions, sizes, self.times)
 
-    def rows(self, index: Tensor) -> VisualTokens:
+    def select(self, index: Tensor) -> VisualTokens:
         """The clips `index` [P] of this group, repeats allowed (one row a pair of clip and prompt)."""
         extras = {name: value[index] for name, value in self.extras.items()}
         fields = {name: getattr(self, name)[index] for name in ("values", "positions", "sizes", "times")}
@@ -203,7 +203,7 @@ class PromptFeatures:
     present: Tensor | None = None
     level: Tensor | None = None
 
-    def rows(self, index: list[int]) -> PromptFeatures:
+    def select(self, index: list[int]) -> PromptFeatures:
         """The prompts `index` [P], repeats allowed."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return PromptFeatures(**{name: None if value is None else value[index] for name, value in values.items()})

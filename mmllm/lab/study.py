@@ -227,14 +227,14 @@ class StudyFile:
         """
         from mmllm.checks.summary import walk
         from mmllm.model.build import check_shapes
-        from mmllm.train.stage import check_names
+        from mmllm.train.weights import validate_module_names
 
         found = {}
         for name, recipe in self.recipes.items():
             with self._named(name):
                 front = check_shapes(recipe)
                 for stage, values in recipe.stages.items():
-                    check_names(front, values, recipe.where(f"stages.{stage}"))
+                    validate_module_names(front, values, recipe.where(f"stages.{stage}"))
                 rows = walk(recipe)
             parameters, macs = sum(row.parameters for row in rows), sum(row.macs for row in rows)
             found[name] = Facts(rows[-1].tokens, parameters, macs)

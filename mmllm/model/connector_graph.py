@@ -75,7 +75,7 @@ def read_output(output: Any, known: list[str], where: str) -> dict[str, list[str
     return result
 
 
-def read_place(place: dict[str, str], output: dict[str, list[str]], where: str) -> set[str]:
+def parse_positions(place: dict[str, str], output: dict[str, list[str]], where: str) -> set[str]:
     """Names of the streams that stand at the start of a sequence, after BOS, and not where their medium is.
 
     Raises:
@@ -90,7 +90,7 @@ def read_place(place: dict[str, str], output: dict[str, list[str]], where: str) 
     return set(place)
 
 
-def reached(inputs: dict[str, list[str]], output: dict[str, list[str]]) -> set[str]:
+def reachable(inputs: dict[str, list[str]], output: dict[str, list[str]]) -> set[str]:
     """Names that the output depends on; only those run."""
     todo = [name for streams in output.values() for name in streams]
     found: set[str] = set()
@@ -102,7 +102,7 @@ def reached(inputs: dict[str, list[str]], output: dict[str, list[str]]) -> set[s
     return found
 
 
-def merged(needs: list[Needs]) -> Needs:
+def union_needs(needs: list[Needs]) -> Needs:
     """The union of what several parts need, each thing once."""
     union = Needs()
     for need in needs:
@@ -112,7 +112,7 @@ def merged(needs: list[Needs]) -> Needs:
     return union
 
 
-def own_layers(tokens: VisualTokens, needs: Needs, union: Needs) -> VisualTokens:
+def select_hidden_states(tokens: VisualTokens, needs: Needs, union: Needs) -> VisualTokens:
     """An encoder's tokens with the layers that one part declared, in its order, out of those that all parts did."""
     extras = {}
     for name in LAYERED:

@@ -26,7 +26,7 @@ class TrainedPair:
         from mmllm.config.recipe import load as load_recipe
         from mmllm.model.folder import model_folder
         from mmllm.train.objectives.contrastive import Contrastive
-        from mmllm.train.run import build_objective
+        from mmllm.train.stage import build_objective
 
         self.model, self.processor = load(run, device=device)
         recipe = load_recipe(model_folder(run) / "recipe.yaml")

@@ -25,13 +25,13 @@ from mmllm.model.connector_graph import (
     KINDS,
     LAYERED,
     Node,
-    merged,
-    own_layers,
     own_prompt,
-    reached,
+    parse_positions,
+    reachable,
     read_nodes,
     read_output,
-    read_place,
+    select_hidden_states,
+    union_needs,
 )
 from mmllm.model.encoder_bank import EncoderBank
 from mmllm.model.prompt_bank import PromptBank
@@ -60,8 +60,8 @@ class FrontEnd(nn.Module):
         self.prompts = PromptBank(section.get("text") or {}, f"{where}.text", llm_width)
         nodes = {node["name"]: node for node in section["connector"]}
         self.output = read_output(section["output"], [*nodes, *section["encoders"]], f"{where}.output")
-        self.first = read_place(section.get("place") or {}, self.output, f"{where}.place")
-        used = reached({name: node["in"] for name, node in nodes.items()}, self.output)
+        self.first = parse_positions(section.get("place") or {}, self.output, f"{where}.place")
+        used = reachable({name: node["in"] for name, node in nodes.items()}, self.output)
         self.nodes = read_nodes(nodes, used, list(self.prompts.sources), f"{where}.connector")
         self.encoders_used = used & set(section["encoders"])
         self.parts = nn.ModuleDict()
@@ -140,7 +140,7 @@ class FrontEnd(nn.Module):
             source = source_of(node)
             if source is not None:
                 found.setdefault(source, []).append(self.parts[node.name].needs())
-        return {source: merged(needs) for source, needs in found.items()}
+        return {source: union_needs(needs) for source, needs in found.items()}
 
     def _tiling(self, section: dict[str, Any] | None) -> Tiling | None:
         """How an image is cut into views: size and tokens of a view are those of the first encoder that is used."""
@@ -249,7 +249,7 @@ class FrontEnd(nn.Module):
             tokens, guides = self._encode(spec, visual, members, prompts)
             self._connect(spec, tokens, guides)
             for row, index in enumerate(members):
-                found[index] = tokens[name].rows(torch.tensor([row]))
+                found[index] = tokens[name].select(torch.tensor([row]))
         return [found[index] for index in range(len(visual["pairs"]))]
 
     def _encode(
@@ -261,11 +261,11 @@ class FrontEnd(nn.Module):
         tokens = self.bank([visual["media"][clip] for clip in clips], spec, self.needs, self.encoders_used)
         if len(clips) < len(pairs):
             index = torch.tensor([clips.index(clip) for clip, _ in pairs], device=next(self.parameters()).device)
-            tokens = {name: value.rows(index) for name, value in tokens.items()}
+            tokens = {name: value.select(index) for name, value in tokens.items()}
         if "prompts" not in visual:  # there is one then, in which nothing is said
             pairs = [(clip, 0) for clip, _ in pairs]
         chosen = [prompt for _, prompt in pairs]
-        return tokens, {name: features.rows(chosen) for name, features in prompts.items()}
+        return tokens, {name: features.select(chosen) for name, features in prompts.items()}
 
     def _run_blank(self, spec: MediaSpec, embed_tokens: nn.Module | None) -> list[VisualTokens]:
         parameter = next(self.parameters())
@@ -292,7 +292,7 @@ class FrontEnd(nn.Module):
                 continue
             part, first = self.parts[node.name], node.inputs[0]
             if first in self.bank.encoders:
-                inputs[0] = own_layers(inputs[0], part.needs(), self.needs[first])
+                inputs[0] = select_hidden_states(inputs[0], part.needs(), self.needs[first])
             context = {}
             if self._guided(node):
                 context["prompt"] = own_prompt(prompts[node.prompt], part.needs(), self.text_needs[node.prompt])

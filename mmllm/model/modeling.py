@@ -82,7 +82,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
         """
         if visual is not None:
             visual = move(visual, input_ids.device)
-        blank = self.front_end.blanks(visual or {"media": []}) if self.trains_in_company() else ()
+        blank = self.front_end.blanks(visual or {"media": []}) if self.is_distributed_training() else ()
         where = torch.zeros_like(input_ids, dtype=torch.bool)
         rows, target = None, None
         if blank or (visual is not None and visual["media"]):
@@ -99,7 +99,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
             embeds = flat.view_as(embeds)
         return Sequence(embeds, attention_mask, position_ids, where)
 
-    def trains_in_company(self) -> bool:
+    def is_distributed_training(self) -> bool:
         """Whether several processes train together, so that each has to touch every parameter."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         return self.training and torch.is_grad_enabled() and distributed and torch.distributed.get_world_size() > 1
@@ -178,7 +178,7 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
     def pooled_images(self, batch: dict[str, Any]) -> Tensor:
         """The mean of each pair's visual rows, [pairs, D]."""
         front, visual = self.model.front_end, move(batch["visual"], self.device)
-        blank = front.blanks(visual) if self.model.trains_in_company() else ()
+        blank = front.blanks(visual) if self.model.is_distributed_training() else ()
         rows, blanks = front(visual, blank, self.model.get_input_embeddings())
         rows, rest = rows.split([len(rows) - blanks, blanks])
         specs = [visual["media"][clip]["spec"] for clip, _ in visual["pairs"]]

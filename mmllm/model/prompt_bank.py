@@ -93,7 +93,7 @@ class PromptBank(nn.Module):
         return features
 
 
-def said_by_user(messages: list[dict[str, Any]]) -> list[str]:
+def user_turns(messages: list[dict[str, Any]]) -> list[str]:
     """The text of each of the user's turns."""
     users = (message for message in messages if message["role"] == "user")
     return [" ".join(text.strip() for text in texts_of(message)) for message in users]

@@ -15,7 +15,7 @@ from mmllm.data.media.loading import Loaded, MediaLoader, resized
 from mmllm.data.media.sampling import Sampling
 from mmllm.data.media.types import Clip
 from mmllm.model.front_end import FrontEnd, shape_copy
-from mmllm.model.prompt_bank import said_by_user
+from mmllm.model.prompt_bank import user_turns
 from mmllm.processing.chat_template import Rendered, render
 from mmllm.processing.collate import Example, Medium, VisualBatch, collate
 from mmllm.processing.content import PLACEHOLDERS, MediumEntry, entries_of
@@ -202,7 +202,7 @@ class MMLLMProcessor(ProcessorMixin):
                 messages = shorter
                 continue
             example = self._expand(rendered, answers, sampling, name, known)
-            example.prompt = self.front_end.prompts.encode(said_by_user(messages))
+            example.prompt = self.front_end.prompts.encode(user_turns(messages))
             example.level = level
             if self.max_length is None or len(example.ids) <= self.max_length:
                 return example

@@ -146,7 +146,7 @@ def test_values_of_a_model_that_do_not_fit_are_refused_in_a_line(tmp_path, value
     ],
 )  # fmt: skip
 def test_overrides_that_do_not_fit_are_refused_in_a_line(line):
-    from mmllm.train.run import build_objective
+    from mmllm.train.stage import build_objective
 
     lines = [line, "stages.instruct.steps=null"] if ".epochs=" in line else [line]
     with pytest.raises(UserError):

@@ -164,7 +164,7 @@ def test_one_encoder_is_the_identity(name, grid):
 @pytest.mark.parametrize("reference", [False, True])
 def test_a_stream_of_one_token_stands_for_all_places(reference):
     inputs = [tokens(1, Grid(1, 1, 1)), tokens(0)]
-    repeated = [inputs[1].same(inputs[0].values.expand(-1, 12, -1)), inputs[1]]
+    repeated = [inputs[1].with_values(inputs[0].values.expand(-1, 12, -1)), inputs[1]]
     fusion = part("cross_attentive_fusion", inputs, attn_dim=8, reference=reference)
     first, second = fusion(*inputs), fusion(*repeated)
     close(first.values, second.values)
@@ -244,7 +244,7 @@ def test_projectors_on_any_grid(name, given, target):
     close(out.sizes.sum(1), inputs.sizes.sum(1), 1e-4)
     assert torch.equal(out.positions[0, :, 0].round(decimals=4).unique(), torch.arange(float(given.t)))
     # rows and columns are not mixed up: a clip that is mirrored across its columns gives other tokens
-    mirrored = inputs.same(inputs.as_grid().flip(3).flatten(1, 3))
+    mirrored = inputs.with_values(inputs.as_grid().flip(3).flatten(1, 3))
     changed = (made(mirrored).values - out.values).abs().max() > 1e-3
     assert bool(changed) == (name != "attentive_pool")  # its queries know no places
 

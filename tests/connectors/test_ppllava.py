@@ -133,7 +133,7 @@ def test_the_order_inside_a_window_does_not_matter():
 def test_pooling_and_a_linear_layer_change_places(asked):
     given, layer = tokens(Grid(5, 4, 6)), nn.Linear(5, 7)
     part = pool(given, **asked)
-    torch.testing.assert_close(part(given.same(layer(given.values))).values, layer(part(given).values))
+    torch.testing.assert_close(part(given.with_values(layer(given.values))).values, layer(part(given).values))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_clip_without_a_prompt_has_equal_scores_and_others_are_as_alone():
     torch.testing.assert_close(part(given).extras["relevance"], torch.full((2, 24), 1 / 24))
     flat = pool(one, kernel=(2, 2, 2))(one).values[1]
     torch.testing.assert_close(flat, pool(given, kernel=(2, 2, 2))(given).values[1])
-    alone = part(given.rows(torch.tensor([1])), prompt=said().rows([1])).extras["relevance"][0]
+    alone = part(given.select(torch.tensor([1])), prompt=said().select([1])).extras["relevance"][0]
     torch.testing.assert_close(alone, both[1])
 
 
@@ -274,7 +274,7 @@ def test_scores_are_float32_under_autocast():
 
 def test_zero_features_and_zero_prompts_give_no_nan():
     given = tokens(Grid(2, 2, 2), relevance=False)
-    given = given.same(torch.zeros_like(given.values).requires_grad_())
+    given = given.with_values(torch.zeros_like(given.values).requires_grad_())
     for head, joint in (("clip", 4), ("siglip", 5)):
         part = relevance(given, joint, head=head, heads=5)
         prompt = said((True, False), joint)

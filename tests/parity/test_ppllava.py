@@ -205,7 +205,7 @@ def test_clip_projector(golden, reference):
     projection = nn.Linear(tokens.values.shape[-1], joint, bias=False)
     projection.load_state_dict({"weight": golden["param.clip_visual_projection.weight"]})
     pair = {"vision_model": SimpleNamespace(post_layernorm=norm), "visual_projection": projection}
-    relevance.head.take(SimpleNamespace(**pair))
+    relevance.head.load_from(SimpleNamespace(**pair))
     relevance.logit_scale.copy_(golden["param.logit_scale"])
     close(tokens.as_grid(cosine(relevance.head(tokens.values), pooled)), golden["mid_cosine"])
     prompt = PromptFeatures(ids, mask, pooled=pooled, present=torch.ones(len(ids), dtype=torch.bool))
@@ -230,13 +230,13 @@ def test_siglip_projector(golden):
     pair, plus = siglip_pair(golden, heads), bool(golden.number("cfg_valuew_plus"))
     options = {"heads": heads, "hidden": len(golden["param.clip_visual_head.mlp.fc1.bias"])}
     head = SiglipPatchHead(joint, options["hidden"], heads, probe=True, reference=True)
-    head.take(pair)
+    head.load_from(pair)
     close(head(golden["in_image_features"]), golden["mid_patch_embed"])
     close(head.attention(golden["in_image_features"]), golden["mid_probe_attention"])
     close(tokens.as_grid(cosine(head(tokens.values), pooled)), golden["mid_cosine"])
 
     relevance = part("prompt_relevance", tokens, joint, head="siglip", probe_attention=plus, reference=True, **options)
-    relevance.head.take(pair)
+    relevance.head.load_from(pair)
     relevance.logit_scale.copy_(golden["param.logit_scale"][0])
     prompt = PromptFeatures(ids, torch.ones_like(ids), pooled=pooled, present=torch.ones(len(ids), dtype=torch.bool))
     relevant = relevance(tokens, prompt=prompt)
@@ -270,7 +270,7 @@ def test_our_siglip_head_is_the_towers_own_on_frames_of_one_patch(golden):
     width, hidden = patches.shape[-1], len(golden["param.clip_visual_head.mlp.fc1.bias"])
     for reference in (False, True):
         head = SiglipPatchHead(width, hidden, 1, reference=reference)
-        head.take(pair)
+        head.load_from(pair)
         worst = float((head(patches)[:, 0] - theirs).abs().max())
         assert worst > 0.1 if reference else worst < 1e-5
 

@@ -39,7 +39,7 @@ class EverySecond(Part):
 
     def forward(self, *inputs):
         index = torch.arange(0, inputs[0].values.shape[1], 2)
-        return inputs[0].new(inputs[0].values[:, index] * self.scale, None, index=index)
+        return inputs[0].derive(inputs[0].values[:, index] * self.scale, None, index=index)
 
     @classmethod
     def examples(cls):

@@ -14,7 +14,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.types import MediaSpec
 from mmllm.model.build import build_tokenizer, check_shapes
 from mmllm.processing.chat_template import render
-from mmllm.train.stage import check_names
+from mmllm.train.weights import validate_module_names
 
 MODELS = [name for name in recipes.names() if name != "nano/base"]
 # tokens of a video into the LLM, parameters of the whole in units of 1e6
@@ -57,7 +57,7 @@ def test_every_shipped_stage_trains_what_is_there(name):
     recipe = recipes.load(name)
     front = check_shapes(recipe)
     for stage, settings in recipe.stages.items():
-        check_names(front, settings, recipe.where(f"stages.{stage}"))
+        validate_module_names(front, settings, recipe.where(f"stages.{stage}"))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -12,7 +12,8 @@ from helpers.tiny import frames, tiny_recipe, tokenizer_folder, write_video
 
 from mmllm.config.recipe import Recipe
 from mmllm.encoders.nano.conv import NanoConv
-from mmllm.train.run import Options, train
+from mmllm.train.context import RunOptions
+from mmllm.train.run import train
 
 CLIPS, STEPS, BATCH = 6, 6, 4  # four epochs: six clips are one batch an epoch and two left over
 
@@ -39,9 +40,9 @@ def recipe(data: Path, trains: tuple[str, ...] = ("connector", "llm")) -> Recipe
     return made
 
 
-def options(cache: Path, *keep: str, **changes: Any) -> Options:
+def options(cache: Path, *keep: str, **changes: Any) -> RunOptions:
     settings = {"jobs": 0, "device": "cpu", "quiet": True, "log_steps": 1, "cache": cache, "keep": keep}
-    return Options(**{**settings, **changes})
+    return RunOptions(**{**settings, **changes})
 
 
 def losses(run: Path) -> list[float]:

@@ -13,7 +13,8 @@ from helpers.small_runs import losses, options, recipe, weights
 from mmllm.contract.errors import UserError
 from mmllm.run_folder import RunFolder
 from mmllm.train.checkpoints import finish, last_checkpoint, start
-from mmllm.train.run import Stopped, train
+from mmllm.train.context import Stopped
+from mmllm.train.run import train
 
 
 @pytest.fixture(scope="module")

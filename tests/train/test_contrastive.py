@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.contract.errors import UserError
-from mmllm.train.objectives.contrastive import LOSSES, Contrastive, describes
+from mmllm.train.objectives.contrastive import LOSSES, Contrastive, caption_of
 
 BATCH, WIDTH = 6, 5
 
@@ -149,10 +149,10 @@ def sample(name: str, *content, answer: str | None = "A red square moves left.")
 
 def test_what_is_no_description_is_refused():
     clip = {"type": "video", "path": "a.mp4"}
-    assert describes(sample("right", clip)) == (clip, "A red square moves left.")
+    assert caption_of(sample("right", clip)) == (clip, "A red square moves left.")
     for wrong in (sample("blind"), sample("twice", clip, clip), sample("mute", clip, answer=None)):
         with pytest.raises(UserError, match=f"sample {wrong.id}: is not a clip and its description"):
-            describes(wrong)
+            caption_of(wrong)
 
 
 def test_a_batch_of_clips_and_descriptions():
@@ -232,7 +232,8 @@ def test_its_temperature_trains_is_resumed_and_stays_out_of_the_model(tmp_path, 
     from safetensors.torch import load_file
 
     from mmllm.train import progress
-    from mmllm.train.run import Options, Stopped, train
+    from mmllm.train.context import RunOptions, Stopped
+    from mmllm.train.run import train
 
     lines = []
     for index in range(8):
@@ -246,7 +247,7 @@ def test_its_temperature_trains_is_resumed_and_stays_out_of_the_model(tmp_path, 
     recipe.model["llm"]["tokenizer"] = tokenizer_folder()
     stage = {**recipe.data["stages"]["contrast"], "data": str(tmp_path / "data.jsonl"), "steps": 4, "batch": 4}
     recipe.data["stages"] = {"contrast": stage}
-    options = Options(jobs=0, device="cpu", quiet=True, log_steps=1, save_steps=2, cache=tmp_path)
+    options = RunOptions(jobs=0, device="cpu", quiet=True, log_steps=1, save_steps=2, cache=tmp_path)
     train(recipe, tmp_path / "whole", options)
     own = load_file(tmp_path / "whole/stages/1-contrast/checkpoint-4/objective.safetensors")
     assert own["loss.scale"].item() != pytest.approx(-math.log(0.07), abs=1e-6)

@@ -13,8 +13,8 @@ from mmllm.model.build import build_processor
 @pytest.mark.parametrize("groups", [2, 3, 20])
 def test_rows_in_groups_of_similar_length_give_the_same_loss_and_gradients(data, groups):
     from mmllm.model.build import build_model
+    from mmllm.train.data import load_data
     from mmllm.train.objectives.language_modeling import LanguageModeling
-    from mmllm.train.stage import load_data
 
     made = recipe(data)
     processor, model = build_processor(made), build_model(made).double()  # sums in another order
@@ -40,8 +40,8 @@ def test_rows_in_groups_of_similar_length_give_the_same_loss_and_gradients(data,
 
 def test_the_padding_of_a_row_is_read_by_nothing_though_there_is_no_mask(data):
     from mmllm.model.build import build_model
+    from mmllm.train.data import load_data
     from mmllm.train.objectives.language_modeling import LanguageModeling
-    from mmllm.train.stage import load_data
 
     made = recipe(data)
     processor, model, objective = build_processor(made), build_model(made), LanguageModeling()
@@ -59,7 +59,7 @@ def test_the_padding_of_a_row_is_read_by_nothing_though_there_is_no_mask(data):
 
 
 def test_no_group_is_refused():
-    from mmllm.train.run import build_objective
+    from mmllm.train.stage import build_objective
 
     with pytest.raises(UserError, match="groups: is 1 or more, got 0"):
         build_objective({"type": "language_modeling", "groups": 0}, "stages.x.objective")

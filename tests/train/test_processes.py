@@ -21,9 +21,9 @@ from mmllm.train.run import check, train
 JOINED = """
 import os
 from mmllm.train.machine import from_main, join
-from mmllm.train.run import Options
+from mmllm.train.context import RunOptions
 from mmllm.contract.errors import UserError
-state = join(Options())
+state = join(RunOptions())
 def refuse():
     raise UserError("folder", "in use")
 try:
@@ -217,7 +217,8 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from helpers.small_runs import options, recipe
 from mmllm.cli.common import calm_libraries
-from mmllm.train.run import Stopped, train
+from mmllm.train.context import Stopped
+from mmllm.train.run import train
 calm_libraries()
 try:
     train(recipe(Path(sys.argv[2]), steps=4000), Path(sys.argv[3]), options(jobs=1, quiet=False))

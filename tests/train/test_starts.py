@@ -9,10 +9,9 @@ import time
 
 import pytest
 import torch
-from helpers.small_runs import options, recipe, weights
+from helpers.small_runs import context, options, recipe, weights
 
 from mmllm.contract.errors import UserError
-from mmllm.model.build import build_processor
 from mmllm.train.run import train
 from mmllm.train.shared import SharedStage
 
@@ -60,7 +59,7 @@ def test_a_run_waits_for_another_that_trains_a_shared_stage(data, tmp_path):
     made = recipe(data, trains=["llm"], share=True, steps=2)
     train(made, tmp_path / "known", options(cache=tmp_path / "full"))
     (kept,) = (tmp_path / "full/stages").glob("*.safetensors")
-    other = SharedStage("instruct", made, build_processor(made), options(cache=tmp_path / "empty"))
+    other = SharedStage(context(made, options(cache=tmp_path / "empty"), tmp_path))
     inside, events = threading.Event(), tmp_path / "mine/events.txt"
 
     def trains() -> None:
@@ -99,7 +98,7 @@ def test_a_shared_stage_is_kept_apart_by_all_that_it_learns_from(data, tmp_path)
     def kept(seed: int = 0, llm: int = 64, **stage: object) -> str:
         made = recipe(**{"data": data, "trains": ["llm"], "share": True, "steps": 2, **stage})
         made.model["llm"]["config"]["hidden_size"] = llm
-        return SharedStage("instruct", made, build_processor(made), options(seed=seed, cache=tmp_path)).file.name
+        return SharedStage(context(made, options(seed=seed, cache=tmp_path), tmp_path)).file.name
 
     other = tmp_path / "other.jsonl"
     other.write_text("".join(data.read_text().splitlines(keepends=True)[:-1]))

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.small_runs import losses, options, recipe, weights
+from helpers.small_runs import context, losses, options, recipe, weights
 from helpers.tiny import tiny_recipe
 
 from mmllm.contract.errors import UserError
-from mmllm.train.run import Stopped, train
+from mmllm.train.context import Stopped
+from mmllm.train.run import train
 
 
 @pytest.fixture(scope="module")
@@ -164,15 +165,15 @@ def test_a_loss_that_is_no_number_stops_and_names_the_samples(data, tmp_path, mo
 
 
 def test_the_batch_is_global(data):
-    from mmllm.train.machine import micro_batch
+    from mmllm.train.machine import split_batch
 
     made = recipe(data, batch=12, micro_batch=2)
     stage = made.stages["instruct"]
-    assert micro_batch("instruct", stage, made, 1) == (2, 6)
-    assert micro_batch("instruct", stage, made, 3) == (2, 2)
-    assert micro_batch("instruct", stage, made, 12) == (1, 1)  # the most, not more than there are
+    assert split_batch("instruct", stage, made, 1) == (2, 6)
+    assert split_batch("instruct", stage, made, 3) == (2, 2)
+    assert split_batch("instruct", stage, made, 12) == (1, 1)  # the most, not more than there are
     with pytest.raises(UserError, match="12 samples over 5 processes"):
-        micro_batch("instruct", stage, made, 5)
+        split_batch("instruct", stage, made, 5)
 
 
 def test_matrices_alone_decay():
@@ -334,14 +335,12 @@ def test_positions_reach_an_objective(data):
 
 
 def test_shared_stages_tell_number_formats_and_versions_apart(data, tmp_path, monkeypatch):
-    from mmllm.model.build import build_processor
     from mmllm.train import shared
 
     made = recipe(data, trains=["llm"], share=True)
-    processor = build_processor(made)
 
     def file(**changes: object) -> str:
-        return shared.SharedStage("instruct", made, processor, options(cache=tmp_path, **changes)).file.name
+        return shared.SharedStage(context(made, options(cache=tmp_path, **changes), tmp_path)).file.name
 
     plain = file()
     assert file(precision="bfloat16") != plain

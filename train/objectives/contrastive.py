@@ -99,7 +99,7 @@ class Contrastive(Objective):
         Raises:
             UserError: a sample that is not one clip and its description, or no text source.
         """
-        described = [describes(sample) for sample in samples]
+        described = [caption_of(sample) for sample in samples]
         source = self._source(processor.front_end.prompts.sources)
         ids, mask = source.tokenize([caption for _, caption in described])
         media: dict[Any, int] = {}
@@ -153,7 +153,7 @@ class Contrastive(Objective):
         return {"contrastive": Term(total, len(images))}
 
 
-def describes(sample: Any) -> tuple[dict[str, Any], str]:
+def caption_of(sample: Any) -> tuple[dict[str, Any], str]:
     """(clip or image, what the assistant says of it) of a conversation.
 
     Raises:

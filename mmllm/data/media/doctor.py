@@ -88,7 +88,7 @@ def examine(
         finally:
             readers.put(reader)
 
-    heard = _Heard()
+    heard = _LogCapture()
     pool = ThreadPoolExecutor(len(made))
     try:
         for future in as_completed([pool.submit(run, medium) for medium in left]):
@@ -100,7 +100,7 @@ def examine(
             reader.close()
 
 
-class _Heard(logging.Handler):
+class _LogCapture(logging.Handler):
     """Takes what the readers warn of, for each thread, so that it is told of the file and not in between."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ from mmllm.contract.registry import parts
 from mmllm.data.media.backends.base import Convert
 from mmllm.data.media.damage import OnDamage, check_choice
 from mmllm.data.media.guard_child import pack
-from mmllm.data.media.guard_process import Child, Gone, Pictures, TooLong, end_process
+from mmllm.data.media.guard_process import Pictures, ReaderDied, ReaderProcess, TooLong, end_process
 from mmllm.data.media.limits import DEFAULTS, Limits
 from mmllm.data.media.sampling import Sampling
 from mmllm.data.media.types import Clip, MediaRef, Probe
@@ -116,7 +116,7 @@ class GuardedReader:
             except TooLong:
                 self._stop()
                 raise self._too_long(ref) from None
-            except Gone:
+            except ReaderDied:
                 code = child.exit_code()
                 self._stop()
                 if code == -signal.SIGALRM:
@@ -144,7 +144,7 @@ class GuardedReader:
             hint="convert it anew, read it with another back end, or raise Limits(timeout=)",
         )
 
-    def _running(self) -> Child:
+    def _running(self) -> ReaderProcess:
         """The process, started where there is none."""
         if self._child is None:
             settings = {
@@ -155,13 +155,13 @@ class GuardedReader:
                 "files": FILES,
                 "growth": GROWTH,
             }
-            child = Child()
+            child = ReaderProcess()
             settings["shared"] = child.shared
             self._child, self._end = child, weakref.finalize(self, end_process, child.process, os.getpid())
             try:
                 child.send(pack(settings))
                 answer = child.receive(START_SECONDS, Pictures(None))
-            except (TooLong, Gone):
+            except (TooLong, ReaderDied):
                 code = child.exit_code()
                 self._stop()
                 what = f"the reading process does not start ({_cause(code)})"
@@ -181,7 +181,7 @@ class GuardedReader:
         """Start without a process; one that belongs to the process we were forked from is left to it."""
         if self._end is not None:
             self._end()
-        self._child: Child | None = None
+        self._child: ReaderProcess | None = None
         self._lock, self._process_id = Lock(), os.getpid()
 
     def close(self) -> None:

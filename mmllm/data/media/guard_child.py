@@ -79,7 +79,7 @@ def serve(requests: int, sender: Sender, settings: dict[str, Any]) -> int:
     from mmllm.data.media.limits import Limits
 
     limits = Limits(**settings["limits"])
-    heard = _Heard()
+    heard = _LogCapture()
     logging.getLogger("mmllm").addHandler(heard)
     logging.getLogger("mmllm").setLevel(logging.INFO)
     start = _resident()
@@ -197,7 +197,7 @@ class Sender:
         return signal.setitimer(signal.ITIMER_REAL, seconds)[0]
 
 
-class _Heard(logging.Handler):
+class _LogCapture(logging.Handler):
     """Collects what the readers log, for the parent to log."""
 
     def __init__(self) -> None:

@@ -38,11 +38,11 @@ class TooLong(Exception):
     """No answer within the time."""
 
 
-class Gone(Exception):
+class ReaderDied(Exception):
     """The process has ended, or says what it never should."""
 
 
-class Child:
+class ReaderProcess:
     """A reading process and the pipes to it."""
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class Child:
                 pictures.placed()
                 continue
             if size > JSON_BYTES:
-                raise Gone
+                raise ReaderDied
             body = memoryview(bytearray(size))
             self._fill(body)
             message = json.loads(bytes(body))
@@ -115,7 +115,7 @@ class Child:
                     raise TooLong
                 self.budget -= time.monotonic() - start
             else:
-                raise Gone
+                raise ReaderDied
 
     def exit_code(self) -> int | None:
         """How it ended; negative = the signal; None if it has not."""
@@ -145,7 +145,7 @@ class Pictures:
     def place(self, size: int) -> memoryview:
         """Memory for the next picture; more than asked for come where a back end had to be given up half-way."""
         if size != self.size or self.count >= 2 * self.shape[0]:
-            raise Gone
+            raise ReaderDied
         within = self.frames is not None and self.count < len(self.frames)
         self.current = self.frames[self.count] if within else np.empty(self.shape[1:], np.uint8)
         return memoryview(self.current).cast("B")

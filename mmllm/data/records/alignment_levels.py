@@ -118,7 +118,7 @@ class Pair:
         return clip_score(images, said[0])
 
 
-def pair_of(sample: Sample) -> tuple[MediaRef, str] | None:
+def media_and_answer(sample: Sample) -> tuple[MediaRef, str] | None:
     """The first medium of a conversation and what the assistant says; None where there is no medium.
 
     Raises:

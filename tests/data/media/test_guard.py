@@ -335,17 +335,17 @@ def test_a_slow_converter_does_not_count(fake: Callable, tmp_path: Path, make_vi
 
 def test_pictures_of_another_size_and_far_more_than_asked_for_make_no_sense() -> None:
     """More may come where a back end was given up half-way, up to all of them twice."""
-    from mmllm.data.media.guard_process import Gone, Pictures
+    from mmllm.data.media.guard_process import Pictures, ReaderDied
 
     pictures = Pictures(None)
     pictures.expect([2, 4, 5, 3])
     for size in (0, 59, 61):
-        with pytest.raises(Gone):
+        with pytest.raises(ReaderDied):
             pictures.place(size)
     for number in range(4):
         pictures.place(60)[:] = bytes([number]) * 60
         pictures.placed()
-    with pytest.raises(Gone):
+    with pytest.raises(ReaderDied):
         pictures.place(60)
     assert pictures.at([0, 1])[:, 0, 0, 0].tolist() == [0, 1]
     assert pictures.at([3, 0])[:, 0, 0, 0].tolist() == [3, 0]

@@ -242,9 +242,10 @@ def test_a_data_file_is_a_mix_of_itself(folder):
 def test_training_reads_a_mix_of_formats(tmp_path):
     from helpers.tiny import frames, tiny_recipe, tokenizer_folder, write_video
 
-    from mmllm.train.run import Options, check, train
-    from mmllm.train.stage import data_files as stage_files
-    from mmllm.train.stage import load_data as stage_data
+    from mmllm.train.context import RunOptions
+    from mmllm.train.data import data_files as stage_files
+    from mmllm.train.data import load_data as stage_data
+    from mmllm.train.run import check, train
 
     write_video(tmp_path / "media" / "1.mp4", frames(1, 8))
     theirs = [conversation(f"llava-{number}", video="1.mp4") for number in range(3)]
@@ -259,7 +260,7 @@ def test_training_reads_a_mix_of_formats(tmp_path):
     stage = {"data": str(path), "trains": ["connector", "llm"], "steps": 2, "batch": 2, "lr": 1e-3}
     recipe.data["stages"] = {"instruct": stage}
     recipe.data["roots"] = {"media": str(tmp_path / "media")}
-    options = Options(jobs=0, device="cpu", quiet=True, log_steps=1, cache=tmp_path / "cache")
+    options = RunOptions(jobs=0, device="cpu", quiet=True, log_steps=1, cache=tmp_path / "cache")
     made = recipe.stages["instruct"]
     assert stage_files(made, recipe) == [path, tmp_path / "theirs.json", tmp_path / "ours.jsonl"]
     assert Counter(sample.id[0] for sample in stage_data(made, recipe)) == {"l": 2, "o": 2}

@@ -97,10 +97,10 @@ def test_a_fresh_tower_keeps_the_start_that_its_library_gave_it():
     """Of two towers the library initialises anew the one that is not marked."""
     from helpers.tiny import tiny_model
 
-    from mmllm.encoders.common.foreign import settle
+    from mmllm.encoders.common.foreign import mark_initialized
 
     model = tiny_model(tiny_recipe())
-    for name, mark in (("marked", settle), ("plain", lambda tower: tower)):
+    for name, mark in (("marked", mark_initialized), ("plain", lambda tower: tower)):
         tower = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
         for parameter in tower.parameters():
             torch.nn.init.constant_(parameter, 0.125)

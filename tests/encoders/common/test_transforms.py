@@ -204,4 +204,4 @@ def test_a_crop_is_rounded_its_own_way_and_what_is_not_cropped_shares_its_frames
 
     down, even = (Transform(*CLIP, 28, resampler="pillow", centre=centre) for centre in ("down", "even"))
     assert (down.geometry.centre, even.geometry.centre) == ("down", "even")
-    assert even.but(fit="squash").geometry == down.but(fit="squash").geometry
+    assert even.override(fit="squash").geometry == down.override(fit="squash").geometry

@@ -1,0 +1,105 @@
+"""Which weights of a model a stage trains, and which it takes from other runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from mmllm.api import load_weights
+from mmllm.config.recipe import Recipe
+from mmllm.config.schema import Stage
+from mmllm.contract.errors import UserError, nearest
+from mmllm.model.folder import model_folder
+from mmllm.model.front_end import FrontEnd
+
+
+def freeze_names(front: FrontEnd, trains: tuple[str, ...], where: str) -> dict[str, list[nn.Module]]:
+    """{name that `trains` may give: modules}, the LLM left out; refuses unknown names.
+
+    Raises:
+        UserError: a name that the model has not.
+    """
+    known: dict[str, list[nn.Module]] = {"llm": [], "encoders": [front.bank], "connector": [front.parts]}
+    known |= {f"encoders.{name}": [part] for name, part in front.bank.encoders.items()}
+    known |= {"text": [front.prompts]} | {f"text.{name}": [part] for name, part in front.prompts.sources.items()}
+    known |= {f"connector.{name}": [part] for name, part in front.parts.items()}
+    for name in trains:
+        if name not in known:
+            known[name] = [_below(name, known, where)]
+    return known
+
+
+def _below(name: str, known: dict[str, list[nn.Module]], where: str) -> nn.Module:
+    """A module inside a part: `encoders.clip.adapter`.
+
+    Raises:
+        UserError: the part has no such module.
+    """
+    whole = max((part for part in known if name.startswith(f"{part}.") and "." in part), key=len, default=None)
+    if whole is None:
+        raise UserError(where, f"the model has no {name!r}", hint=nearest(name, list(known)))
+    (part,) = known[whole]
+    try:
+        return part.get_submodule(name.removeprefix(f"{whole}."))
+    except AttributeError:
+        inside = [f"{whole}.{child}" for child, _ in part.named_modules() if child]
+        raise UserError(where, f"{whole} has no such module: {name!r}", hint=nearest(name, inside)) from None
+
+
+def freeze(model: nn.Module, trains: tuple[str, ...], where: str) -> None:
+    """Gradients reach what `trains` names and nothing else.
+
+    Raises:
+        UserError: a name that the model has not.
+    """
+    known = _modules(model, trains, where)
+    model.requires_grad_(False)
+    for name in trains:
+        for module in known[name]:
+            module.requires_grad_(True)
+
+
+def resolve_init(name: str, stage: Stage, recipe: Recipe) -> list[tuple[str | None, Path]]:
+    """(part or None for the whole model, model folder) of what a stage starts from.
+
+    Raises:
+        UserError: a folder without a model.
+    """
+    given = stage.init if isinstance(stage.init, dict) else {None: stage.init} if stage.init else {}
+    found = []
+    for part, folder in given.items():
+        try:
+            found.append((part, model_folder(recipe.path(folder))))
+        except UserError as error:
+            root, _, rest = folder.partition(":")
+            hint = f"roots.{root}=RUN" if rest and recipe.path(folder) == folder else error.hint
+            where = recipe.where(f"stages.{name}.init")
+            raise UserError(where, f"{error.where}: {error.what}", expected=error.expected, hint=hint) from error
+    return found
+
+
+def validate_module_names(front: FrontEnd, stage: Stage, where: str) -> None:
+    """Refuse names in `trains` and `init` that the model has not; `where` the stage stands, for the error.
+
+    Raises:
+        UserError: names the key.
+    """
+    freeze_names(front, stage.trains, f"{where}.trains")
+    freeze_names(front, tuple(stage.init) if isinstance(stage.init, dict) else (), f"{where}.init")
+
+
+def load_init(model: nn.Module, part: str | None, folder: Path, where: str) -> None:
+    """The weights of another run into the model, or into what `part` names, as `trains` does.
+
+    Raises:
+        UserError: a name that the model has not, or weights that are not exactly those of the part.
+    """
+    load_weights(model, folder, None if part is None else _modules(model, (part,), where)[part])
+
+
+def _modules(model: nn.Module, names: tuple[str, ...], where: str) -> dict[str, list[nn.Module]]:
+    return {
+        **freeze_names(model.model.front_end, names, where),
+        "llm": [model.model.language_model, model.lm_head],
+    }
