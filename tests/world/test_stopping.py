@@ -32,7 +32,13 @@ def until(told: Callable[[], bool], seconds: float = 60) -> bool:
 def making(tmp_path):
     """A process group that makes a large world, and has begun."""
     process = subprocess.Popen(
-        [*COMMAND, "--level", "nano"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*COMMAND, "--level", "nano"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # a shell lets what it starts in the background ignore Ctrl-C, and so the tests in it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert until(lambda: (tmp_path / "world/mvbench/json/action_antonym.json").is_file())
     yield process
