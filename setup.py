@@ -22,6 +22,7 @@ setup(
     name="mmllm",
     version="0.1.0",
     description="Build, train, evaluate and compare video and image LLMs out of interchangeable parts",
+    license="Apache-2.0",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",

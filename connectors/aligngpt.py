@@ -1,4 +1,4 @@
-"""AlignGPT: one token that says how completely text and image fit (Zhao et al. 2024, arXiv 2405.14129)."""
+"""AlignGPT: one token that says how completely a text describes its image (Zhao et al. 2024, arXiv 2405.14129)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Video-ChatGPT's tokens: one mean a frame, then one mean a place (Maaz et al. 2024, section 3.1)."""
+"""Video-ChatGPT's tokens: one mean per frame, then one mean per position (Maaz et al. 2024, section 3.1)."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class ModelAnswerer:
 
     @torch.inference_mode()
     def __call__(self, conversations: list[list[dict]], *, frames: int | None, max_new_tokens: int) -> list[str]:
-        """One raw response a conversation; `frames` overrides the number of frames."""
+        """One raw response per conversation; `frames` overrides the number of frames."""
         batch = self._taken(conversations, frames).to(self.model.device)
         self.damaged |= {clip["damaged"] for clip in batch["visual"]["media"] if "damaged" in clip}
         output = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)

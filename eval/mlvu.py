@@ -14,7 +14,7 @@ JSON_FOLDERS = ("json", "upload_json", ".")
 
 
 @dataclass(frozen=True)
-class Task:
+class MLVUTask:
     """One row of the task table.
 
     Attributes:
@@ -33,15 +33,15 @@ class Task:
 
 
 TASKS = (
-    Task("plotQA", "PQA", "1_plotQA", "plotQA"),
-    Task("needle", "NQA", "2_needle", "needle"),
-    Task("ego", "ER", "3_ego", "ego"),
-    Task("count", "AC", "4_count", "count"),
-    Task("order", "AO", "5_order", "order"),
-    Task("anomaly_reco", "AR", "6_anomaly_reco", "anomaly_reco"),
-    Task("topic_reasoning", "TR", "7_topic_reasoning", "topic_reasoning"),
-    Task("sub_scene", "SSC", "8_sub_scene", "subPlot", kind="open"),
-    Task("summary", "VS", "9_summary", "summary", kind="open"),
+    MLVUTask("plotQA", "PQA", "1_plotQA", "plotQA"),
+    MLVUTask("needle", "NQA", "2_needle", "needle"),
+    MLVUTask("ego", "ER", "3_ego", "ego"),
+    MLVUTask("count", "AC", "4_count", "count"),
+    MLVUTask("order", "AO", "5_order", "order"),
+    MLVUTask("anomaly_reco", "AR", "6_anomaly_reco", "anomaly_reco"),
+    MLVUTask("topic_reasoning", "TR", "7_topic_reasoning", "topic_reasoning"),
+    MLVUTask("sub_scene", "SSC", "8_sub_scene", "subPlot", kind="open"),
+    MLVUTask("summary", "VS", "9_summary", "summary", kind="open"),
 )
 
 
@@ -73,7 +73,7 @@ def _json_folder(root: Path) -> Path:
     raise UserError(root / "json", "annotation files missing", expected=f"{TASKS[0].stem}.json and eight more")
 
 
-def _item(root: Path, task: Task, index: int, row: dict[str, Any], where: str) -> Item:
+def _item(root: Path, task: MLVUTask, index: int, row: dict[str, Any], where: str) -> Item:
     video, question, answer = (text_of(row, key, where) for key in ("video", "question", "answer"))
     options = options_of(row, where) if task.kind == "choice" else ()
     return Item(
@@ -93,7 +93,7 @@ def _item(root: Path, task: Task, index: int, row: dict[str, Any], where: str) -
     )
 
 
-def _media_path(videos: Path, task: Task, video: str) -> Path:
+def _media_path(videos: Path, task: MLVUTask, video: str) -> Path:
     paths = [videos / folder / video for folder in (task.folder, task.stem)]
     found = [path for path in paths if path.is_file()] or [path for path in paths if path.parent.is_dir()] or paths
     return found[0]

@@ -13,7 +13,7 @@ REPLACEMENTS = "data0613"  # clips of the June 2024 replacement, shipped in a fo
 
 
 @dataclass(frozen=True)
-class Task:
+class MVBenchTask:
     """One row of the task table.
 
     Attributes:
@@ -34,26 +34,26 @@ class Task:
 
 
 TASKS = (
-    Task("Action Sequence", "AS", "action_sequence", "star/Charades_v1_480", bounded=True),
-    Task("Action Prediction", "AP", "action_prediction", "star/Charades_v1_480", bounded=True),
-    Task("Action Antonym", "AA", "action_antonym", "ssv2_video"),
-    Task("Fine-grained Action", "FA", "fine_grained_action", "Moments_in_Time_Raw/videos"),
-    Task("Unexpected Action", "UA", "unexpected_action", "FunQA_test/test"),
-    Task("Object Existence", "OE", "object_existence", "clevrer/video_validation"),
-    Task("Object Interaction", "OI", "object_interaction", "star/Charades_v1_480", bounded=True),
-    Task("Object Shuffle", "OS", "object_shuffle", "perception/videos"),
-    Task("Moving Direction", "MD", "moving_direction", "clevrer/video_validation"),
-    Task("Action Localization", "AL", "action_localization", "sta/sta_video", bounded=True),
-    Task("Scene Transition", "ST", "scene_transition", "scene_qa/video"),
-    Task("Action Count", "AC", "action_count", "perception/videos"),
-    Task("Moving Count", "MC", "moving_count", "clevrer/video_validation"),
-    Task("Moving Attribute", "MA", "moving_attribute", "clevrer/video_validation"),
-    Task("State Change", "SC", "state_change", "perception/videos"),
-    Task("Fine-grained Pose", "FP", "fine_grained_pose", "nturgbd"),
-    Task("Character Order", "CO", "character_order", "perception/videos"),
-    Task("Egocentric Navigation", "EN", "egocentric_navigation", "vlnqa"),
-    Task("Episodic Reasoning", "ER", "episodic_reasoning", "tvqa/frames_fps3_hq", reader="frame", bounded=True),
-    Task("Counterfactual Inference", "CI", "counterfactual_inference", "clevrer/video_validation"),
+    MVBenchTask("Action Sequence", "AS", "action_sequence", "star/Charades_v1_480", bounded=True),
+    MVBenchTask("Action Prediction", "AP", "action_prediction", "star/Charades_v1_480", bounded=True),
+    MVBenchTask("Action Antonym", "AA", "action_antonym", "ssv2_video"),
+    MVBenchTask("Fine-grained Action", "FA", "fine_grained_action", "Moments_in_Time_Raw/videos"),
+    MVBenchTask("Unexpected Action", "UA", "unexpected_action", "FunQA_test/test"),
+    MVBenchTask("Object Existence", "OE", "object_existence", "clevrer/video_validation"),
+    MVBenchTask("Object Interaction", "OI", "object_interaction", "star/Charades_v1_480", bounded=True),
+    MVBenchTask("Object Shuffle", "OS", "object_shuffle", "perception/videos"),
+    MVBenchTask("Moving Direction", "MD", "moving_direction", "clevrer/video_validation"),
+    MVBenchTask("Action Localization", "AL", "action_localization", "sta/sta_video", bounded=True),
+    MVBenchTask("Scene Transition", "ST", "scene_transition", "scene_qa/video"),
+    MVBenchTask("Action Count", "AC", "action_count", "perception/videos"),
+    MVBenchTask("Moving Count", "MC", "moving_count", "clevrer/video_validation"),
+    MVBenchTask("Moving Attribute", "MA", "moving_attribute", "clevrer/video_validation"),
+    MVBenchTask("State Change", "SC", "state_change", "perception/videos"),
+    MVBenchTask("Fine-grained Pose", "FP", "fine_grained_pose", "nturgbd"),
+    MVBenchTask("Character Order", "CO", "character_order", "perception/videos"),
+    MVBenchTask("Egocentric Navigation", "EN", "egocentric_navigation", "vlnqa"),
+    MVBenchTask("Episodic Reasoning", "ER", "episodic_reasoning", "tvqa/frames_fps3_hq", reader="frame", bounded=True),
+    MVBenchTask("Counterfactual Inference", "CI", "counterfactual_inference", "clevrer/video_validation"),
 )
 
 
@@ -75,7 +75,7 @@ def load(root: Path | str) -> list[Item]:
     return items
 
 
-def _item(root: Path, task: Task, index: int, row: dict[str, Any], where: str) -> Item:
+def _item(root: Path, task: MVBenchTask, index: int, row: dict[str, Any], where: str) -> Item:
     video, question = text_of(row, "video", where), text_of(row, "question", where)
     options, answer = options_of(row, where), text_of(row, "answer", where)
     start = seconds_of(row, "start", where) if task.bounded else None

@@ -69,7 +69,7 @@ class RunFolder:
         """See that what was trained so far had the same number format.
 
         Raises:
-            UserError: it had another one.
+            UserError: it was another.
         """
         before = self._environment().get("precision", precision)
         if before != precision and self._kept():

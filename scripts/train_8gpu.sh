@@ -2,7 +2,7 @@
 # A recipe on the GPUs of one machine: checked first by a dry run, then launched by torchrun.
 #   bash scripts/train_8gpu.sh llava --out runs/llava stages.instruct.data=mix.jsonl
 #   GPUS=4 bash scripts/train_8gpu.sh llava --deepspeed zero2 --out runs/llava
-# The same command continues. DeepSpeed serves one stage a process, so with it each stage is launched by itself.
+# The same command continues. DeepSpeed serves one stage per process, so with it each stage is launched by itself.
 set -euo pipefail
 if [ $# -eq 0 ] || [ "$1" = --help ]; then
     sed -n '2,5p' "$0"

@@ -1,4 +1,4 @@
-"""A recipe's stages, one after the other, from nothing or from where a run stood."""
+"""A recipe's stages, one after the other, from nothing or from where a run stopped."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def _train_stages(
         todo = dict(list(todo.items())[:1])
     set_seed(options.seed)
     model, processor = _model(recipe, run)
-    for name, stage in todo.items():  # and so is a name that the model has not
+    for name, stage in todo.items():  # and so is a name that the model does not have
         validate_module_names(model.model.front_end, stage, recipe.where(f"stages.{name}"))
     from_main(state, lambda: run.check_precision(precision(options)))
     threads = _use_threads(run, options, state)
     from_main(state, lambda: run.begin(recipe, options.seed, threads, precision(options)))
     if options.deepspeed and others and state.is_main_process:
-        run.log_event(*todo, f"DeepSpeed serves one stage a process; the same command goes on with {others[0]}")
+        run.log_event(*todo, f"DeepSpeed serves one stage per process; the same command goes on with {others[0]}")
     order = {name: index for index, name in enumerate(recipe.stages, start=1)}
     for name, stage in todo.items():
         start = time.perf_counter()

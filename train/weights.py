@@ -18,7 +18,7 @@ def freeze_names(front: FrontEnd, trains: tuple[str, ...], where: str) -> dict[s
     """{name that `trains` may give: modules}, the LLM left out; refuses unknown names.
 
     Raises:
-        UserError: a name that the model has not.
+        UserError: a name that the model does not have.
     """
     known: dict[str, list[nn.Module]] = {"llm": [], "encoders": [front.bank], "connector": [front.parts]}
     known |= {f"encoders.{name}": [part] for name, part in front.bank.encoders.items()}
@@ -51,7 +51,7 @@ def freeze(model: nn.Module, trains: tuple[str, ...], where: str) -> None:
     """Gradients reach what `trains` names and nothing else.
 
     Raises:
-        UserError: a name that the model has not.
+        UserError: a name that the model does not have.
     """
     known = _modules(model, trains, where)
     model.requires_grad_(False)
@@ -80,7 +80,7 @@ def resolve_init(name: str, stage: Stage, recipe: Recipe) -> list[tuple[str | No
 
 
 def validate_module_names(front: FrontEnd, stage: Stage, where: str) -> None:
-    """Refuse names in `trains` and `init` that the model has not; `where` the stage stands, for the error.
+    """Refuse names in `trains` and `init` that the model does not have; `where` the stage stands, for the error.
 
     Raises:
         UserError: names the key.
@@ -93,7 +93,7 @@ def load_init(model: nn.Module, part: str | None, folder: Path, where: str) -> N
     """The weights of another run into the model, or into what `part` names, as `trains` does.
 
     Raises:
-        UserError: a name that the model has not, or weights that are not exactly those of the part.
+        UserError: a name that the model does not have, or weights that are not exactly those of the part.
     """
     load_weights(model, folder, None if part is None else _modules(model, (part,), where)[part])
 

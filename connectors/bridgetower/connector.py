@@ -19,7 +19,7 @@ from mmllm.contract.parts import Encoder, Part, Site, TextSource, Tower
 from mmllm.contract.registry import register
 from mmllm.contract.types import Grid, MediaSpec, Needs, PromptFeatures, TokenSpec, VisualTokens
 
-LAYERED = ("levels", "cls", "keys")
+LAYERED = ("hidden_states", "cls", "keys")
 POST_NORMS = ("post_layernorm", "ln_post", "final_layer_norm", "ln_final", "layernorm", "norm")
 """What the libraries call the norm after a tower's last block."""
 
@@ -108,7 +108,7 @@ class Bridge(Part):
 
     def needs(self) -> Needs:
         """Layers of the encoder and of the text source."""
-        return Needs(levels=self.levels, prompt_levels=self.text_levels)
+        return Needs(hidden_states=self.levels, prompt_hidden_states=self.text_levels)
 
     def output_spec(self, *inputs: TokenSpec) -> TokenSpec:
         """The plain tokens' shape, and the relevance.
@@ -123,7 +123,7 @@ class Bridge(Part):
             raise ValueError("attends within frames, so the encoder's tokens need a grid")
         if (seen.tokens, seen.grid) != (plain.tokens, plain.grid):
             raise ValueError(f"adds to tokens of the encoder's grid: {seen.grid} and {plain.grid or plain.tokens}")
-        width, layers = self.site.inputs[0].width, seen.extras.get("levels", (0,))
+        width, layers = self.site.inputs[0].width, seen.extras.get("hidden_states", (0,))
         if self.levels and layers[-1] not in (0, width):
             raise ValueError(f"the encoder's layers have width {layers[-1]} and its tokens {width}")
         extras = {name: shape for name, shape in plain.extras.items() if name not in LAYERED}
@@ -135,7 +135,7 @@ class Bridge(Part):
         """[B, N, C] and the prompt of each clip -> [B, N, C of the plain tokens].
 
         Args:
-            prompt: levels [B, L, K, C], mask [B, L], present [B].
+            prompt: hidden_states [B, L, K, C], mask [B, L], present [B].
         """
         seen, plain = inputs[0], inputs[-1]
         fused = self._fuse(seen, prompt)
@@ -154,9 +154,9 @@ class Bridge(Part):
     def _fuse(self, seen: VisualTokens, prompt: PromptFeatures) -> Fused:
         """Both streams over the clip and the prompt."""
         count = self.stack.sizes.levels
-        image = self.norm(seen.extras["levels"] if self.levels else seen.values[:, :, None]).unbind(2)
+        image = self.norm(seen.extras["hidden_states"] if self.levels else seen.values[:, :, None]).unbind(2)
         image = image if self.levels else image * count
-        text = self.text_norm(prompt.levels).unbind(2)
+        text = self.text_norm(prompt.hidden_states).unbind(2)
         frames = seen.grid.t
         # the seconds of the grid's rows: behind a pooling these are not the frames'
         seconds = seen.positions[..., 0].unflatten(1, (frames, -1)).mean(-1)

@@ -100,7 +100,7 @@ class Sizes:
         return self.depth if BRIDGES[self.bridge] else 1
 
 
-class Attention(nn.Module):
+class StackAttention(nn.Module):
     """Multi-head attention, its residual and the norm after both."""
 
     def __init__(self, sizes: Sizes) -> None:
@@ -159,7 +159,7 @@ class CrossModalLayer(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        self.self_attention, self.cross_attention = Attention(sizes), Attention(sizes)
+        self.self_attention, self.cross_attention = StackAttention(sizes), StackAttention(sizes)
         self.feed_forward = FeedForward(sizes)
 
     def forward(
@@ -185,7 +185,7 @@ class CrossModalLayer(nn.Module):
         return self.feed_forward(hidden), weights
 
 
-class Stream(nn.Module):
+class TowerStream(nn.Module):
     """One modality: the way in from its tower (projection, type embedding, bridges) and its layers.
 
     Args:
@@ -247,8 +247,8 @@ class CrossModalStack(nn.Module):
         if sizes.depth < 1:
             raise ValueError(f"depth is at least 1, not {sizes.depth}")
         self.sizes = sizes
-        self.text = Stream(text_width, sizes, sizes.depth - (not last_text))
-        self.image = Stream(image_width, sizes)
+        self.text = TowerStream(text_width, sizes, sizes.depth - (not last_text))
+        self.image = TowerStream(image_width, sizes)
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Normal weights, zero biases, plain norms (authors' code); written through the library, as loading needs."""
@@ -261,7 +261,7 @@ class CrossModalStack(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 init.ones_(module.weight)
                 init.zeros_(module.bias)
-            elif isinstance(module, Stream):
+            elif isinstance(module, TowerStream):
                 init.normal_(module.embedding, std=std)
             elif isinstance(module, ScaledAdd):
                 init.constant_(module.weight, module.START)
@@ -280,7 +280,7 @@ class CrossModalStack(nn.Module):
 
         Args:
             text, image: `sizes.levels` states each, [B, L, C] and [B, N, C'], the lowest first.
-            mask: [B, L], which text tokens are real; at least one a row.
+            mask: [B, L], which text tokens are real; at least one per row.
             frames: the N image tokens are so many frames; frames see one another only through the text.
             places: [B, N, D], added to every image state that enters.
             weigh: also give the relevance of each image token to the text, from the last text layer.

@@ -36,7 +36,7 @@ class Newline(Part):
             init.normal_(self.embedding, std=self.embedding.shape[0] ** -0.5)
 
     def output_spec(self, *inputs: TokenSpec) -> TokenSpec:
-        """The tokens and one more for each separator; the grid ends.
+        """The tokens and one more for each separator, without a grid.
 
         Raises:
             ValueError: frames or rows are asked for and the input has no such grid.

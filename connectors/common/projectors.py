@@ -1,4 +1,4 @@
-"""Projectors: token by token from the width of an encoder to another one, usually the LLM's."""
+"""Projectors: token by token from the width of an encoder to another width, usually the LLM's."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """MERV's fusion: streams of several encoders on one grid become one stream (Chung et al. 2025, section 3.3).
 
 The alternatives that the paper compares it with stand beside it: channels joined, sequences joined, static weights, a
-mean. What every weighted sum weighed is in the extras of its tokens: `fusion` [B, E], a weight a clip and stream.
+mean. What every weighted sum weighed is in the extras of its tokens: `fusion` [B, E], a weight per clip and stream.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class ClipHead(Projector):
         """The head of the model that `weights` names.
 
         Raises:
-            UserError: it cannot be had, or its head is another one.
+            UserError: it cannot be loaded, or has another head.
         """
         if self.weights is not None:
             load_head(self.head, self.weights, "clip_head.weights")
@@ -132,7 +132,7 @@ def load_head(head: ClipPatchHead | SiglipPatchHead, name: str, where: str) -> T
         name: hub id or folder of the model. where: key path for errors.
 
     Raises:
-        UserError: it cannot be had, or its head is another one.
+        UserError: it cannot be loaded, or has another head.
     """
     from transformers import AutoModel
 

@@ -94,7 +94,7 @@ class PromptRelevance(Part):
         """Head and scale out of the image-text model that `weights` names.
 
         Raises:
-            UserError: it cannot be had, or its head is another one.
+            UserError: it cannot be loaded, or has another head.
         """
         if self.weights is not None:
             self.logit_scale.copy_(load_head(self.head, self.weights, "prompt_relevance.weights"))

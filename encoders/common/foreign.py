@@ -33,7 +33,7 @@ def library(name: str, package: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise UserError(name, "not installed, and this tower is of it", hint=f"pip install {package}") from error
+        raise UserError(name, "not installed, and this tower needs it", hint=f"pip install {package}") from error
 
 
 def mark_initialized(tower: nn.Module) -> nn.Module:

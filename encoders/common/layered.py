@@ -54,7 +54,7 @@ class Shape:
 
 
 class LayeredEncoder(Encoder):
-    """An encoder over layers of `self.tower`, one input of the tower a frame.
+    """An encoder over layers of `self.tower`, one input of the tower per frame.
 
     Args:
         transform: how its pixels are resized and normalised.
@@ -146,7 +146,7 @@ class LayeredEncoder(Encoder):
         return self.has_cls and shape.before > 0
 
     def output_spec(self, media: MediaSpec) -> TokenSpec:
-        """One token a patch of every frame it reads, and the CLS token where that is asked for."""
+        """One token per patch of every frame it reads, and the CLS token where that is asked for."""
         rows, columns = self.view[1:]
         grid = Grid(self.inputs_of(media) * self.view[0], rows, columns)
         if self.cls:
@@ -160,8 +160,8 @@ class LayeredEncoder(Encoder):
             ValueError: no such layer, another grid or width, no CLS token, or no key projections.
         """
         count, extras = self.output_spec(media).tokens, {}
-        if needs.levels:
-            extras["levels"] = (count, len(needs.levels), self._level_width(needs.levels))
+        if needs.hidden_states:
+            extras["hidden_states"] = (count, len(needs.hidden_states), self._level_width(needs.hidden_states))
         if needs.cls:
             extras["cls"] = (self.inputs_of(media), len(needs.cls), self._cls_width(needs.cls))
         if needs.keys:
@@ -171,8 +171,8 @@ class LayeredEncoder(Encoder):
     def _level_width(self, layers: tuple[int, ...]) -> int:
         shapes = [self._shape(layer) for layer in layers]
         if any(shape.view != self.view or (self.cls and not self._has_cls(shape)) for shape in shapes):
-            raise ValueError(f"levels {list(layers)}: not on the tokens' own grid")
-        return _one({shape.width for shape in shapes}, f"levels {list(layers)}")
+            raise ValueError(f"hidden states {list(layers)}: not on the tokens' own grid")
+        return _one({shape.width for shape in shapes}, f"hidden states {list(layers)}")
 
     def _cls_width(self, layers: tuple[int, ...]) -> int:
         if not self.reads_frames:
@@ -186,14 +186,14 @@ class LayeredEncoder(Encoder):
         rows = self.before + self.view[0] * self.view[1] * self.view[2]
         shapes = [self.key_shapes[self._block(layer)] for layer in layers]
         if any(shape[:-1] != (1, rows) for shape in shapes):
-            raise ValueError(f"keys {list(layers)}: not one a token")
+            raise ValueError(f"keys {list(layers)}: not one per token")
         return _one({shape[-1] for shape in shapes}, f"keys {list(layers)}")
 
     def _block(self, layer: int) -> int:
         """The attention layer whose output is layer `layer`; the first layer may be what enters the first of them."""
         first = len(self.shapes) - len(self.key_shapes)
         if first not in (0, 1):
-            raise ValueError("gives no keys: this tower has no key projection a layer")
+            raise ValueError("gives no keys: this tower has no key projection per layer")
         block = self._index(layer) - first
         if block < 0:
             raise ValueError(f"keys {layer}: no attention before this layer")
@@ -203,7 +203,7 @@ class LayeredEncoder(Encoder):
         """[B, F, 3, h, w] uint8 -> tokens [B, N, C], frame by frame in row-major order, and the extras needed."""
         batch, frames = pixels.shape[:2]
         inputs = self.inputs(self.normalise(pixels), media)
-        wanted = {self._index(layer) for layer in (*self.layers, *needs.levels, *needs.cls)}
+        wanted = {self._index(layer) for layer in (*self.layers, *needs.hidden_states, *needs.cls)}
         projections = key_projections(self.tower) if needs.keys else []
         with recorded([projections[self._block(layer)] for layer in needs.keys]) as keys:
             states = self.read(self.tower, inputs, sorted(wanted))
@@ -220,9 +220,9 @@ class LayeredEncoder(Encoder):
     def _extras(self, states: dict[int, State], keys: list[Tensor], needs: Needs) -> dict[str, Tensor]:
         """{extra: [M, rows, K, C]}, or [M, K, C] for cls."""
         extras = {}
-        if needs.levels:
-            levels = [states[self._index(layer)].tokens(self.cls) for layer in needs.levels]
-            extras["levels"] = torch.stack(levels, dim=2)
+        if needs.hidden_states:
+            layered = [states[self._index(layer)].tokens(self.cls) for layer in needs.hidden_states]
+            extras["hidden_states"] = torch.stack(layered, dim=2)
         if needs.cls:
             extras["cls"] = torch.stack([states[self._index(layer)].prefix[:, 0] for layer in needs.cls], dim=1)
         if needs.keys:

@@ -152,7 +152,7 @@ def load_tower(tower: nn.Module, name: str) -> None:
     """Weights of a hub id or a folder into a tower; of the part that is such a tower, where it is one of several.
 
     Raises:
-        UserError: they cannot be had, lack something, or are of another size than the recipe's config.
+        UserError: they cannot be loaded, lack something, or are of another size than the recipe's config.
     """
     try:
         theirs, random = _published(tower, name)

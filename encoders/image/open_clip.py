@@ -123,7 +123,7 @@ class OpenClipEncoder(LayeredEncoder):
         """The weights that the arguments name, resampled to this size by open_clip where that is needed.
 
         Raises:
-            UserError: they cannot be had, or are not those of the config.
+            UserError: they cannot be loaded, or are not those of the config.
         """
         if self.weights is None:
             return
@@ -179,7 +179,7 @@ def load_pair(name: str, weights: str, config: dict[str, Any], size: int | None)
     """A whole open_clip model with pretrained weights.
 
     Raises:
-        UserError: they cannot be had, or were trained with another activation than the config's.
+        UserError: they cannot be loaded, or were trained with another activation than the config's.
     """
     clip = library("open_clip", PACKAGE)
     plain = name.replace("/", "-")

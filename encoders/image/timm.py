@@ -122,7 +122,7 @@ class TimmEncoder(LayeredEncoder):
         """The weights that the arguments name, resampled to this size by timm where that is needed.
 
         Raises:
-            UserError: they cannot be had, or are not those of the architecture.
+            UserError: they cannot be loaded, or are not those of the architecture.
         """
         if self.weights is None:
             return

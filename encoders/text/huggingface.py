@@ -114,7 +114,7 @@ class TransformersText(TextSource):
         layers: tuple[int, ...] = (),
         embed_tokens: nn.Module | None = None,
     ) -> PromptFeatures:
-        """tokens [B, L, C] after the last norm, pooled [B, J] in the joint space, levels before that norm."""
+        """tokens [B, L, C] after the last norm, pooled [B, J] in the joint space, hidden states before that norm."""
         count = self.config.num_hidden_layers + 1
         if any(not -count <= layer < count for layer in layers):
             raise ValueError(f"layers {list(layers)}: this tower has the layers {-count} to {count - 1}")
@@ -126,10 +126,10 @@ class TransformersText(TextSource):
 
         indices = [layer % count for layer in layers]
         states = hidden_states(call, indices, False, count)
-        levels = torch.stack([states[index] for index in indices], dim=2) if indices else None
+        layered = torch.stack([states[index] for index in indices], dim=2) if indices else None
         tokens = outputs[0].last_hidden_state if "tokens" in fields else None
         pooled = self.pooled(outputs[0]) if "pooled" in fields else None
-        return PromptFeatures(ids, mask, tokens, pooled, levels, mask.sum(dim=1) > 1)
+        return PromptFeatures(ids, mask, tokens, pooled, layered, mask.sum(dim=1) > 1)
 
     def run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
         """The tower's forward."""
@@ -139,7 +139,7 @@ class TransformersText(TextSource):
         """Weights of `name` into the tower.
 
         Raises:
-            UserError: they cannot be had, or are of another size than the recipe's config.
+            UserError: they cannot be loaded, or are of another size than the recipe's config.
         """
         if self.name is None:
             return

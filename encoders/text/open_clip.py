@@ -73,7 +73,7 @@ class OpenClipText(TextSource):
         """The model's tokenizer, read when it is first needed.
 
         Raises:
-            UserError: it cannot be had.
+            UserError: it cannot be loaded.
         """
         if "_tokenizer" not in self.__dict__:
             clip = library("open_clip", PACKAGE)
@@ -106,17 +106,17 @@ class OpenClipText(TextSource):
         layers: tuple[int, ...] = (),
         embed_tokens: nn.Module | None = None,
     ) -> PromptFeatures:
-        """tokens [B, L, C] after the last norm, pooled [B, J] in the joint space, levels of blocks counted from 0."""
+        """tokens [B, L, C] after the last norm, pooled [B, J] in the joint space, hidden states by block from 0."""
         count = len(self.tower.transformer.resblocks)
         if any(not -count <= layer < count for layer in layers):
             raise ValueError(f"layers {list(layers)}: this tower has the layers {-count} to {count - 1}")
         wanted = sorted({layer % count for layer in layers} | {count - 1})
         found = self.tower.forward_intermediates(ids, indices=wanted, output_fmt="NLC")
         states = dict(zip(wanted, found["text_intermediates"], strict=True))
-        levels = torch.stack([states[layer % count] for layer in layers], dim=2) if layers else None
+        layered = torch.stack([states[layer % count] for layer in layers], dim=2) if layers else None
         tokens = self.tower.ln_final(states[count - 1]) if "tokens" in fields else None
         pooled = found["text_features"] if "pooled" in fields else None
-        return PromptFeatures(ids, mask, tokens, pooled, levels, mask.sum(dim=1) > 1)
+        return PromptFeatures(ids, mask, tokens, pooled, layered, mask.sum(dim=1) > 1)
 
     def reset_parameters(self) -> None:
         """The causal mask, which no checkpoint holds, and what else one lacks."""
@@ -126,7 +126,7 @@ class OpenClipText(TextSource):
         """The weights that the arguments name.
 
         Raises:
-            UserError: they cannot be had, or are not those of the config.
+            UserError: they cannot be loaded, or are not those of the config.
         """
         if self.weights is None:
             return

@@ -20,7 +20,7 @@ from mmllm.encoders.common.transform import Fit, Interpolation
 from mmllm.encoders.image.huggingface import SMALL, ClipEncoder
 
 
-class Stream(NamedTuple):
+class SideStream(NamedTuple):
     """The side stream: one CLS token of a clip [B, C], patches of every frame [B, T, N, C]."""
 
     cls: Tensor
@@ -46,7 +46,7 @@ class Block:
     eps: tuple[float, float] = (1e-5, 1e-5)
 
 
-class Attention(nn.Module):
+class FrameAttention(nn.Module):
     """Plain attention over the last but one axis."""
 
     def __init__(self, block: Block) -> None:
@@ -89,13 +89,13 @@ class SpaceLayer(nn.Module):
         from transformers.activations import ACT2FN
 
         self.norm = nn.LayerNorm(block.width, eps=block.eps[0])
-        self.attention = Attention(block)
+        self.attention = FrameAttention(block)
         self.mlp_norm = nn.LayerNorm(block.width, eps=block.eps[0])
         self.wide, self.narrow = nn.Linear(block.width, block.hidden), nn.Linear(block.hidden, block.width)
         self.activation = ACT2FN[block.activation]
         self.drop = DropPath(drop)
 
-    def forward(self, stream: Stream) -> Stream:
+    def forward(self, stream: SideStream) -> SideStream:
         """One block further."""
         cls, patches = stream
         frames = cls[:, None, None].expand(-1, patches.shape[1], -1, -1)
@@ -103,7 +103,7 @@ class SpaceLayer(nn.Module):
         seen, moved = self.drop(mixed[:, :, 0].mean(1), mixed[:, :, 1:])
         cls, patches = cls + seen, patches + moved
         seen, moved = self.drop(self._mlp(cls), self._mlp(patches))
-        return Stream(cls + seen, patches + moved)
+        return SideStream(cls + seen, patches + moved)
 
     def _mlp(self, x: Tensor) -> Tensor:
         return self.narrow(self.activation(self.wide(self.mlp_norm(x))))
@@ -115,14 +115,14 @@ class TimeLayer(nn.Module):
     def __init__(self, block: Block, drop: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(block.width, eps=block.eps[1])
-        self.attention = Attention(block)
+        self.attention = FrameAttention(block)
         self.out = nn.Linear(block.width, block.width)
         self.drop = DropPath(drop)
 
-    def forward(self, stream: Stream) -> Stream:
+    def forward(self, stream: SideStream) -> SideStream:
         """The patches one layer further; the CLS token is of the whole clip and stays."""
         (moved,) = self.drop(self.attention(self.norm(stream.patches.transpose(1, 2))))
-        return Stream(stream.cls, stream.patches + self.out(moved).transpose(1, 2))
+        return SideStream(stream.cls, stream.patches + self.out(moved).transpose(1, 2))
 
 
 class BTAdapter(Part):
@@ -169,26 +169,26 @@ class BTAdapter(Part):
             init.zeros_(layer.out.weight)
             init.zeros_(layer.out.bias)
 
-    def forward(self, states: Sequence[Tensor], positions: Tensor) -> list[Stream]:
+    def forward(self, states: Sequence[Tensor], positions: Tensor) -> list[SideStream]:
         """The stream after each of the tower's last blocks.
 
         Args:
             states: what these blocks give, [B, T, 1 + N, C] each, CLS first; as many as there are layers, or fewer.
             positions: [1 + N, C], the tower's own table.
         """
-        streams: list[Stream] = []
+        streams: list[SideStream] = []
         for state, time, space in zip(states, self.time, self.space, strict=False):
             cls, patches = state[:, :, 0].mean(1), state[:, :, 1:]
             if streams:
-                stream = Stream(streams[-1].cls + cls, streams[-1].patches + patches)
+                stream = SideStream(streams[-1].cls + cls, streams[-1].patches + patches)
             else:
                 moments = self.times(torch.arange(state.shape[1], device=state.device))
                 start = (cls + self.cls + positions[0]) / 2
-                stream = Stream(start, patches + positions[1:] + moments[:, None])
+                stream = SideStream(start, patches + positions[1:] + moments[:, None])
             streams.append(space(time(stream)))
         return streams
 
-    def blend(self, state: Tensor, stream: Stream) -> Tensor:
+    def blend(self, state: Tensor, stream: SideStream) -> Tensor:
         """A state of the tower [B, T, 1 + N, C] with the stream of the same block: (tower + stream) / 2."""
         cls = state[:, :, :1]
         if self.blend_cls:
@@ -274,10 +274,10 @@ class ClipBTAdapterEncoder(ClipEncoder):
 
     def forward(self, pixels: Tensor, media: MediaSpec, needs: Needs) -> VisualTokens:
         """[B, F, 3, h, w] uint8 -> tokens [B, N, C], frame by frame in row-major order, and the extras needed."""
-        levels = list(dict.fromkeys([*self.reads, *map(self._index, needs.levels)]))
+        wanted = list(dict.fromkeys([*self.reads, *map(self._index, needs.hidden_states)]))
         cls = list(dict.fromkeys([*self.reads, *map(self._index, needs.cls)]))
-        tokens = super().forward(pixels, media, replace(needs, levels=tuple(levels), cls=tuple(cls)))
-        layers = dict(zip(levels, tokens.extras["levels"].unbind(2), strict=True))
+        tokens = super().forward(pixels, media, replace(needs, hidden_states=tuple(wanted), cls=tuple(cls)))
+        layers = dict(zip(wanted, tokens.extras["hidden_states"].unbind(2), strict=True))
         firsts = dict(zip(cls, tokens.extras["cls"].unbind(2), strict=True))
         frames = [torch.cat([firsts[at][:, :, None], tokens.by_frame(layers[at])], dim=2) for at in self.reads]
         if media.kind == "image":
@@ -286,8 +286,8 @@ class ClipBTAdapterEncoder(ClipEncoder):
         for at, state, stream in zip(self.reads, frames, streams, strict=True):
             layers[at] = self.adapter.blend(state, stream)[:, :, 1:].reshape(tokens.values.shape)
         extras = {"keys": tokens.extras["keys"]} if needs.keys else {}
-        if needs.levels:
-            extras["levels"] = torch.stack([layers[self._index(layer)] for layer in needs.levels], dim=2)
+        if needs.hidden_states:
+            extras["hidden_states"] = torch.stack([layers[self._index(layer)] for layer in needs.hidden_states], dim=2)
         if needs.cls:
             extras["cls"] = torch.stack([firsts[self._index(layer)] for layer in needs.cls], dim=2)
         return replace(tokens, values=layers[self.reads[-1]], extras=extras)

@@ -149,7 +149,7 @@ class VideoTower(LayeredEncoder):
         """Weights of `name` into the tower.
 
         Raises:
-            UserError: they cannot be had, or are of another size than the recipe's config.
+            UserError: they cannot be loaded, or are of another size than the recipe's config.
         """
         if self.name is not None:
             load_tower(self.tower, self.name)

@@ -137,7 +137,7 @@ class LanguageBindEncoder(ClipEncoder):
         """Weights of `name` into the tower and what it has for time.
 
         Raises:
-            UserError: they cannot be had, or are of another size than the recipe's config or group.
+            UserError: they cannot be loaded, or are of another size than the recipe's config or group.
         """
         if self.name is None:
             return

@@ -118,7 +118,7 @@ class _Run:
             real = self([1, 2])
         declared = self.part.output_spec(*self.inputs)
         if real.spec != declared:
-            raise UserError(where, "declared is not real", expected=f"{declared}", got=f"{real.spec}")
+            raise UserError(where, "differs from what it declares", expected=f"{declared}", got=f"{real.spec}")
         for name in ("positions", "sizes"):
             if getattr(real, name).shape[:2] != real.values.shape[:2]:
                 raise UserError(where, f"{name} do not belong to the tokens", got=list(getattr(real, name).shape))
@@ -146,7 +146,7 @@ class _EncoderRun(_Run):
     def check_declared(self, where: str) -> None:
         """Declared = real, for the tokens and for each extra that the encoder says it gives."""
         super().check_declared(where)
-        for name in ("levels", "cls", "keys"):
+        for name in ("hidden_states", "cls", "keys"):
             needs = Needs(**{name: (-1,)})
             try:
                 declared = self.part.extras_spec(self.inputs[0], needs)
@@ -189,11 +189,11 @@ class _TextRun(_Run):
         if pooled is not None and declared[1] is None:
             declared = (declared[0], pooled)
         if widths != declared:
-            raise UserError(where, "declared is not real", expected=f"widths {declared}", got=f"{widths}")
+            raise UserError(where, "differs from what it declares", expected=f"widths {declared}", got=f"{widths}")
         shape = (*ids.shape, 1, self.part.width)
-        levels = shape if found.levels is None and not layers else tuple(found.levels.shape)
-        if found.tokens.shape[:2] != ids.shape or levels != shape:
-            raise UserError(where, "not one row a token", expected=list(shape), got=list(levels))
+        states = shape if found.hidden_states is None and not layers else tuple(found.hidden_states.shape)
+        if found.tokens.shape[:2] != ids.shape or states != shape:
+            raise UserError(where, "not one row per token", expected=list(shape), got=list(states))
         present = [*[True] * len(self.inputs), False]
         if found.present.tolist() != present or int(mask[-1].sum()) != 1:
             raise UserError(where, "an empty prompt is absent, with one token unmasked", got=found.present.tolist())
@@ -218,15 +218,15 @@ class _ConnectorRun(_Run):
 
     def _layers(self, spec: TokenSpec, frames: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the encoder's layers that the part declares."""
-        rows = {"levels": spec.tokens, "cls": frames, "keys": spec.tokens}
+        rows = {"hidden_states": spec.tokens, "cls": frames, "keys": spec.tokens}
         wanted = {name: len(getattr(self.part.needs(), name)) for name in rows}
         return {name: (rows[name], count, spec.width) for name, count in wanted.items() if count}
 
     def _prompt(self, clips: list[int]) -> PromptFeatures:
         """Prompts of 2 to PROMPT_LENGTH tokens."""
-        layers = len(self.part.needs().prompt_levels)
+        layers = len(self.part.needs().prompt_hidden_states)
         shapes = {"tokens": (PROMPT_LENGTH, LLM_WIDTH), "pooled": (PROMPT_JOINT,)}
-        shapes |= {"levels": (PROMPT_LENGTH, layers, LLM_WIDTH)} if layers else {}
+        shapes |= {"hidden_states": (PROMPT_LENGTH, layers, LLM_WIDTH)} if layers else {}
         said = {}
         for name, shape in shapes.items():
             rows = [torch.randn(shape, generator=_generator(clip * 89 + len(name))) for clip in clips]
@@ -240,7 +240,7 @@ class _ConnectorRun(_Run):
 
     def _context(self, clips: list[int]) -> dict[str, PromptFeatures]:
         needs = self.part.needs()
-        return {"prompt": self._prompt(clips)} if needs.prompt or needs.prompt_levels else {}
+        return {"prompt": self._prompt(clips)} if needs.prompt or needs.prompt_hidden_states else {}
 
     def _run(self, tokens: list[VisualTokens], clips: list[int], part: nn.Module | None = None) -> VisualTokens:
         return (part or self.part)(*tokens, **self._context(clips))
@@ -342,7 +342,7 @@ def _batch_is_single(part: Part, run: Any, where: str) -> None:
     with torch.no_grad():
         together = run.values([1, 2, 3])
         if not together.isfinite().all():
-            raise UserError(where, "gives numbers that are not finite")
+            raise UserError(where, "returns values that are not finite")
         if not (worst := float((run.values([1, 2, 3]) - together).abs().max())) <= 1e-5:
             raise UserError(where, f"not the same twice in eval mode, by {worst:.1e}: random numbers, or a state?")
         for row, clip in enumerate((1, 2, 3)):

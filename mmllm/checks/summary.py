@@ -111,21 +111,21 @@ def _text_macs(source: TextSource, needs: Needs) -> int:
         return 0
     with torch.device("meta"):
         ids = torch.zeros(1, source.length, dtype=torch.long)
-        return count_macs(source, ids, torch.ones_like(ids), needs.prompt, needs.prompt_levels, None)
+        return count_macs(source, ids, torch.ones_like(ids), needs.prompt, needs.prompt_hidden_states, None)
 
 
 def blank_prompt(part: Part, length: int = 8) -> dict[str, Any]:
     """The prompt that a part reads, as its keyword; empty where it reads none. On the current default device."""
     needs, site = part.needs(), part.site
-    if not (needs.prompt or needs.prompt_levels):
+    if not (needs.prompt or needs.prompt_hidden_states):
         return {}
-    ids, levels = torch.zeros(1, length, dtype=torch.long), len(needs.prompt_levels)
+    ids, states = torch.zeros(1, length, dtype=torch.long), len(needs.prompt_hidden_states)
     features = PromptFeatures(
         ids,
         torch.ones_like(ids),
         tokens=torch.zeros(1, length, site.prompt_width) if "tokens" in needs.prompt else None,
         pooled=torch.zeros(1, site.prompt_joint) if "pooled" in needs.prompt else None,
-        levels=torch.zeros(1, length, levels, site.prompt_width) if levels else None,
+        hidden_states=torch.zeros(1, length, states, site.prompt_width) if states else None,
         present=torch.ones(1, dtype=torch.bool),
     )
     return {"prompt": features}

@@ -1,4 +1,4 @@
-"""The command `mmllm`: one module a verb, results on stdout, progress on stderr, errors in one line."""
+"""The command `mmllm`: one module per verb, results on stdout, progress on stderr, errors in one line."""
 
 from __future__ import annotations
 

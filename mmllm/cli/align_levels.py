@@ -41,7 +41,7 @@ def configure(verbs: Any) -> None:
     parser.add_argument("--out", type=place, required=True, metavar="OUT.jsonl", help="the records with their levels")
     scores = parser.add_mutually_exclusive_group(required=True)
     scores.add_argument("--pair", metavar="NAME", help="image-text model that scores: a hub id, a folder, a run")
-    scores.add_argument("--scores", type=place, metavar="FILE", help="scores made elsewhere, a number a line")
+    scores.add_argument("--scores", type=place, metavar="FILE", help="scores made elsewhere, a number per line")
     parser.add_argument("--levels", type=int, help="how many levels, of equal size (default 8)")
     parser.add_argument("--edges", type=place, metavar="FILE", help="levels of other data instead: their edges.json")
     parser.add_argument(
@@ -125,7 +125,7 @@ def _given(path: Path, count: int) -> list[float]:
     try:
         scores = [float(line) for line in path.read_text(encoding="utf-8").split()]
     except (OSError, ValueError) as error:
-        raise UserError(path, "no scores", expected="a number a line") from error
+        raise UserError(path, "no scores", expected="a number per line") from error
     if len(scores) != count:
         raise UserError(path, f"{len(scores)} scores for {count} records with a medium")
     return scores

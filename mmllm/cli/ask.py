@@ -20,7 +20,7 @@ examples:
 """
 
 
-class Medium(argparse.Action):
+class AddMedium(argparse.Action):
     """--video and --image keep their common order."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
@@ -34,8 +34,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = "Ask a model about videos and images; the answer streams to stdout."
     parser.add_argument("question")
     parser.add_argument("--model", required=True, help="run folder or model folder")
-    parser.add_argument("--video", action=Medium, metavar="FILE[#t=START,END]", help="a video (may repeat)")
-    parser.add_argument("--image", action=Medium, metavar="FILE", help="an image (may repeat)")
+    parser.add_argument("--video", action=AddMedium, metavar="FILE[#t=START,END]", help="a video (may repeat)")
+    parser.add_argument("--image", action=AddMedium, metavar="FILE", help="an image (may repeat)")
     sampling = parser.add_mutually_exclusive_group()
     sampling.add_argument("--frames", type=flag(Count), help="frames of each video (default: the model's own)")
     sampling.add_argument("--fps", type=flag(Positive), help="frames per second of each video, instead of --frames")

@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run_fusion(options: argparse.Namespace) -> int:
-    """Weights of the streams of each fusion, a row a clip."""
+    """Weights of the streams of each fusion, a row per clip."""
     if options.out is not None and options.out.suffix.lower() != ".png":
         raise UserError(f"--out {options.out}", "not a picture", expected="FILE.png")
     calm_libraries()
@@ -123,7 +123,7 @@ def _render(rows: list[dict[str, Any]], streams: dict[str, list[str]]) -> str:
 
 
 def _draw(rows: list[dict[str, Any]], streams: dict[str, list[str]], path: Path) -> None:
-    """Stacked bars, one a clip; a panel a fusion."""
+    """Stacked bars, one per clip; a panel per fusion."""
     from matplotlib.figure import Figure
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=place, help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all arms")
     parser.add_argument("--out", type=place, help="folder of the study (default runs/STUDY)")
-    parser.add_argument("--jobs", type=flag(Count), help="runs at a time (default one a GPU, or one)")
+    parser.add_argument("--jobs", type=flag(Count), help="runs at a time (default one per GPU, or one)")
     common(parser, "--json", "--quiet", "--device", "--cache-dir", "--dry-run")
     parser.set_defaults(run=run)
 

@@ -29,7 +29,7 @@ examples:
   mmllm train nano/llava --out runs/mine
   mmllm train nano/llava --out runs/fast stages.instruct.steps=200 roots.world=runs/world
   mmllm train my.yaml --plugin my_part.py --out runs/mine --dry-run
-  mmllm train my.yaml --out runs/mine --cache features   (frozen encoders run once a clip, whatever the epochs)
+  mmllm train my.yaml --out runs/mine --cache features   (frozen encoders run once per clip for all epochs)
   torchrun --nproc-per-node 8 -m mmllm train llava --out runs/llava
 
 The same command continues a run that was stopped.

@@ -49,7 +49,7 @@ class Recipe:
 
     @property
     def stages(self) -> dict[str, Stage]:
-        """{name: stage} in order; a stage that an override or a heir set to null is none."""
+        """{name: stage} in order; a stage that an override or an heir set to null is left out."""
         sections = (self.data.get("stages") or {}).items()
         return {name: self._stage(name, section) for name, section in sections if section is not None}
 

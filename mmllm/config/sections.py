@@ -151,6 +151,6 @@ def _node(node: Any, encoders: list[str], above: list[str], where: str) -> dict[
     for source in inputs:
         if source not in above and source not in encoders:
             hint = nearest(source, [*above, *encoders])
-            raise UserError(f"{where}.{name}.in", f"nothing above is called {source!r}", hint=hint)
+            raise UserError(f"{where}.{name}.in", f"no encoder or node above is called {source!r}", hint=hint)
     above.append(name)
     return {**node, "name": name, "in": inputs}

@@ -30,7 +30,7 @@ NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENAM
 
 
 def disk_error(error: OSError, where: object = None) -> UserError | None:
-    """What the system says of a file, for the user; None where it is not about a file that cannot be had or written.
+    """What the system says of a file, for the user; None where it is not about a file that cannot be read or written.
 
     Args:
         where: what was written, where the error itself names no file.

@@ -87,7 +87,7 @@ class Part(nn.Module):
         raise NotImplementedError
 
     def forward(self, *inputs: VisualTokens, **context: Any) -> VisualTokens:
-        """One token set out of the inputs; `prompt=` and `tables=` arrive where `needs` asks for them."""
+        """One token set out of the inputs; `prompt=` arrives where `needs` asks for it."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
@@ -175,7 +175,7 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 
 def _source(cls: type) -> str:
-    """The text of a class, so that an edited plug-in is another one."""
+    """The text of a class, so that an edited plug-in counts as another."""
     try:
         return inspect.getsource(cls)
     except (OSError, TypeError):
@@ -229,13 +229,13 @@ class Encoder(Tower):
     def extras_spec(self, media: MediaSpec, needs: Needs) -> dict[str, tuple[int, ...]]:
         """{extra: its shape without the batch} that `forward` gives for these needs beside the tokens.
 
-        levels and keys: (N, K, C), one row a token; cls: (T, K, C), one row a frame; K as many layers as are asked for,
-        in the order of the needs.
+        hidden_states and keys: (N, K, C), one row per token; cls: (T, K, C), one row per frame; K as many layers as are
+        asked for, in the order of the needs.
 
         Raises:
             ValueError: the encoder has no such thing.
         """
-        for name in ("levels", "cls", "keys"):
+        for name in ("hidden_states", "cls", "keys"):
             if getattr(needs, name):
                 raise ValueError(f"gives no {name}")
         return {}
@@ -258,7 +258,7 @@ class TextSource(Tower):
         width: of `tokens`.
         joint: of `pooled`, the space shared with an image tower; None = it has no such space.
         length: most tokens of a prompt that are read.
-        layered: whether it has layers, to be asked for as `levels`.
+        layered: whether it has layers, to be asked for as `hidden_states`.
     """
 
     width: int
@@ -294,7 +294,7 @@ class TextSource(Tower):
         Args:
             ids, mask: [B, L], as `tokenize` gives them.
             fields: which of `tokens` and `pooled` are wanted.
-            layers: hidden states wanted as `levels` [B, L, K, C], numbered as an encoder's layers are.
+            layers: those wanted as `hidden_states` [B, L, K, C], numbered as an encoder's layers are.
             embed_tokens: the LLM's table of embeddings, for a source that has none of its own.
         """
         raise NotImplementedError

@@ -22,9 +22,7 @@ PACKAGES = {
     "encoder": "mmllm.encoders",
     "text": "mmllm.encoders",
     "connector": "mmllm.connectors",
-    "reducer": "mmllm.connectors",
     "objective": "mmllm.train.objectives",
-    "vocabulary": "mmllm.connectors",
     "backend": "mmllm.data.media.backends",
     "format": "mmllm.data.records.formats",
 }

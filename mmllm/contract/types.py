@@ -92,7 +92,7 @@ class VisualTokens:
         positions: [B, N, 3], seconds, y and x in 0..1 of each token's centre.
         sizes: [B, N], how many encoder patches a token stands for; 0 for separators.
         times: [B, T], seconds of the frames.
-        extras: tensors that belong to this token set ([B, N, ...] or [B, T, ...]), such as levels, cls, relevance.
+        extras: tensors that belong to this token set ([B, N, ...] or [B, T, ...]): hidden_states, cls, relevance, ...
     """
 
     values: Tensor
@@ -190,7 +190,7 @@ class PromptFeatures:
 
     Attributes:
         ids, mask: [B, L] token ids of the human turns and which of them are real.
-        tokens: [B, L, C] or None. pooled: [B, J] in the joint space or None. levels: [B, L, K, C] or None.
+        tokens: [B, L, C] or None. pooled: [B, J] in the joint space or None. hidden_states: [B, L, K, C] or None.
         present: [B] bool; a row without a prompt is absent and has one token unmasked.
         level: [B] alignment level that the record carries, -1 where it carries none.
     """
@@ -199,7 +199,7 @@ class PromptFeatures:
     mask: Tensor
     tokens: Tensor | None = None
     pooled: Tensor | None = None
-    levels: Tensor | None = None
+    hidden_states: Tensor | None = None
     present: Tensor | None = None
     level: Tensor | None = None
 
@@ -214,43 +214,40 @@ class Needs:
     """What a part reads beside the values of its inputs; the front end delivers exactly this.
 
     Attributes:
-        levels: layers of the encoder's hidden states. cls: layers whose CLS token is wanted. keys: layers whose
+        hidden_states: layers of the encoder that are wanted. cls: layers whose CLS token is wanted. keys: layers whose
             attention keys are wanted. All three only for a part whose input is an encoder.
-        extras: names of extras of the first input. prompt: fields of PromptFeatures. prompt_levels: text layers.
+        extras: names of extras of the first input. prompt: fields of PromptFeatures. prompt_hidden_states: text layers.
         alignment_levels: how many alignment levels it knows, if it reads `PromptFeatures.level`; a record of another
             is refused when it is read.
-        tables: whether the coordinate tables are wanted.
     """
 
-    levels: tuple[int, ...] = ()
+    hidden_states: tuple[int, ...] = ()
     cls: tuple[int, ...] = ()
     keys: tuple[int, ...] = ()
     extras: tuple[str, ...] = ()
     prompt: tuple[str, ...] = ()
-    prompt_levels: tuple[int, ...] = ()
+    prompt_hidden_states: tuple[int, ...] = ()
     alignment_levels: int | None = None
-    tables: bool = False
 
 
 @dataclass
-class Sequence:
+class LLMInputs:
     """What enters the LLM.
 
     Attributes:
         embeds: [B, L, D]. mask: [B, L] of 1 (real) and 0 (padding), or None. positions: [B, L] or None.
-        visual: [B, L] bool, which positions hold visual tokens. segments: [B, L] or None (0 = shared prefix).
+        visual: [B, L] bool, which positions hold visual tokens.
     """
 
     embeds: Tensor
     mask: Tensor | None
     positions: Tensor | None
     visual: Tensor
-    segments: Tensor | None = None
 
-    def part(self, rows: slice, length: int) -> Sequence:
+    def part(self, rows: slice, length: int) -> LLMInputs:
         """The first `length` positions of some rows."""
-        tensors = (self.embeds, self.mask, self.positions, self.visual, self.segments)
-        return Sequence(*(None if tensor is None else tensor[rows, :length] for tensor in tensors))
+        tensors = (self.embeds, self.mask, self.positions, self.visual)
+        return LLMInputs(*(None if tensor is None else tensor[rows, :length] for tensor in tensors))
 
 
 @dataclass

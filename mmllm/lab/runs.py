@@ -56,7 +56,7 @@ class Lab:
     Args:
         file: the study. out: its folder.
         cache: where shared stages are kept. device: passed on to the verbs. quiet: no progress.
-        jobs: runs at a time; None = one a GPU, or one.
+        jobs: runs at a time; None = one per GPU, or one.
     """
 
     def __init__(

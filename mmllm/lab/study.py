@@ -61,7 +61,7 @@ class Study:
 
     Args:
         arms: {name: recipe, or a map of `recipe`, `set`, `free`}.
-        first: {name: recipe, or a map of `recipe`, `set`, `then`} of what is trained once a seed before the arms, and
+        first: {name: recipe, or a map of `recipe`, `set`, `then`} of what is trained once per seed before the arms, and
             not evaluated; recipes of the arms find the run folder of their seed as a root of this name, so that a
             stage can start from it: `init: {encoders: "clip:model"}`.
         baseline: the arm that the others are measured against; default: the first.

@@ -9,7 +9,7 @@ from mmllm.contract.errors import UserError, nearest, shown
 from mmllm.contract.types import MediaSpec, Needs, PromptFeatures, VisualTokens
 
 KINDS = ("video", "image")
-LAYERED = ("levels", "cls", "keys")
+LAYERED = ("hidden_states", "cls", "keys")
 """What a part may want of an encoder's layers, beside the tokens."""
 
 
@@ -34,7 +34,7 @@ def read_nodes(sections: dict[str, dict[str, Any]], used: set[str], text: list[s
         sections: {name: its part of the recipe}. text: names of the text sources; a single one is every node's prompt.
 
     Raises:
-        UserError: a node for another kind of media, or with a prompt that is none.
+        UserError: a node for another kind of media, or a prompt of a kind that it cannot have.
     """
     nodes = []
     for name, section in sections.items():
@@ -106,7 +106,7 @@ def union_needs(needs: list[Needs]) -> Needs:
     """The union of what several parts need, each thing once."""
     union = Needs()
     for need in needs:
-        fields = (*LAYERED, "prompt", "prompt_levels")
+        fields = (*LAYERED, "prompt", "prompt_hidden_states")
         joined = {key: tuple(dict.fromkeys(getattr(union, key) + getattr(need, key))) for key in fields}
         union = replace(union, **joined)
     return union
@@ -126,7 +126,7 @@ def select_hidden_states(tokens: VisualTokens, needs: Needs, union: Needs) -> Vi
 
 def own_prompt(prompt: PromptFeatures, needs: Needs, union: Needs) -> PromptFeatures:
     """A prompt with the layers that one part declared, in its order."""
-    wanted, given = needs.prompt_levels, union.prompt_levels
+    wanted, given = needs.prompt_hidden_states, union.prompt_hidden_states
     if not wanted or wanted == given:
         return prompt
-    return replace(prompt, levels=prompt.levels[:, :, [given.index(layer) for layer in wanted]])
+    return replace(prompt, hidden_states=prompt.hidden_states[:, :, [given.index(layer) for layer in wanted]])

@@ -121,7 +121,7 @@ class FrontEnd(nn.Module):
     def _check_needs(self, node: Node, needs: Needs, where: str) -> None:
         if any(getattr(needs, name) for name in LAYERED) and node.inputs[0] not in self.bank.encoders:
             raise UserError(where, "needs layers of an encoder", expected="in: an encoder", got=node.inputs[0])
-        if (needs.prompt or needs.prompt_levels) and node.prompt is None:
+        if (needs.prompt or needs.prompt_hidden_states) and node.prompt is None:
             raise self._no_prompt(where)
 
     def _no_prompt(self, where: str) -> UserError:
@@ -131,7 +131,7 @@ class FrontEnd(nn.Module):
 
     def _guided(self, node: Node) -> bool:
         needs = self.parts[node.name].needs()
-        return bool(needs.prompt or needs.prompt_levels)
+        return bool(needs.prompt or needs.prompt_hidden_states)
 
     def _union(self, source_of: Callable[[Node], str | None]) -> dict[str, Needs]:
         """{source: union of what the parts that read it need}."""

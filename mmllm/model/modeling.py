@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part
-from mmllm.contract.types import Needs, Sequence
+from mmllm.contract.types import LLMInputs, Needs
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.front_end import FrontEnd
 from mmllm.processing.collate import joined, move
@@ -74,7 +74,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         visual: dict[str, Any] | None = None,
-    ) -> Sequence:
+    ) -> LLMInputs:
         """Ids [B, L] and media -> embeddings [B, L, D], visual rows written at their spans.
 
         Raises:
@@ -97,7 +97,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
             # Blank rows touch the same parameters as real ones do elsewhere, and change nothing.
             flat = flat + 0.0 * rows[len(rows) - blanks :].sum().to(embeds.dtype) if blanks else flat
             embeds = flat.view_as(embeds)
-        return Sequence(embeds, attention_mask, position_ids, where)
+        return LLMInputs(embeds, attention_mask, position_ids, where)
 
     def is_distributed_training(self) -> bool:
         """Whether several processes train together, so that each has to touch every parameter."""
@@ -137,10 +137,10 @@ class MMLLMModel(MMLLMPreTrainedModel):
         if inputs_embeds is None:
             sequence = self.embed(input_ids, attention_mask, position_ids, visual)
         else:
-            sequence = Sequence(inputs_embeds, attention_mask, position_ids, torch.zeros_like(inputs_embeds[..., 0]))
+            sequence = LLMInputs(inputs_embeds, attention_mask, position_ids, torch.zeros_like(inputs_embeds[..., 0]))
         return self.run(sequence, **kwargs)
 
-    def run(self, sequence: Sequence, **kwargs: Any) -> Any:
+    def run(self, sequence: LLMInputs, **kwargs: Any) -> Any:
         """The LLM's body over a sequence; `last_hidden_state` [B, L, D] and what the library returns beside it."""
         return self.language_model(
             inputs_embeds=sequence.embeds,
@@ -166,12 +166,12 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
-    def embed(self, batch: dict[str, Any]) -> Sequence:
+    def embed(self, batch: dict[str, Any]) -> LLMInputs:
         """The sequence of a batch."""
         keys = ("input_ids", "attention_mask", "position_ids", "visual")
         return self.model.embed(**{key: batch[key] for key in keys if key in batch})
 
-    def run(self, sequence: Sequence) -> Tensor:
+    def run(self, sequence: LLMInputs) -> Tensor:
         """Hidden states [B, L, D] of a whole sequence, without a cache."""
         return self.model.run(sequence, use_cache=False).last_hidden_state
 

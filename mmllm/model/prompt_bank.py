@@ -52,14 +52,14 @@ class PromptBank(nn.Module):
         return rows
 
     def collate(
-        self, rows: list[dict[str, list[int]]], levels: list[int] | None = None
+        self, rows: list[dict[str, list[int]]], alignment_levels: list[int] | None = None
     ) -> dict[str, dict[str, Tensor]]:
-        """{source: ids and mask [P, L], level [P]} of P prompts; a prompt without ids is none.
+        """{source: ids and mask [P, L], level [P]} of P prompts; a prompt without ids counts as no prompt.
 
         Args:
-            levels: the alignment level of each prompt's record, -1 where it carries none; default: none does.
+            alignment_levels: the alignment level of each prompt's record, -1 where it carries none; default: none does.
         """
-        level = torch.tensor([-1] * len(rows) if levels is None else levels)
+        level = torch.tensor([-1] * len(rows) if alignment_levels is None else alignment_levels)
         prompts = {}
         for name, source in self.sources.items():
             ids, mask = source.collate([row.get(name, []) for row in rows])
@@ -88,7 +88,7 @@ class PromptBank(nn.Module):
             trains = (source.trainable or table) and torch.is_grad_enabled()
             with nullcontext() if trains else torch.no_grad():
                 item = prompts[name]
-                found = source(item["ids"], item["mask"], wanted.prompt, wanted.prompt_levels, embed_tokens)
+                found = source(item["ids"], item["mask"], wanted.prompt, wanted.prompt_hidden_states, embed_tokens)
             features[name] = replace(found, level=item.get("level"))
         return features
 

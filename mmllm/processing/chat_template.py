@@ -1,6 +1,6 @@
 """Conversations as text: any tokenizer's chat template, media at their places, answers with their extent.
 
-The template is rendered once a conversation *shape* with marks in place of the contents, and the contents are put in
+The template is rendered once per conversation *shape* with marks in place of the contents, and the contents are put in
 afterwards. So a turn's extent is known exactly, whatever the template adds around it or writes differently for
 earlier turns, and text that a user types is never read as a part of the template.
 """

@@ -92,7 +92,7 @@ class MMLLMProcessor(ProcessorMixin):
         """Text, or with `tokenize` a batch, of one conversation or of a list of them; media are read here.
 
         Args:
-            chat_template: another one than the tokenizer's.
+            chat_template: in place of the tokenizer's.
             processor_kwargs: `padding_side`, and `frames` (or `num_frames`), `fps`, `max_frames`, `sampler`, see
                 `sampling`. They may also stand among `kwargs`, beside variables of the template.
 
@@ -366,7 +366,7 @@ def _without_last_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]] |
 
 
 def _in_memory(source: Any, kind: str, sampling: Sampling) -> Clip:
-    """Frames that are in memory already: a PIL image or uint8 [H, W, 3] or [T, H, W, 3] (one frame a second)."""
+    """Frames that are in memory already: a PIL image or uint8 [H, W, 3] or [T, H, W, 3] (one frame per second)."""
     from PIL import ImageOps
 
     array = np.asarray(ImageOps.exif_transpose(source).convert("RGB") if hasattr(source, "convert") else source)

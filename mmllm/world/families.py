@@ -1,4 +1,4 @@
-"""The scenes of the MVBench-like tasks: one sampler a task, `(rng, cast) -> Scene`.
+"""The scenes of the MVBench-like tasks: one sampler per task, `(rng, cast) -> Scene`.
 
 What a question states (which phase comes first, which half is asked) is drawn from `cast.rng()`, so that all scenes
 of one cast ask the same question; everything else, the answer above all, is drawn from `rng`.

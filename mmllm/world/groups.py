@@ -15,7 +15,7 @@ TRIES = 400
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class WorldItem:
     """One test item: its scene, its question, its options in order (empty for free text) and its group."""
 
     scene: Scene
@@ -30,7 +30,7 @@ def ask_subject(task: Task, scene: Scene) -> Question | None:
     return task.ask(scene, named[0] if named else scene.things[0])
 
 
-def one_group(task: Task, rng: Random, side: int, extra: int, group: int) -> list[Item] | None:
+def one_group(task: Task, rng: Random, side: int, extra: int, group: int) -> list[WorldItem] | None:
     """Scenes of one cast that answer one question with each of its options; `None` if this cast cannot."""
     cast = draw_cast(rng, side, held=True, extra=extra)
     first = task.sample(rng, cast)
@@ -40,9 +40,9 @@ def one_group(task: Task, rng: Random, side: int, extra: int, group: int) -> lis
     if not task.options:
         scene = task.sample(rng, cast)
         question = ask_subject(task, scene)
-        return [Item(scene, question, (), group)] if question else None
+        return [WorldItem(scene, question, (), group)] if question else None
     options = tuple(choose(question, task.options, rng))
-    found: dict[str, Item] = {}
+    found: dict[str, WorldItem] = {}
     for _ in range(TRIES):
         scene = task.sample(rng, cast)
         other = ask_subject(task, scene)
@@ -51,19 +51,19 @@ def one_group(task: Task, rng: Random, side: int, extra: int, group: int) -> lis
         # a clip with fewer things, for want of room, would tell its answer apart by their number
         full = len(scene.things) == len(first.things)
         if full and set(options) - {other.answer} <= set(other.pool):
-            found[other.answer] = Item(scene, other, options, group)
+            found[other.answer] = WorldItem(scene, other, options, group)
             if len(found) == len(options):
                 return [found[option] for option in options]
     return None
 
 
-def make_items(task: Task, seed: int, groups: int, side: int, extra: int) -> list[Item]:
+def make_items(task: Task, seed: int, groups: int, side: int, extra: int) -> list[WorldItem]:
     """`groups` groups of a task (single items for a task in free text), the same for the same seed.
 
     Raises:
         UserError: a task's scenes cannot answer its options; a mistake in the task, named in the message.
     """
-    items: list[Item] = []
+    items: list[WorldItem] = []
     for group in range(groups):
         rng = Random(f"{seed}/test/{task.stem}/{group}")
         for _ in range(60):

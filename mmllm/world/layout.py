@@ -10,7 +10,7 @@ import numpy as np
 from mmllm.world.describe import describe
 from mmllm.world.draw import render
 from mmllm.world.families import PHASES, plain, timeline
-from mmllm.world.groups import Item
+from mmllm.world.groups import WorldItem
 from mmllm.world.palette import draw_cast
 from mmllm.world.scene import Scene
 from mmllm.world.tasks import Task
@@ -35,10 +35,10 @@ def between(scene: Scene, rng: Random, held: bool) -> tuple[np.ndarray, int]:
     return np.concatenate([parts[0], render(scene), parts[1]]), before
 
 
-def write_item(task: Task, item: Item, number: int, root: Path, seed: int) -> dict[str, object]:
+def write_item(task: Task, item: WorldItem, number: int, root: Path, seed: int) -> dict[str, object]:
     """Write the clip of one test item below `root` (``mvbench`` or ``mlvu``) and return its JSON entry.
 
-    Bounds of mp4 clips are in seconds at 8 frames a second, those of jpg folders at 3.
+    Bounds of mp4 clips are in seconds at 8 frames per second, those of jpg folders at 3.
     """
     jpg = task.reader == "frame"
     name = f"{task.stem}_{number:04d}" + ("" if jpg else ".mp4")

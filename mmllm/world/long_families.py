@@ -1,4 +1,4 @@
-"""The scenes of the MLVU-like tasks, 48 frames (6 seconds): one sampler a task, `(rng, cast) -> Scene`."""
+"""The scenes of the MLVU-like tasks, 48 frames (6 seconds): one sampler per task, `(rng, cast) -> Scene`."""
 
 from __future__ import annotations
 

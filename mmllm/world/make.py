@@ -28,7 +28,7 @@ class Level:
         side: height and width of the clips in pixels.
         clips: number of training clips.
         texts: number of lines of text.jsonl; letters.jsonl has half as many, review.jsonl as many as clips.
-        items: test items a task, before rounding to whole groups; 0 = one group.
+        items: test items per task, before rounding to whole groups; 0 = one group.
         extra: bystanders in a scene.
     """
 

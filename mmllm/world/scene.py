@@ -92,7 +92,7 @@ class Scene:
         things: the things, all of distinct colours.
         subject: colour of the thing that the family's question names.
         background: name of the background.
-        frames: number of frames (8 a second).
+        frames: number of frames (8 per second).
         side: height and width in pixels.
         cut: (frame, name) of a second background.
         camera: still, left, right, forward or back.

@@ -1,4 +1,4 @@
-"""Contact sheets: a picture a task with eight frames of a few items, the question, and the right option marked."""
+"""Contact sheets: a picture per task with eight frames of a few items, the question, and the right option marked."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def sheet(task: Task, root: Path, rows: int) -> Image.Image:
 
 
 def contact_sheet(world: Path, out: Path, rows: int = 5) -> list[Path]:
-    """Write one PNG a task of a world into the folder `out` and return their paths.
+    """Write one PNG per task of a world into the folder `out` and return their paths.
 
     Args:
         world: a folder that `make_world` has written.

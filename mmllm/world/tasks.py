@@ -27,7 +27,7 @@ class Task:
         sample: `(rng, cast) -> Scene`.
         ask: `(scene, thing) -> Question`, or `None` where it does not apply.
         bounded: whether items carry ``start`` and ``end`` in seconds.
-        reader: video (mp4) or frame (a folder of jpg files at 3 frames a second).
+        reader: video (mp4) or frame (a folder of jpg files at 3 frames per second).
         share: how many times its scenes come in one round of training scenes; 1 for scenes whose question is also
             asked about many others.
     """

@@ -11,7 +11,7 @@ FPS = 8
 
 
 def write_mp4(path: Path, frames: np.ndarray) -> None:
-    """Write frames [T, S, S, 3] uint8 as an mp4 file (H.264, yuv420p, 8 frames a second). S must be even."""
+    """Write frames [T, S, S, 3] uint8 as an mp4 file (H.264, yuv420p, 8 frames per second). S must be even."""
     import av
 
     with av.open(str(path), "w") as container:

@@ -63,7 +63,7 @@ def main() -> None:
     """Make, read and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=Path, default=Path("../shared/data/videos"), help="folder of real clips")
-    parser.add_argument("--timeout", type=float, default=10.0, help="seconds a file (default 10)")
+    parser.add_argument("--timeout", type=float, default=10.0, help="seconds per file (default 10)")
     parser.add_argument("--each", action="store_true", help="a table of all files instead of groups")
     parser.add_argument("--out", type=Path, help="write the JSON there too")
     options = parser.parse_args()

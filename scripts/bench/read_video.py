@@ -1,4 +1,4 @@
-"""Our reader against bare decord and threaded PyAV, side by side in one run: frames a second, overhead, memory.
+"""Our reader against bare decord and threaded PyAV, side by side in one run: frames per second, overhead, memory.
 
     python scripts/bench/read_video.py --videos ../shared/data/videos --out read_video.json
     python scripts/bench/read_video.py --repeats 3 --clips 60

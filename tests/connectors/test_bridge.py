@@ -16,7 +16,7 @@ from mmllm.contract.parts import Site
 from mmllm.contract.types import Grid, MediaSpec, PromptFeatures, TokenSpec, VisualTokens
 from mmllm.encoders.common.tokens import at_times, frame_tokens
 
-CLIP = TokenSpec(MediaSpec("video", 3), 12, 10, Grid(3, 2, 2), {"levels": (12, 2, 10)})
+CLIP = TokenSpec(MediaSpec("video", 3), 12, 10, Grid(3, 2, 2), {"hidden_states": (12, 2, 10)})
 SMALL = {"width": 8, "heads": 2, "std": 0.4}
 
 
@@ -32,7 +32,7 @@ def clips(count: int = 2, width: int = 10, seed: int = 5, levels: int = 2) -> Vi
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(count, 12, width, generator=generator)
     tokens = at_times(frame_tokens(values, CLIP.media, CLIP.grid, 3), torch.arange(3.0).expand(count, -1))
-    tokens.extras["levels"] = torch.randn(count, 12, levels, width, generator=generator)
+    tokens.extras["hidden_states"] = torch.randn(count, 12, levels, width, generator=generator)
     return tokens
 
 
@@ -44,7 +44,7 @@ def prompts(count: int = 2, seed: int = 6, absent: tuple[int, ...] = ()) -> Prom
     present = torch.ones(count, dtype=torch.bool)
     for row in absent:
         mask[row, 1:], present[row] = 0, False
-    return PromptFeatures(torch.zeros(count, 5, dtype=torch.long), mask, levels=levels, present=present)
+    return PromptFeatures(torch.zeros(count, 5, dtype=torch.long), mask, hidden_states=levels, present=present)
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def test_time_is_told_apart_once_it_is_learnt():
 @torch.no_grad()
 def test_the_lowest_layers_of_both_towers_enter_first():
     part, seen, asked = bridge(gate=1.0), clips(), prompts()
-    image, text = part.norm(seen.extras["levels"]).unbind(2), part.text_norm(asked.levels).unbind(2)
+    image, text = part.norm(seen.extras["hidden_states"]).unbind(2), part.text_norm(asked.hidden_states).unbind(2)
     places = torch.zeros(1, 12, 8)  # moments are not learnt yet
     fused = part.stack(text, image, asked.mask, frames=3, places=places, weigh=True)
     added = part.out(fused.image + masked_mean(fused.text, asked.mask)[:, None])
@@ -129,13 +129,13 @@ def test_a_bridge_behind_pooling_knows_when_its_rows_are():
 
 @torch.no_grad()
 def test_layers_are_read_by_number_or_replaced_by_the_tokens():
-    assert bridge(depth=2).needs().levels == (-2, -1)
-    assert bridge(depth=2, bridge="none").needs().levels == (-1,)
-    assert bridge(depth=2, levels=(3, 7), text_levels=(1, 2)).needs().prompt_levels == (1, 2)
+    assert bridge(depth=2).needs().hidden_states == (-2, -1)
+    assert bridge(depth=2, bridge="none").needs().hidden_states == (-1,)
+    assert bridge(depth=2, levels=(3, 7), text_levels=(1, 2)).needs().prompt_hidden_states == (1, 2)
     part, seen = bridge(levels=(), gate=1.0), clips()
-    assert part.needs().levels == ()
+    assert part.needs().hidden_states == ()
     doubled = clips()
-    doubled.extras["levels"] = seen.values[:, :, None].expand(-1, -1, 2, -1)
+    doubled.extras["hidden_states"] = seen.values[:, :, None].expand(-1, -1, 2, -1)
     same = bridge(gate=1.0)
     one, other = part(seen, prompt=prompts()).values, same(doubled, prompt=prompts()).values
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused():
         bridge().output_spec(TokenSpec(CLIP.media, 12, 10))
     with pytest.raises(ValueError, match="adds to tokens of the encoder's grid"):
         bridge(CLIP.to_width(16)).output_spec(CLIP, TokenSpec(CLIP.media, 6, 16, Grid(3, 1, 2)))
-    wide = TokenSpec(CLIP.media, 12, 10, CLIP.grid, {"levels": (12, 2, 5)})
+    wide = TokenSpec(CLIP.media, 12, 10, CLIP.grid, {"hidden_states": (12, 2, 5)})
     with pytest.raises(ValueError, match="layers have width 5"):
         bridge().output_spec(wide)
 

@@ -161,7 +161,7 @@ class Annotating(Learned):
 
 
 BROKEN = [
-    (Liar, "declared is not real"),
+    (Liar, "differs from what it declares"),
     (Unwritten, "stays unwritten"),
     (Wide, r"example 1 \{'lie': False\}: IndexError: .*test_parts.py:\d+"),
     (Detached, "no gradient reaches input 1"),

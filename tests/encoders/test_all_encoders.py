@@ -108,11 +108,11 @@ def test_frames_are_independent_where_the_encoder_says_so(cls, arguments, media)
 def test_extras_are_delivered_as_declared_or_refused(cls, arguments, media):
     encoder = build(cls, arguments)
     given = 0
-    for needs in (Needs(levels=(-1, -1)), Needs(cls=(-1,)), Needs(keys=(-1,)), Needs()):
+    for needs in (Needs(hidden_states=(-1, -1)), Needs(cls=(-1,)), Needs(keys=(-1,)), Needs()):
         try:
             declared = encoder.extras_spec(media, needs)
         except ValueError as error:
-            assert "level" in str(error) or "cls" in str(error) or "key" in str(error)
+            assert "hidden" in str(error) or "cls" in str(error) or "key" in str(error)
             continue
         with torch.no_grad():
             tokens = run(encoder, media, needs)
@@ -177,7 +177,7 @@ def test_levels_cls_and_keys_are_those_of_the_tower():
     clip = registry.find("encoder", "clip")
     arguments, (media,) = next(clip.examples())
     encoder = build(clip, arguments)
-    needs = Needs(levels=(1, -1), cls=(0, -2), keys=(-1, 1))
+    needs = Needs(hidden_states=(1, -1), cls=(0, -2), keys=(-1, 1))
     with torch.no_grad():
         tokens = run(encoder, media, needs)
         pixels = encoder.normalise(clips(encoder, media)).flatten(0, 1)
@@ -187,7 +187,7 @@ def test_levels_cls_and_keys_are_those_of_the_tower():
     rows = [state.unflatten(0, (2, 2)) for state in states]
     torch.testing.assert_close(tokens.values, rows[-2][:, :, 1:].flatten(1, 2))
     for place, index in enumerate((1, 3)):
-        torch.testing.assert_close(tokens.extras["levels"][:, :, place], rows[index][:, :, 1:].flatten(1, 2))
+        torch.testing.assert_close(tokens.extras["hidden_states"][:, :, place], rows[index][:, :, 1:].flatten(1, 2))
     for place, index in enumerate((0, 2)):
         torch.testing.assert_close(tokens.extras["cls"][:, :, place], rows[index][:, :, 0])
     for place, key in enumerate(keys):
@@ -202,7 +202,7 @@ def test_what_an_encoder_cannot_give_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="no CLS token"):
         encoder.extras_spec(media, Needs(cls=(-1,)))
     with pytest.raises(ValueError, match="layers -4 to 3"):
-        encoder.extras_spec(media, Needs(levels=(7,)))
+        encoder.extras_spec(media, Needs(hidden_states=(7,)))
     with pytest.raises(ValueError, match="no attention before"):
         encoder.extras_spec(media, Needs(keys=(0,)))
     timm = registry.find("encoder", "timm")
@@ -210,10 +210,10 @@ def test_what_an_encoder_cannot_give_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="no keys"):
         build(timm, arguments[0]).extras_spec(media, Needs(keys=(-1,)))
     with pytest.raises(ValueError, match="not on the tokens' own grid"):
-        build(timm, arguments[-1]).extras_spec(media, Needs(levels=(0,)))
+        build(timm, arguments[-1]).extras_spec(media, Needs(hidden_states=(0,)))
     nano = registry.find("encoder", "nano_conv")
-    with pytest.raises(ValueError, match="gives no levels"):
-        build(nano, {}).extras_spec(media, Needs(levels=(-1,)))
+    with pytest.raises(ValueError, match="gives no hidden_states"):
+        build(nano, {}).extras_spec(media, Needs(hidden_states=(-1,)))
     config = next(clip.examples())[0]["config"]
     for wrong, says in (
         ({"layer": 9}, "layer 9"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmllm.contract.types import MediaSpec, Sequence, TokenSpec
+from mmllm.contract.types import LLMInputs, MediaSpec, TokenSpec
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.modeling import MMLLMModel
 from mmllm.processing.collate import Example, Medium, collate
@@ -68,7 +68,7 @@ def row(
 
 def embedded(
     table: Tensor, clips: list[list[Tensor]], rows: list[Example], side: str = "right"
-) -> tuple[Sequence, dict]:
+) -> tuple[LLMInputs, dict]:
     """The sequence of a batch, and the batch.
 
     Args:

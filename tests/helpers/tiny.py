@@ -33,7 +33,7 @@ def tiny_recipe(name: str = "nano/llava", llm: str = "llama", overrides: tuple[s
 
 @lru_cache(maxsize=1)
 def tokenizer_folder() -> str:
-    """NanoWorld's tokenizer, saved once a session."""
+    """NanoWorld's tokenizer, saved once per session."""
     import tempfile
 
     from mmllm.world.tokenizer import build_tokenizer

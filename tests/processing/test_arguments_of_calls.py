@@ -72,7 +72,7 @@ def test_the_ecosystems_spellings_work_at_a_call_and_in_an_entry(processor):
     assert times(processor, [plain], num_frames=4) == four
     assert times(processor, [plain], processor_kwargs={"num_frames": 4}) == four
     assert times(processor, [turn({"type": "video", "video": clip, "num_frames": 4}, "What?")]) == four
-    assert len(times(processor, [plain], fps=0.5)) == 4  # pixels in memory are one frame a second
+    assert len(times(processor, [plain], fps=0.5)) == 4  # pixels in memory are one frame per second
     assert len(times(processor, [turn({"type": "video", "video": clip, "fps": 0.5}, "?")])) == 4
     assert len(times(processor, [turn({"type": "video", "video": clip, "fps": 1.0, "max_frames": 3}, "?")])) == 3
     assert len(times(processor, [plain], max_frames=2)) == 2

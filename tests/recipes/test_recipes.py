@@ -155,7 +155,7 @@ def test_a_recipe_names_what_is_wrong_in_it(tmp_path):
         write(tmp_path, model={"connector": [{"type": "mpl"}]})
     )
     assert "mine.yaml:modell: unknown key. Try: model" in problem(write(tmp_path, modell={}))
-    assert "mine.yaml:model.connector.mlp.in: nothing above is called 'nono'. Try: nano" in problem(
+    assert "mine.yaml:model.connector.mlp.in: no encoder or node above is called 'nono'. Try: nano" in problem(
         write(tmp_path, model={"connector": [{"type": "mlp", "in": "nono"}]})
     )
     (tmp_path / "broken.yaml").write_text("a: [1")

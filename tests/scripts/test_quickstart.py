@@ -23,7 +23,7 @@ def test_help_and_unknown_flags(script):
 
 @pytest.mark.slow
 def test_quickstart_learns_and_continues(tmp_path):
-    """About 20 minutes on two cores: scores above their floors, and a second call does nothing twice."""
+    """About 20 minutes on two cores: scores above their floors, and a second call repeats nothing."""
     command = ["bash", "scripts/quickstart.sh", "--out", str(tmp_path / "run"), "--venv", str(tmp_path / "venv")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Nothing twice: with caches a stage decodes a clip once and runs a frozen encoder on it once, to the same losses."""
+"""With caches a stage decodes a clip once and runs a frozen encoder on it once, to the same losses."""
 
 from __future__ import annotations
 

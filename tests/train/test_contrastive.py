@@ -202,7 +202,7 @@ def test_the_nano_text_tower_reads_nanoworlds_words():
     with torch.no_grad():
         both, alone = tower(ids, mask, layers=(-2, -1)), tower(ids[:1, : mask[0].sum()], mask[:1, : mask[0].sum()])
     assert both.present.tolist() == [True, False, True]
-    assert both.levels.shape == (3, 12, 2, 96)
+    assert both.hidden_states.shape == (3, 12, 2, 96)
     torch.testing.assert_close(both.pooled[:1], alone.pooled, atol=1e-5, rtol=0)
     small = find("text", "nano_text")(Site(), tokenizer=tokenizer_folder(), vocabulary=20)
     with pytest.raises(UserError, match="smaller than the tokenizer"):

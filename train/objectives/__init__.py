@@ -1,1 +1,1 @@
-"""What a stage optimises: one small module an objective."""
+"""What a stage optimises: one small module per objective."""

@@ -94,7 +94,7 @@ class Contrastive(Objective):
         self.waiting = False  # whether a batch was counted and not yet scored
 
     def prepare(self, samples: list, processor: Any) -> dict[str, Any]:
-        """Conversations -> clips as `visual`, one pair a sample, and their descriptions as ids and mask [B, L].
+        """Conversations -> clips as `visual`, one pair per sample, and their descriptions as ids and mask [B, L].
 
         Raises:
             UserError: a sample that is not one clip and its description, or no text source.

@@ -27,7 +27,7 @@ HOLES = ("missing", "broken", "mixed up", "out of bounds")
 NOTES = ("corrupt", "damaged", "short", "variable rate", "still")
 """These are read, and may not be what was meant."""
 PACKETS = 3000
-"""Packets that are looked at for the rate: two minutes at 25 frames a second."""
+"""Packets that are looked at for the rate: two minutes at 25 frames per second."""
 LOOK = 2
 """Raised when more is looked for: facts of an earlier look are not enough then."""
 REORDERED = 16
@@ -37,7 +37,7 @@ UNEVEN = 0.1
 
 
 @dataclass
-class Medium:
+class MediaFile:
     """A file, and what the samples say of it: their names (the first few), their number, and the bounds they give."""
 
     kind: str
@@ -54,7 +54,7 @@ class Medium:
 
 
 def examine(
-    media: Sequence[Medium],
+    media: Sequence[MediaFile],
     known: dict[str, dict[str, Any]],
     quick: bool = False,
     jobs: int = 1,
@@ -77,7 +77,7 @@ def examine(
     for reader in made:
         readers.put(reader)
 
-    def run(medium: Medium) -> dict[str, Any]:
+    def run(medium: MediaFile) -> dict[str, Any]:
         reader = readers.get()
         try:
             facts, texts = inspect(medium, reader, quick), dict.fromkeys(heard.take())
@@ -126,8 +126,8 @@ class _LogCapture(logging.Handler):
         super().close()
 
 
-def inspect(medium: Medium, reader: GuardedReader, quick: bool = False) -> dict[str, Any]:
-    """What a file is: `size`, `mtime`, `frames`, `rate` (frames a second), `seconds`, and its `problems`."""
+def inspect(medium: MediaFile, reader: GuardedReader, quick: bool = False) -> dict[str, Any]:
+    """What a file is: `size`, `mtime`, `frames`, `rate` (frames per second), `seconds`, and its `problems`."""
     size, mtime = _stamp(medium.path)
     facts: dict[str, Any] = {"name": medium.name, "kind": medium.kind, "path": medium.path, "size": size}
     facts |= {"mtime": mtime, "look": LOOK, "quick": quick, "bounds": _listed(medium.bounds), "problems": []}
@@ -213,7 +213,7 @@ def problems(facts: dict[str, Any], frames: int) -> list[tuple[str, str]]:
     return found
 
 
-def _holds(facts: dict[str, Any], medium: Medium, quick: bool) -> bool:
+def _holds(facts: dict[str, Any], medium: MediaFile, quick: bool) -> bool:
     """Whether facts of an earlier time still tell all that is asked."""
     size, mtime = _stamp(medium.path)
     same = facts.get("mtime") is not None and (facts["size"], facts["mtime"], facts.get("look")) == (size, mtime, LOOK)

@@ -203,7 +203,7 @@ class GuardedReader:
 def _cause(code: int | None) -> str:
     """An exit code in words."""
     if code is None:
-        return "it stopped to make sense"
+        return "it answered nonsense"
     if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"

@@ -235,7 +235,7 @@ def _prepare(settings: dict[str, Any]) -> None:
     """Import what reading needs; plug-ins only where the back end is not one of ours, since they may import anything.
 
     Raises:
-        UserError: unknown back end, or a plug-in that is none.
+        UserError: unknown back end, or a file that is not a plug-in.
     """
     from mmllm.contract.registry import load_plugin, parts
     from mmllm.data.media.reader import backend_class

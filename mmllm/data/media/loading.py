@@ -154,8 +154,9 @@ class _Kept:
     """The cache entries of one clip.
 
     Attributes:
-        known: whether the file can be told from others. corrupt: the damage that reading it has found; what is kept
-            had none, since damaged clips are left out: they are told, or refused, at every read.
+        known: whether the file can be distinguished from others.
+        corrupt: the damage that reading it has found; what is kept had none, since damaged clips are left out: they are
+            reported, or refused, at every read.
     """
 
     def __init__(

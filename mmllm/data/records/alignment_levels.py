@@ -85,7 +85,7 @@ class Pair:
         name: hub id or folder. device: where it runs.
 
     Raises:
-        UserError: it cannot be had, or has no space for both.
+        UserError: it cannot be loaded, or has no space for both.
     """
 
     def __init__(self, name: str, device: str = "cpu") -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmllm.contract.errors import UserError
-from mmllm.data.media.doctor import Medium
+from mmllm.data.media.doctor import MediaFile
 from mmllm.data.records.conversations import Sample
 from mmllm.data.records.mix import open_entry, read_mix
 
@@ -34,7 +34,7 @@ class Scan:
     records: int = 0
     errors: list[str] = field(default_factory=list)
     failed: int = 0
-    media: dict[str, Medium] = field(default_factory=dict)
+    media: dict[str, MediaFile] = field(default_factory=dict)
     in_memory: int = 0
     as_video: int = 0
 
@@ -55,7 +55,7 @@ class Scan:
             if not isinstance(source, str):
                 self.in_memory += 1
                 continue
-            medium = Medium(entry["type"], source, entry.get("fps"))
+            medium = MediaFile(entry["type"], source, entry.get("fps"))
             medium = self.media.setdefault(medium.name, medium)
             medium.samples += 1
             medium.bounds.add((entry.get("start"), entry.get("end")))
@@ -91,7 +91,7 @@ def scan(
         limit: only the first records of each data file. progress: called with (done, total).
 
     Raises:
-        UserError: a mix that is none; what is wrong with a data file is noted.
+        UserError: a file that is not a mix; what is wrong with a data file is noted.
     """
     found, parts = Scan(), []
     for path in paths:

@@ -16,7 +16,7 @@ from mmllm.contract.errors import UserError, nearest
 from mmllm.data.records.conversations import Sample, exists, expand_braces, files_of, open_source
 from mmllm.data.records.formats.records import CONTAINERS
 from mmllm.data.records.json_files import short
-from mmllm.data.records.mixture import Joined, Mixture, Part, is_positive
+from mmllm.data.records.mixture import Joined, Mixture, Subset, is_positive
 
 MIX_SUFFIXES = frozenset({".yaml", ".yml"})
 ENTRY_KEYS = ("json_path", "sampling_strategy", "weight", "root", "format", "start")
@@ -130,7 +130,7 @@ def open_entry(entry: Entry, seed: int = 0, spill: Path | None = None) -> Sequen
     if rest <= 0:
         raise UserError(f"{entry.where}.start", "nothing is left", expected=f"below {len(source)}", got=entry.start)
     if name == "all" and not amount:
-        return Part(source, entry.start, rest) if entry.start else source
+        return Subset(source, entry.start, rest) if entry.start else source
     try:
         share = float(amount.removesuffix("%"))
         # as LLaVA-NeXT counts: percentages are rounded up
@@ -142,7 +142,7 @@ def open_entry(entry: Entry, seed: int = 0, spill: Path | None = None) -> Sequen
         raise UserError(f"{entry.where}.sampling_strategy", "unknown", expected=expected, got=entry.strategy)
     count = min(count, rest)
     start = entry.start + (rest - count if name == "end" else 0)
-    return Part(source, start, count, seed if name == "random" else None)
+    return Subset(source, start, count, seed if name == "random" else None)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _entries(item: Any, where: str, folder: Path, root: Path | None) -> list[Ent
         root = _find(item["root"], folder, root)
     names = _split(item["json_path"])
     if weight is not None and len(names) > 1:
-        raise UserError(f"{where}.weight", f"one weight for {len(names)} files", hint="one dataset a file")
+        raise UserError(f"{where}.weight", f"one weight for {len(names)} files", hint="one dataset per file")
     return [
         Entry(
             path=_find(name, folder, root),

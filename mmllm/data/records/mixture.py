@@ -37,7 +37,7 @@ class Joined(Sequence):
         return self.sources[place][index - (self.ends[place - 1] if place else 0)]
 
 
-class Part(Sequence):
+class Subset(Sequence):
     """Some samples of a source: `count` from `start` on, or `count` drawn from `start` on without repeats.
 
     Args:

@@ -15,7 +15,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.types import Geometry
 from mmllm.data.media.backends.pyav import PyAVBackend
 from mmllm.data.media.damage import Damage, describe
-from mmllm.data.media.doctor import Medium, examine
+from mmllm.data.media.doctor import MediaFile, examine
 from mmllm.data.media.guard import GuardedReader
 from mmllm.data.media.loading import Caches, MediaLoader
 from mmllm.data.media.reader import VideoReader, read_media
@@ -218,12 +218,12 @@ def test_damaged_clips_are_not_kept(damaged: Callable, tmp_path: Path, caplog) -
 def test_the_doctor_calls_it_corrupt(damaged: Callable) -> None:
     path = damaged(25, 38)
     for quick, names in ((False, ["corrupt"]), (True, [])):
-        (facts,) = examine([Medium("video", str(path))], {}, quick)
+        (facts,) = examine([MediaFile("video", str(path))], {}, quick)
         assert [name for name, _ in facts["problems"]] == names
-    (facts,) = examine([Medium("video", str(path))], {})
+    (facts,) = examine([MediaFile("video", str(path))], {})
     # an earlier look that did not look for damage is no answer
     earlier = {facts["name"]: {key: value for key, value in facts.items() if key != "look"} | {"problems": []}}
-    assert next(examine([Medium("video", str(path))], earlier))["problems"] == facts["problems"]
+    assert next(examine([MediaFile("video", str(path))], earlier))["problems"] == facts["problems"]
     assert "the video is damaged, which may reach the frames at 2.50-" in facts["problems"][0][1]
 
 

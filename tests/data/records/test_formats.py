@@ -1,4 +1,4 @@
-"""Every format becomes the same conversations, and what is wrong is said by file, line and key."""
+"""Every format becomes the same conversations, and mistakes are named with file, line and key."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import pytest
 
 from mmllm.contract.errors import UserError
 from mmllm.data.records.mix import data_files, load_data, read_mix
-from mmllm.data.records.mixture import Joined, Mixture, Part, permuted
+from mmllm.data.records.mixture import Joined, Mixture, Subset, permuted
 
 WEIGHTS = [
     [1],
@@ -103,8 +103,8 @@ def test_joined_and_part():
     joined = Joined([range(3), range(10, 14), range(20, 21)])
     assert list(joined) == [0, 1, 2, 10, 11, 12, 13, 20]
     assert joined[-1] == 20
-    assert list(Part(range(10), 3, 4)) == [3, 4, 5, 6]
-    drawn = list(Part(range(10), 2, 5, seed=1))
+    assert list(Subset(range(10), 3, 4)) == [3, 4, 5, 6]
+    drawn = list(Subset(range(10), 2, 5, seed=1))
     assert len(set(drawn)) == 5
     assert min(drawn) >= 2
     with pytest.raises(IndexError):

@@ -265,5 +265,5 @@ def test_a_missing_library_is_said(monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(importlib, "import_module", without)
-    with pytest.raises(UserError, match=r"not installed, and this tower is of it. Try: pip install 'mmllm\[towers\]'"):
+    with pytest.raises(UserError, match=r"not installed, and this tower needs it. Try: pip install 'mmllm\[towers\]'"):
         build_encoder({"type": "timm", "name": "vit_tiny_patch16_224"}, "encoder")

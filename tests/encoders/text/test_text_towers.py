@@ -96,7 +96,7 @@ def test_features_are_the_librarys_own(kind, tmp_path):
     real = mask.bool()
     torch.testing.assert_close(features.tokens[real], output.last_hidden_state[real], atol=1e-6, rtol=0)
     for place, index in enumerate((3, 1)):
-        level = features.levels[:, :, place]
+        level = features.hidden_states[:, :, place]
         torch.testing.assert_close(level[real], output.hidden_states[index][real], atol=1e-6, rtol=0)
     assert features.present.all()
 
@@ -176,7 +176,7 @@ def test_roberta_is_the_librarys_own_and_counts_positions_behind_the_padding(tmp
     real = mask.bool() & features.present[:, None]
     torch.testing.assert_close(features.tokens[real], output.last_hidden_state[real], atol=1e-6, rtol=0)
     for place, index in enumerate((3, 1)):
-        level = features.levels[:, :, place]
+        level = features.hidden_states[:, :, place]
         torch.testing.assert_close(level[real], output.hidden_states[index][real], atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="length 14: the tower has 12 positions"):
         cls(Site(), **cls.resolve({"name": str(tmp_path)}), length=14)
@@ -211,8 +211,8 @@ def test_open_clips_text_tower_with_its_own_tokenizer(tmp_path):
     present = [0, 1, 3]
     assert features.present.tolist() == [True, True, False, True]
     torch.testing.assert_close(features.pooled[present], pooled[present], atol=1e-6, rtol=0)
-    assert features.levels.shape == (4, 12, 2, 32)
-    torch.testing.assert_close(theirs.ln_final(features.levels[:, :, 0]), features.tokens, atol=1e-6, rtol=0)
+    assert features.hidden_states.shape == (4, 12, 2, 32)
+    torch.testing.assert_close(theirs.ln_final(features.hidden_states[:, :, 0]), features.tokens, atol=1e-6, rtol=0)
     assert source.joint == 16
     with pytest.raises(ValueError, match="has 12 positions"):
         cls(Site(), **arguments, length=40)

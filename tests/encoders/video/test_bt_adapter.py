@@ -57,13 +57,13 @@ def test_frames_look_at_each_other_and_views_of_an_image_do_not():
 @torch.no_grad()
 def test_layers_below_the_adapter_and_cls_tokens_are_the_towers_own():
     made, clips, media = encoder(), pixels(3), MediaSpec("video", 3)
-    needs = Needs(levels=(1, -2), cls=(-2, 0), keys=(-1,))
+    needs = Needs(hidden_states=(1, -2), cls=(-2, 0), keys=(-1,))
     ours, theirs = made(clips, media, needs), plain(made)(clips, media, needs)
     assert ours.spec.extras == made.extras_spec(media, needs) == theirs.spec.extras
-    torch.testing.assert_close(ours.extras["levels"][:, :, 0], theirs.extras["levels"][:, :, 0])
+    torch.testing.assert_close(ours.extras["hidden_states"][:, :, 0], theirs.extras["hidden_states"][:, :, 0])
     torch.testing.assert_close(ours.extras["cls"], theirs.extras["cls"])
     torch.testing.assert_close(ours.extras["keys"], theirs.extras["keys"])
-    assert torch.equal(ours.extras["levels"][:, :, 1], ours.values)
+    assert torch.equal(ours.extras["hidden_states"][:, :, 1], ours.values)
     moved = (ours.values - theirs.values).norm() / theirs.values.norm()
     assert 0.01 < moved < 2
 

@@ -1,1 +1,1 @@
-"""Decoders behind one small interface; one module a decoder, found by name in the registry (kind ``backend``)."""
+"""Decoders behind one small interface; one module per decoder, found by name in the registry (kind ``backend``)."""

@@ -1,1 +1,1 @@
-"""Formats of training data: one file a format, each turning a record into the one conversation type."""
+"""Formats of training data: one file per format, each turning a record into the one conversation type."""

@@ -1,4 +1,4 @@
-"""This project's own format: one object a line, `{"id", "messages", ...}` with media as content entries."""
+"""This project's own format: one object per line, `{"id", "messages", ...}` with media as content entries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of JSON files by byte offset: a JSON array or one object a line; nothing parsed is kept.
+"""Records of JSON files by byte offset: a JSON array or one object per line; nothing parsed is kept.
 
 One pass finds where each record begins. Two arrays of integers are all that a loader worker gets, so a file of a
 million records costs it 16 MB, whatever the records hold.
@@ -78,7 +78,7 @@ def first_record(path: Path) -> dict[str, Any] | None:
     elif first == b"{" or path.suffix in JSON_SUFFIXES:
         with path.open("rb") as file:
             line = next(line for line in file if line.strip())
-        value = parse_json(line, f"{path}:1", expected="an array of records or one record a line")
+        value = parse_json(line, f"{path}:1", expected="an array of records or one record per line")
     else:
         return None
     return value if isinstance(value, dict) else {}
