@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from mmllm.contract.types import Geometry
 
@@ -19,6 +19,21 @@ HALF: tuple[Colour, Colour] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 PILLOW: dict[str, Any] = {"resampler": "pillow", "centre": "even"}
 """How torchvision's transforms treat pictures of Pillow; timm and open_clip use them."""
+
+
+class CropArguments(TypedDict, total=False):
+    """What a recipe may say of how frames are brought to the size of a tower; see `Geometry`."""
+
+    fit: Fit | None
+    short: int | None
+    interpolation: Interpolation | None
+
+
+class PixelArguments(CropArguments, total=False):
+    """The same, and what the pixels are normalised by."""
+
+    mean: Colour | None
+    std: Colour | None
 
 
 @dataclass(frozen=True)

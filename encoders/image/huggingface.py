@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ from mmllm.encoders.common.pretrained import (
     square_side,
     tower_config,
 )
-from mmllm.encoders.common.transform import CLIP, HALF, IMAGENET, Colour, Fit, Interpolation, Transform
+from mmllm.encoders.common.transform import CLIP, HALF, IMAGENET, PixelArguments, Transform
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -66,15 +66,10 @@ class HuggingFaceEncoder(LayeredEncoder):
         norm: bool = False,
         frames: int | None = None,
         size: int | None = None,
-        mean: Colour | None = None,
-        std: Colour | None = None,
-        fit: Fit | None = None,
-        short: int | None = None,
-        interpolation: Interpolation | None = None,
+        **pixels: Unpack[PixelArguments],
     ) -> None:
         parsed = tower_config({**self.config_defaults, **(config or {})}, self.model_type)
-        given = {"mean": mean, "std": std, "fit": fit, "short": short, "interpolation": interpolation}
-        transform = self.own_transform(parsed, size, given).override(**given)
+        transform = self.own_transform(parsed, size, pixels).override(**pixels)
         super().__init__(site, transform, layer=layer, cls=cls, frames=frames)
         self.name, self.config, self.norm = name, parsed, norm
         self.patch = square_side(getattr(parsed, "patch_size", None))
@@ -83,14 +78,14 @@ class HuggingFaceEncoder(LayeredEncoder):
         self.build_tower()
 
     @classmethod
-    def own_transform(cls, config: Any, size: int | None, given: dict[str, Any]) -> Transform:
+    def own_transform(cls, config: Any, size: int | None, given: PixelArguments) -> Transform:
         """The transform of such a tower; here nobody knows it but the recipe.
 
         Raises:
             ValueError: mean, std or size is missing.
         """
         size = size or square_side(getattr(config, "image_size", None))
-        for key, value in {"mean": given["mean"], "std": given["std"], "size": size}.items():
+        for key, value in {"mean": given.get("mean"), "std": given.get("std"), "size": size}.items():
             if value is None:
                 raise ValueError(f"{key}: missing, a name's own is filled in when its recipe is resolved")
         return Transform(given["mean"], given["std"], size)
@@ -191,7 +186,7 @@ class ClipEncoder(HuggingFaceEncoder):
     model_type = "clip_vision_model"
 
     @classmethod
-    def own_transform(cls, config: Any, size: int | None, given: dict[str, Any]) -> Transform:
+    def own_transform(cls, config: Any, size: int | None, given: PixelArguments) -> Transform:
         """Short side to the size, then the centre."""
         return Transform(*CLIP, size or config.image_size)
 
@@ -207,7 +202,7 @@ class SiglipEncoder(HuggingFaceEncoder):
     config_defaults = {"vision_use_head": False}
 
     @classmethod
-    def own_transform(cls, config: Any, size: int | None, given: dict[str, Any]) -> Transform:
+    def own_transform(cls, config: Any, size: int | None, given: PixelArguments) -> Transform:
         """Both sides to the size."""
         return Transform(*HALF, size or config.image_size, "squash")
 
@@ -219,7 +214,7 @@ class Dinov2Encoder(HuggingFaceEncoder):
     model_type = "dinov2"
 
     @classmethod
-    def own_transform(cls, config: Any, size: int | None, given: dict[str, Any]) -> Transform:
+    def own_transform(cls, config: Any, size: int | None, given: PixelArguments) -> Transform:
         """Short side to 8/7 of the size, then the centre."""
         size = size or min(224, config.image_size)
         return Transform(*IMAGENET, size, short=size * 256 // 224)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from mmllm.contract.registry import register
 from mmllm.contract.types import MediaSpec
 from mmllm.encoders.common.foreign import library, load_states, mark_initialized, write_missing
 from mmllm.encoders.common.layered import LayeredEncoder, State
-from mmllm.encoders.common.transform import PILLOW, Colour, Fit, Interpolation, Transform
+from mmllm.encoders.common.transform import PILLOW, PixelArguments, Transform
 
 PACKAGE = "'mmllm[towers]'"
 NO_TEXT = {"width": 8, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}
@@ -54,11 +54,7 @@ class OpenClipEncoder(LayeredEncoder):
         norm: bool = False,
         frames: int | None = None,
         size: int | None = None,
-        mean: Colour | None = None,
-        std: Colour | None = None,
-        fit: Fit | None = None,
-        short: int | None = None,
-        interpolation: Interpolation | None = None,
+        **pixels: Unpack[PixelArguments],
     ) -> None:
         parsed = config or model_config(name)
         if weights is not None and name is None:
@@ -66,10 +62,11 @@ class OpenClipEncoder(LayeredEncoder):
         own = parsed["vision_cfg"].get("image_size", 224)
         if size is None and not isinstance(own, int):
             raise ValueError(f"reads {own} pixels, give size: a square")
-        complete = None not in (mean, std, fit, interpolation)  # as resolved: then nothing has to be asked for
-        base = Transform(mean, std, size or own) if complete else own_transform(name, weights, size or own)
-        given = {"mean": mean, "std": std, "fit": fit, "short": short, "interpolation": interpolation}
-        super().__init__(site, base.override(**given), layer=layer, cls=cls, frames=frames)
+        if all(pixels.get(key) is not None for key in ("mean", "std", "fit", "interpolation")):  # as it is resolved
+            base = Transform(pixels["mean"], pixels["std"], size or own)
+        else:  # the library knows
+            base = own_transform(name, weights, size or own)
+        super().__init__(site, base.override(**pixels), layer=layer, cls=cls, frames=frames)
         self.name, self.weights, self.config, self.norm = name, weights, parsed, norm
         self.resized = size is not None and size != own
         self.build_tower()

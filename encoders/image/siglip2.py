@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmllm.contract.registry import register
 from mmllm.contract.types import MediaSpec
-from mmllm.encoders.common.transform import HALF, Transform
+from mmllm.encoders.common.transform import HALF, PixelArguments, Transform
 from mmllm.encoders.image.huggingface import SMALL, HuggingFaceEncoder
 
 
@@ -27,7 +27,7 @@ class Siglip2Encoder(HuggingFaceEncoder):
     config_defaults = {"vision_use_head": False}
 
     @classmethod
-    def own_transform(cls, config: Any, size: int | None, given: dict[str, Any]) -> Transform:
+    def own_transform(cls, config: Any, size: int | None, given: PixelArguments) -> Transform:
         """Both sides to the size, bilinear as in its own processor."""
         own = math.isqrt(config.num_patches) * config.patch_size
         return Transform(*HALF, size or own, "squash", "bilinear")

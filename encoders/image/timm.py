@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, Unpack, get_args
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from mmllm.contract.registry import register
 from mmllm.contract.types import MediaSpec
 from mmllm.encoders.common.foreign import library, load_states, mark_initialized, write_missing
 from mmllm.encoders.common.layered import LayeredEncoder, State
-from mmllm.encoders.common.transform import PILLOW, Colour, Fit, Interpolation, Transform
+from mmllm.encoders.common.transform import PILLOW, Interpolation, PixelArguments, Transform
 
 PACKAGE = "'mmllm[towers]'"
 
@@ -57,19 +57,14 @@ class TimmEncoder(LayeredEncoder):
         frames: int | None = None,
         size: int | None = None,
         model_args: dict | None = None,
-        mean: Colour | None = None,
-        std: Colour | None = None,
-        fit: Fit | None = None,
-        short: int | None = None,
-        interpolation: Interpolation | None = None,
+        **pixels: Unpack[PixelArguments],
     ) -> None:
         architecture = architecture or name
         if ":" in architecture:
             raise ValueError(f"architecture: missing, that of {name} is filled in when its recipe is resolved")
         config = registered_config(architecture)
-        transform = own_transform(config, size, fit, architecture)
-        given = {"mean": mean, "std": std, "fit": fit, "short": short, "interpolation": interpolation}
-        super().__init__(site, transform.override(**given), layer=layer, cls=cls, frames=frames)
+        transform = own_transform(config, size, pixels.get("fit"), architecture)
+        super().__init__(site, transform.override(**pixels), layer=layer, cls=cls, frames=frames)
         self.name, self.weights, self.architecture, self.norm = name, weights, architecture, norm
         self.model_args = {**(model_args or {}), "num_classes": 0}
         if "img_size" in self.model_args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmllm.contract.parts import Part, Site
 from mmllm.contract.registry import register
 from mmllm.contract.types import MediaSpec, Needs, TokenSpec, VisualTokens
-from mmllm.encoders.common.transform import Fit, Interpolation
+from mmllm.encoders.common.transform import CropArguments
 from mmllm.encoders.image.huggingface import SMALL, ClipEncoder
 
 
@@ -236,16 +236,13 @@ class ClipBTAdapterEncoder(ClipEncoder):
         layer: int = -2,
         frames: int | None = None,
         size: int | None = None,
-        fit: Fit | None = None,
-        short: int | None = None,
-        interpolation: Interpolation | None = None,
         depth: int = 4,
         max_frames: int = 64,
         drop: float = 0.1,
         reference: bool = False,
+        **pixels: Unpack[CropArguments],
     ) -> None:
-        pixels = {"size": size, "fit": fit, "short": short, "interpolation": interpolation}
-        super().__init__(site, name=name, config=config, layer=layer, frames=frames, **pixels)
+        super().__init__(site, name=name, config=config, layer=layer, frames=frames, size=size, **pixels)
         blocks, last = self.config.num_hidden_layers, self._index(layer)
         if not blocks - depth < last <= blocks or depth > blocks:
             raise ValueError(f"depth {depth}: layer {layer} of {blocks} blocks lies before the adapter")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from mmllm.encoders.common.pretrained import (
     square_side,
     tower_config,
 )
-from mmllm.encoders.common.transform import IMAGENET, Colour, Fit, Interpolation, Transform
+from mmllm.encoders.common.transform import IMAGENET, PixelArguments, Transform
 from mmllm.encoders.image.huggingface import SMALL
 
 
@@ -60,11 +60,7 @@ class VideoTower(LayeredEncoder):
         norm: bool = False,
         frames: int | None = None,
         size: int | None = None,
-        mean: Colour | None = None,
-        std: Colour | None = None,
-        fit: Fit | None = None,
-        short: int | None = None,
-        interpolation: Interpolation | None = None,
+        **pixels: Unpack[PixelArguments],
     ) -> None:
         parsed = tower_config(config or {}, self.model_type)
         own = square_side(parsed.image_size)
@@ -72,8 +68,7 @@ class VideoTower(LayeredEncoder):
             raise ValueError(f"size {size}: this tower reads {own} pixels and cannot interpolate")
         if frames not in (None, parsed.num_frames):
             raise ValueError(f"frames {frames}: this tower reads {parsed.num_frames} frames at once")
-        given = {"mean": mean, "std": std, "fit": fit, "short": short, "interpolation": interpolation}
-        transform = self.own_transform(own).override(**given)
+        transform = self.own_transform(own).override(**pixels)
         super().__init__(site, transform, layer=layer, cls=False, frames=frames)
         self.name, self.config, self.norm = name, parsed, norm
         self.tubelet = self.own_tubelet(parsed)

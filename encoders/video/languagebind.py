@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from mmllm.contract.registry import register
 from mmllm.contract.types import MediaSpec
 from mmllm.encoders.common.foreign import load_states
 from mmllm.encoders.common.layered import State
-from mmllm.encoders.common.transform import CLIP, Fit, Interpolation, Transform
+from mmllm.encoders.common.transform import CLIP, CropArguments, PixelArguments, Transform
 from mmllm.encoders.image.huggingface import SMALL, ClipEncoder
 
 MOST_ROWS = 2**15
@@ -82,18 +82,15 @@ class LanguageBindEncoder(ClipEncoder):
         layer: int | tuple[int, ...] = -2,
         frames: int | None = None,
         size: int | None = None,
-        fit: Fit | None = None,
-        short: int | None = None,
-        interpolation: Interpolation | None = None,
         group: int = 8,
+        **pixels: Unpack[CropArguments],
     ) -> None:
-        pixels = {"size": size, "fit": fit, "short": short, "interpolation": interpolation}
-        super().__init__(site, name=name, config=config, layer=layer, frames=frames, **pixels)
+        super().__init__(site, name=name, config=config, layer=layer, frames=frames, size=size, **pixels)
         self.group = group
         self.times = nn.ModuleList(TimeAttention(self.tower.config, group) for _ in self.tower.encoder.layers)
 
     @classmethod
-    def own_transform(cls, config: Any, size: int | None, given: dict[str, Any]) -> Transform:
+    def own_transform(cls, config: Any, size: int | None, given: PixelArguments) -> Transform:
         """Short side to the size, then the centre; by Pillow, as the encoders beside it in MERV, to share frames."""
         return Transform(*CLIP, size or config.image_size, resampler="pillow")
 

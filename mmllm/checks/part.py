@@ -43,7 +43,7 @@ def check_part(kind: str, name: str) -> int:
     with _blamed(cls, f"{where}, arguments"):
         parameters, known = inspect.signature(cls.__init__).parameters, signature(cls)
     for argument in known:
-        if parameters[argument].annotation is inspect.Parameter.empty:
+        if argument in parameters and parameters[argument].annotation is inspect.Parameter.empty:
             raise UserError(where, f"argument {argument} has no type", hint=f"{argument}: int, or what it is")
     with _blamed(cls, f"{where}, examples()"):
         examples = list(cls.examples())

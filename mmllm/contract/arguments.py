@@ -58,12 +58,16 @@ LARGEST = 2**63 - 1
 def signature(target: Callable) -> dict[str, tuple[Any, Any]]:
     """{argument: (annotation, default)} of a function's or a constructor's keyword arguments.
 
-    `inspect.Parameter.empty` stands for a missing default. Positional `self` and `site` are left out.
+    `inspect.Parameter.empty` stands for a missing default. Positional `self` and `site` are left out. Arguments that
+    several parts share may stand in a TypedDict, `**shared: Unpack[Shared]`; absent, they are None.
     """
     function = target.__init__ if inspect.isclass(target) else target
     hints = typing.get_type_hints(function, include_extras=True)
     arguments = {}
     for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD and typing.get_origin(hints.get(name)) is typing.Unpack:
+            (shared,) = typing.get_args(hints[name])
+            arguments |= {key: (kind, None) for key, kind in typing.get_type_hints(shared, include_extras=True).items()}
         if name in ("self", "site") or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         arguments[name] = (hints.get(name, Any), parameter.default)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import pytest
 
-from mmllm.contract.arguments import bind, parse
+from mmllm.contract.arguments import Count, bind, parse, signature
 from mmllm.contract.errors import UserError
 
 
@@ -52,3 +52,19 @@ def test_unknown_and_missing_keys():
         bind(takes, {"widht": 3}, "part")
     with pytest.raises(UserError, match=r"part\.width: missing"):
         bind(takes, {"depth": 3}, "part")
+
+
+class Shared(TypedDict, total=False):
+    """Arguments of several parts."""
+
+    size: Count | None
+
+
+def test_shared_arguments_are_read_as_those_of_the_constructor():
+    def build(*, depth: int = 1, **shared: Unpack[Shared]) -> None:
+        """Takes them."""
+
+    assert signature(build) == {"depth": (int, 1), "size": (Count | None, None)}
+    assert bind(build, {"size": "3"}, "x") == {"size": 3}
+    with pytest.raises(UserError, match=r"x\.sise: unknown key. Try: size"):
+        bind(build, {"sise": 3}, "x")

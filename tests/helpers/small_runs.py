@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from helpers.tiny import tiny_recipe, tokenizer_folder
+from helpers.tiny import frames, tiny_recipe, tokenizer_folder, write_video
 
 from mmllm.config.recipe import Recipe
 from mmllm.model.build import build_processor
 from mmllm.run_folder import RunFolder
 from mmllm.train.context import RunOptions, StageContext
+
+
+def conversations(folder: Path, count: int, clip: Callable[[int], bool]) -> Path:
+    """A data file of so many conversations with answers of unequal length, some of them about a clip."""
+    lines = []
+    for index in range(count):
+        content = [{"type": "text", "text": f"Question {index}: what moves?"}]
+        if clip(index):
+            write_video(folder / f"clips/{index}.mp4", frames(index, 8))
+            content.insert(0, {"type": "video", "path": f"clips/{index}.mp4"})
+        answer = "A red square moves left." if index % 4 in (1, 2) else "left"
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"id": f"sample-{index}", "messages": messages}))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "data.jsonl"
 
 
 def recipe(data: Path, **stage: object) -> Recipe:

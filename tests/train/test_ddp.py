@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import frames, tokenizer_folder, write_video
+from helpers.small_runs import conversations
+from helpers.tiny import tokenizer_folder
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "ddp_run.py"
 
@@ -17,18 +17,7 @@ SCRIPT = Path(__file__).parents[1] / "helpers" / "ddp_run.py"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Even samples have a clip, odd ones are text: rank 1 of two never sees a clip."""
-    folder = tmp_path_factory.mktemp("ddp")
-    lines = []
-    for index in range(8):
-        content = [{"type": "text", "text": f"Question {index}: what moves?"}]
-        if index % 2 == 0:
-            write_video(folder / f"clips/{index}.mp4", frames(index, 8))
-            content.insert(0, {"type": "video", "path": f"clips/{index}.mp4"})
-        answer = "A red square moves left." if index % 4 else "left"
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-        lines.append(json.dumps({"id": str(index), "messages": messages}))
-    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "data.jsonl"
+    return conversations(tmp_path_factory.mktemp("ddp"), 8, clip=lambda index: index % 2 == 0)
 
 
 def run(data: Path, out: Path, processes: int) -> dict[str, torch.Tensor]:

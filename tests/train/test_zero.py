@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import frames, tokenizer_folder, write_video
+from helpers.small_runs import conversations
+from helpers.tiny import tokenizer_folder
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "zero_run.py"
 pytestmark = pytest.mark.slow
@@ -18,18 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("zero")
-    lines = []
-    for index in range(12):
-        content = [{"type": "text", "text": f"Question {index}: what moves?"}]
-        if index % 2 == 0:
-            write_video(folder / f"clips/{index}.mp4", frames(index, 8))
-            content.insert(0, {"type": "video", "path": f"clips/{index}.mp4"})
-        answer = "A red square moves left." if index % 4 else "left"
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-        lines.append(json.dumps({"id": str(index), "messages": messages}))
-    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
-    return folder / "data.jsonl"
+    return conversations(tmp_path_factory.mktemp("zero"), 12, clip=lambda index: index % 2 == 0)
 
 
 def run(data: Path, out: Path, zero: str) -> list[float]:
