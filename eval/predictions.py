@@ -63,7 +63,8 @@ class Predictions:
 
     def forget_changed(self, items: list[Item]) -> None:
         """Drop answers about what a clip held before: it has been repaired since, or fetched in full."""
-        sizes = {item.id: clip_size(item) for item in items}
+        answered = {item for item, _ in self._clips}
+        sizes = {item.id: clip_size(item) for item in items if item.id in answered}
         changed = [key for key, size in self._clips.items() if sizes.get(key[0], size) != size]
         for key in changed:
             del self.responses[key], self._clips[key]

@@ -101,20 +101,25 @@ def check_checkpoint(folder: Path, processes: int, sharded: bool, scaled: bool) 
             raise UserError(folder / name, "absent, so that training cannot go on as it was", hint=HINT)
 
 
-def check_data(folder: Path, files: list[Path], main: bool) -> None:
+def check_data(folder: Path, checkpoint: Path | None, files: list[Path], main: bool) -> None:
     """See that a stage goes on with the data that it began with: samples are drawn by their number.
 
     Args:
-        folder: the stage's. files: all that its samples are in; their media are not.
+        folder: the stage's.
+        checkpoint: what it goes on from; None where it begins.
+        files: all that its samples are in; their media are not.
         main: whether this process writes down what a stage begins with.
 
     Raises:
         UserError: names what has changed.
     """
-    record, now = folder / DATA, {str(file): digest(file) for file in files}
-    if last_checkpoint(folder) is None or not record.is_file():
-        if main:
-            write_json(record, now)
+    record = folder / DATA
+    begins = checkpoint is None or not record.is_file()
+    if begins and not main:
+        return
+    now = {str(file): digest(file) for file in files}
+    if begins:
+        write_json(record, now)
         return
     before = read_record(record)
     if list(before.values()) != list(now.values()):

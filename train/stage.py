@@ -104,8 +104,8 @@ def make_trainer(context: StageContext) -> tuple[StageTrainer, StopOnSignal, Pat
     )
     _drop_printer(trainer)
     progress.trainer = trainer
-    check_data(folder, data_files(stage, context.recipe), processes.is_main_process)
     checkpoint = last_checkpoint(folder)
+    check_data(folder, checkpoint, data_files(stage, context.recipe), processes.is_main_process)
     if checkpoint is not None:
         scaled = precision(options) == "float16"
         check_checkpoint(checkpoint, processes.num_processes, options.deepspeed is not None, scaled)
