@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmllm.cli.common import calm_libraries, common, flag, place
+from mmllm.cli.common import calm_libraries, common, flag, given_path
 from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
 from mmllm.device import pick_device
@@ -37,17 +37,23 @@ def configure(verbs: Any) -> None:
     what = "how completely texts cover their images: a level from 0 (weak) on, for AlignGPT's pre-training"
     formatter = argparse.RawDescriptionHelpFormatter
     parser = verbs.add_parser("align-levels", help=what, description=what, epilog=EPILOG, formatter_class=formatter)
-    parser.add_argument("data", type=place, metavar="FILE", help="a data file of JSON records")
-    parser.add_argument("--out", type=place, required=True, metavar="OUT.jsonl", help="the records with their levels")
+    parser.add_argument("data", type=given_path, metavar="FILE", help="a data file of JSON records")
+    parser.add_argument(
+        "--out", type=given_path, required=True, metavar="OUT.jsonl", help="the records with their levels"
+    )
     scores = parser.add_mutually_exclusive_group(required=True)
     scores.add_argument("--pair", metavar="NAME", help="image-text model that scores: a hub id, a folder, a run")
-    scores.add_argument("--scores", type=place, metavar="FILE", help="scores made elsewhere, a number per line")
+    scores.add_argument("--scores", type=given_path, metavar="FILE", help="scores made elsewhere, a number per line")
     parser.add_argument("--levels", type=int, help="how many levels, of equal size (default 8)")
-    parser.add_argument("--edges", type=place, metavar="FILE", help="levels of other data instead: their edges.json")
+    parser.add_argument(
+        "--edges", type=given_path, metavar="FILE", help="levels of other data instead: their edges.json"
+    )
     parser.add_argument(
         "--frames", type=flag(Count), default=8, help="frames of a video to score (default 8; a run: its own)"
     )
-    parser.add_argument("--root", type=place, help="folder that media paths are relative to (default: the file's own)")
+    parser.add_argument(
+        "--root", type=given_path, help="folder that media paths are relative to (default: the file's own)"
+    )
     common(parser, "--quiet", "--plugin", "--device")
     parser.set_defaults(run=run)
 

@@ -29,7 +29,7 @@ def flag(annotation: Any) -> Callable[[str], Any]:
     return read
 
 
-def place(text: str) -> Path:
+def given_path(text: str) -> Path:
     """What argparse reads the path of a file or folder with: an empty one would mean the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("empty, expected a path")
@@ -46,7 +46,7 @@ def common(parser: argparse.ArgumentParser, *names: str) -> None:
         "--seed": {"type": flag(Seed), "default": 0, "help": "seed of every draw (default 0)"},
         "--device": {"help": "cpu, cuda, cuda:1, ... (default: what there is)"},
         "--dtype": {"choices": ["float32", "bfloat16", "float16"], "help": "number format"},
-        "--cache-dir": {"type": place, "help": "where shared work is kept (default ~/.cache/mmllm)"},
+        "--cache-dir": {"type": given_path, "help": "where shared work is kept (default ~/.cache/mmllm)"},
         "--trust-remote-code": {"action": "store_true", "help": "run Python code beside a model or tokenizer"},
         "--dry-run": {"action": "store_true", "help": "check everything, load no weights, write nothing"},
     }

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from mmllm.cli import align_levels
-from mmllm.cli.common import cache_dir, common, flag, place, print_json
+from mmllm.cli.common import cache_dir, common, flag, given_path, print_json
 from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import read_record, write_json
@@ -41,8 +41,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument("data", nargs="+", metavar="FILE", help="a data file, a folder of them, or a mix (.yaml)")
-    check.add_argument("--root", type=place, help="folder that media paths are relative to (default: the file's own)")
-    check.add_argument("--out", type=place, default=Path("check.json"), help="what was found (default check.json)")
+    check.add_argument(
+        "--root", type=given_path, help="folder that media paths are relative to (default: the file's own)"
+    )
+    check.add_argument("--out", type=given_path, default=Path("check.json"), help="what was found (default check.json)")
     check.add_argument(
         "--frames", type=flag(Count), default=8, help="a clip with fewer frames is called short (default 8)"
     )

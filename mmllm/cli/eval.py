@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mmllm.cli.common import calm_libraries, common, flag, media_reader, pairs, place, print_json, reader_flags
+from mmllm.cli.common import calm_libraries, common, flag, given_path, media_reader, pairs, print_json, reader_flags
 from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
 from mmllm.device import pick_device
@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=flag(Count), help="only the first items of each task")
     parser.add_argument("--frames", type=flag(Count), help="frames of each video (default: the model's own)")
     parser.add_argument("--batch", type=flag(Count), default=60, help="items a forward (default 60)")
-    parser.add_argument("--out", type=place, help="where eval/ and report.* go (default: the run folder)")
+    parser.add_argument("--out", type=given_path, help="where eval/ and report.* go (default: the run folder)")
     reader_flags(parser)
     common(parser, "--json", "--quiet", "--plugin", "--trust-remote-code", "--device", "--dtype", "--dry-run")
     parser.set_defaults(run=run)

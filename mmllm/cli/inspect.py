@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mmllm.cli.common import calm_libraries, common, flag, media_reader, place, print_json, reader_flags
+from mmllm.cli.common import calm_libraries, common, flag, given_path, media_reader, print_json, reader_flags
 from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
 from mmllm.device import pick_device
@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     fusion.add_argument("--video", action="append", required=True, metavar="FILE[#t=START,END]", help="may repeat")
     fusion.add_argument("--question", default="", help="for models whose visual tokens depend on it")
     fusion.add_argument("--frames", type=flag(Count), help="frames of each video (default: the model's own)")
-    fusion.add_argument("--out", type=place, metavar="FILE.png", help="draw it, too")
+    fusion.add_argument("--out", type=given_path, metavar="FILE.png", help="draw it, too")
     reader_flags(fusion)
     common(fusion, "--json", "--plugin", "--trust-remote-code", "--device", "--dtype")
     fusion.set_defaults(run=run_fusion)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmllm.cli.common import cache_dir, calm_libraries, common, flag, place, print_json
+from mmllm.cli.common import cache_dir, calm_libraries, common, flag, given_path, print_json
 from mmllm.contract.arguments import Count
 from mmllm.contract.files import held
 
@@ -32,9 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     parser.epilog = EPILOG
     parser.description = "Train and evaluate several recipes with several seeds, and compare them."
-    parser.add_argument("study", type=place, help="a YAML file")
+    parser.add_argument("study", type=given_path, help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all arms")
-    parser.add_argument("--out", type=place, help="folder of the study (default runs/STUDY)")
+    parser.add_argument("--out", type=given_path, help="folder of the study (default runs/STUDY)")
     parser.add_argument("--jobs", type=flag(Count), help="runs at a time (default one per GPU, or one)")
     common(parser, "--json", "--quiet", "--device", "--cache-dir", "--dry-run")
     parser.set_defaults(run=run)

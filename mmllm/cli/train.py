@@ -15,9 +15,9 @@ from mmllm.cli.common import (
     calm_libraries,
     common,
     flag,
+    given_path,
     kept_kinds,
     media_reader,
-    place,
     print_json,
     reader_flags,
 )
@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = "Train a recipe's stages, one after the other."
     parser.add_argument("recipe", help="a shipped name (mmllm recipe list) or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="stages.instruct.lr=1e-5 and the like")
-    parser.add_argument("--out", type=place, help="run folder (default runs/RECIPE)")
+    parser.add_argument("--out", type=given_path, help="run folder (default runs/RECIPE)")
     parser.add_argument("--stages", help="only these, separated by commas")
     parser.add_argument("--deepspeed", help="zero1, zero2 or a JSON file")
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmllm.cli.common import common, place, print_json
+from mmllm.cli.common import common, given_path, print_json
 
 EPILOG = """\
 examples:
@@ -20,12 +20,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = "NanoWorld: procedural videos with exactly known truth, as real mp4 and JSON files."
     verbs = parser.add_subparsers(dest="action", metavar="make|show", required=True)
     make = verbs.add_parser("make", help="write the videos, the two benchmarks and the training sets")
-    make.add_argument("--out", type=place, default=Path("runs/world"), help="folder (default runs/world)")
+    make.add_argument("--out", type=given_path, default=Path("runs/world"), help="folder (default runs/world)")
     make.add_argument("--level", choices=["tiny", "nano", "hard"], default="nano", help="size and difficulty")
     common(make, "--seed", "--jobs", "--json", "--quiet")
     make.set_defaults(run=run_make)
     show = verbs.add_parser("show", help="a contact sheet PNG for every task")
-    show.add_argument("--out", type=place, default=Path("runs/world"), help="the world's folder")
+    show.add_argument("--out", type=given_path, default=Path("runs/world"), help="the world's folder")
     common(show, "--json")
     show.set_defaults(run=run_show)
 
