@@ -24,15 +24,15 @@ def attach_caches(
         reader: how files are read; None = as the processor does so far.
         precision: of the forward; tokens of another precision are other tokens.
     """
-    bank, front = model.model.front_end.bank, model.model.front_end
+    bank, plan = model.model.front_end.bank, model.model.front_end.plan
     bank.keep = None
     processor.loader = MediaLoader(reader or processor.loader.reader, caches)
     if caches is None or caches.features is None:
         return
     disk = caches.features
     caches.encoders = {
-        name: key_of([bank.encoders[name].digest(), asdict(front.needs.get(name, Needs())), precision])
-        for name in front.encoders_used
+        name: key_of([bank.encoders[name].digest(), asdict(plan.needs.get(name, Needs())), precision])
+        for name in plan.encoders_used
         if not bank.encoders[name].trainable
     }
 

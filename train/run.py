@@ -19,7 +19,8 @@ from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.files import held
 from mmllm.data.media.loading import MediaLoader
 from mmllm.device import check_device, choose_threads
-from mmllm.model.build import build_model, build_processor, check_shapes, llm_facts, set_stop_tokens, text_config
+from mmllm.model.blueprint import Blueprint, llm_facts
+from mmllm.model.build import build_model, build_processor, set_stop_tokens
 from mmllm.model.modeling import MMLLMForConditionalGeneration
 from mmllm.processing.processor import MMLLMProcessor
 from mmllm.progress import say
@@ -39,13 +40,14 @@ def train(recipe: Recipe, out: str | Path, options: RunOptions, stages: list[str
         Stopped: a signal came; the same command continues.
     """
     chosen, run = _chosen(recipe, stages), RunFolder(out)
-    state = join(options)
+    blueprint, state = Blueprint.of(recipe), join(options)
+    recipe = blueprint.recipe
     with _held(state, run.path):
         from_main(state, lambda: run.check(recipe, options.seed))
         from_main(state, run.recover_model)
         todo = {name: stage for name, stage in chosen.items() if name not in run.status["stages"]}
         if todo:
-            _train_stages(todo, recipe, run, options, state)
+            _train_stages(todo, blueprint, run, options, state)
     return run
 
 
@@ -58,18 +60,19 @@ def _held(state: PartialState, folder: Path) -> Iterator[None]:
 
 
 def _train_stages(
-    todo: dict[str, Stage], recipe: Recipe, run: RunFolder, options: RunOptions, state: PartialState
+    todo: dict[str, Stage], blueprint: Blueprint, run: RunFolder, options: RunOptions, state: PartialState
 ) -> None:
     """Check all that can be checked, and only then write into the folder and train."""
+    recipe = blueprint.recipe
     for name, stage in todo.items():  # what does not fit in the last stage is said before the first one runs
         plan(name, stage, recipe, options, state.num_processes)
     others = list(todo)[1:]
     if options.deepspeed:
         todo = dict(list(todo.items())[:1])
     set_seed(options.seed)
-    model, processor = _model(recipe, run)
     for name, stage in todo.items():  # and so is a name that the model does not have
-        validate_module_names(model.model.front_end, stage, recipe.where(f"stages.{name}"))
+        validate_module_names(blueprint.plan, stage, recipe.where(f"stages.{name}"))
+    model, processor = _model(blueprint, run)
     from_main(state, lambda: run.check_precision(precision(options)))
     threads = _use_threads(run, options, state)
     from_main(state, lambda: run.begin(recipe, options.seed, threads, precision(options)))
@@ -85,16 +88,16 @@ def _train_stages(
                 run.add_seconds(name, time.perf_counter() - start)
 
 
-def _model(recipe: Recipe, run: RunFolder) -> tuple[MMLLMForConditionalGeneration, MMLLMProcessor]:
+def _model(blueprint: Blueprint, run: RunFolder) -> tuple[MMLLMForConditionalGeneration, MMLLMProcessor]:
     """The model and processor of the finished stages, or fresh ones.
 
     Weights are float32 whatever they were saved in: what an optimizer adds to smaller numbers is lost in rounding.
     """
     if run.status["stages"]:
         return load(run.model, dtype="float32")
-    processor = build_processor(recipe)
-    model = build_model(recipe)
-    _check_vocabulary(processor, recipe)
+    processor = build_processor(blueprint)
+    model = build_model(blueprint)
+    _check_vocabulary(processor, blueprint)
     set_stop_tokens(model, processor.tokenizer)
     return model, processor
 
@@ -124,16 +127,20 @@ def check(
     """
     check_device(options.device)
     chosen = _chosen(recipe, stages)
-    front = check_shapes(recipe)
-    processor = build_processor(recipe)
-    _check_vocabulary(processor, recipe)
+    blueprint = Blueprint.of(recipe)
+    recipe, processor = blueprint.recipe, build_processor(blueprint)
+    _check_vocabulary(processor, blueprint)
     if options.reader is not None:
         processor.loader = MediaLoader(options.reader)
     RunFolder(out).check(recipe, options.seed)
-    facts: dict[str, Any] = {"recipe": recipe.name, "out": str(out), "llm": llm_facts(recipe, processor.tokenizer)}
+    facts: dict[str, Any] = {
+        "recipe": recipe.name,
+        "out": str(out),
+        "llm": llm_facts(recipe, processor.tokenizer.chat_template),
+    }
     for name, stage in chosen.items():
         objective = build_objective(stage.objective, recipe.where(f"stages.{name}.objective"))
-        validate_module_names(front, stage, recipe.where(f"stages.{name}"))
+        validate_module_names(blueprint.plan, stage, recipe.where(f"stages.{name}"))
         micro, accumulation = plan(name, stage, recipe, options, processes)
         data = load_data(stage, recipe)
         batch = objective.prepare([data[0]], processor)
@@ -154,12 +161,12 @@ def _chosen(recipe: Recipe, names: list[str] | None) -> dict[str, Stage]:
     return {name: stage for name, stage in stages.items() if names is None or name in names}
 
 
-def _check_vocabulary(processor: MMLLMProcessor, recipe: Recipe) -> None:
-    rows, needed = text_config(recipe).vocab_size, len(processor.tokenizer)
+def _check_vocabulary(processor: MMLLMProcessor, blueprint: Blueprint) -> None:
+    rows, needed = blueprint.config.text_config.vocab_size, len(processor.tokenizer)
     added = len(processor.placeholder_ids)
     if needed - added > rows:
         raise UserError(
-            recipe.where("model.llm.config.vocab_size"),
+            blueprint.recipe.where("model.llm.config.vocab_size"),
             "smaller than the tokenizer",
             expected=f"at least {needed - added}",
             got=rows,

@@ -11,19 +11,19 @@ from mmllm.config.recipe import Recipe
 from mmllm.config.schema import Stage
 from mmllm.contract.errors import UserError, nearest
 from mmllm.model.folder import model_folder
-from mmllm.model.front_end import FrontEnd
+from mmllm.model.front_end_plan import FrontEndPlan
 
 
-def freeze_names(front: FrontEnd, trains: tuple[str, ...], where: str) -> dict[str, list[nn.Module]]:
+def freeze_names(plan: FrontEndPlan, trains: tuple[str, ...], where: str) -> dict[str, list[nn.Module]]:
     """{name that `trains` may give: modules}, the LLM left out; refuses unknown names.
 
     Raises:
         UserError: a name that the model does not have.
     """
-    known: dict[str, list[nn.Module]] = {"llm": [], "encoders": [front.bank], "connector": [front.parts]}
-    known |= {f"encoders.{name}": [part] for name, part in front.bank.encoders.items()}
-    known |= {"text": [front.prompts]} | {f"text.{name}": [part] for name, part in front.prompts.sources.items()}
-    known |= {f"connector.{name}": [part] for name, part in front.parts.items()}
+    known: dict[str, list[nn.Module]] = {"llm": [], "encoders": [plan.bank], "connector": [plan.parts]}
+    known |= {f"encoders.{name}": [part] for name, part in plan.bank.encoders.items()}
+    known |= {"text": [plan.prompts]} | {f"text.{name}": [part] for name, part in plan.prompts.sources.items()}
+    known |= {f"connector.{name}": [part] for name, part in plan.parts.items()}
     for name in trains:
         if name not in known:
             known[name] = [_below(name, known, where)]
@@ -79,14 +79,14 @@ def resolve_init(name: str, stage: Stage, recipe: Recipe) -> list[tuple[str | No
     return found
 
 
-def validate_module_names(front: FrontEnd, stage: Stage, where: str) -> None:
+def validate_module_names(plan: FrontEndPlan, stage: Stage, where: str) -> None:
     """Refuse names in `trains` and `init` that the model does not have; `where` the stage stands, for the error.
 
     Raises:
         UserError: names the key.
     """
-    freeze_names(front, stage.trains, f"{where}.trains")
-    freeze_names(front, tuple(stage.init) if isinstance(stage.init, dict) else (), f"{where}.init")
+    freeze_names(plan, stage.trains, f"{where}.trains")
+    freeze_names(plan, tuple(stage.init) if isinstance(stage.init, dict) else (), f"{where}.init")
 
 
 def load_init(model: nn.Module, part: str | None, folder: Path, where: str) -> None:
@@ -100,6 +100,6 @@ def load_init(model: nn.Module, part: str | None, folder: Path, where: str) -> N
 
 def _modules(model: nn.Module, names: tuple[str, ...], where: str) -> dict[str, list[nn.Module]]:
     return {
-        **freeze_names(model.model.front_end, names, where),
+        **freeze_names(model.model.front_end.plan, names, where),
         "llm": [model.model.language_model, model.lm_head],
     }

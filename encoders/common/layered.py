@@ -117,21 +117,29 @@ class LayeredEncoder(Encoder):
         self.width = sum(shape.width for shape in chosen)
 
     def _measure(self) -> tuple[list[Shape], list[tuple[int, ...]]]:
-        """Shapes of all layers and keys: a forward of the tower over tensors without memory."""
-        tensors = {**dict(self.tower.named_parameters()), **dict(self.tower.named_buffers())}
+        """Shapes of all layers and keys.
+
+        Raises:
+            ValueError: the tower cannot read pixels of this size.
+        """
         training = self.tower.training
         self.tower.eval()  # training may drop patches
         try:
-            with torch.device("meta"), torch.no_grad(), recorded(key_projections(self.tower)) as keys:
-                weights = {f"tower.{name}": torch.empty_like(value, device="meta") for name, value in tensors.items()}
-                blank = self.blank().to(next(iter(weights.values())))
-                states = torch.func.functional_call(_Reader(self.tower, self.read), weights, (blank,))
+            states, keys = self._read_meta()
         except (RuntimeError, TypeError, NotImplementedError, AttributeError) as error:
             why = (str(error).splitlines() or [error.__class__.__name__])[0]
             raise ValueError(f"cannot read {self.geometry.height}x{self.geometry.width} pixels: {why}") from error
         finally:
             self.tower.train(training)
         return [states[index].shape for index in range(len(states))], [tuple(key.shape) for key in keys]
+
+    def _read_meta(self) -> tuple[dict[int, State], list[Tensor]]:
+        """Layers and keys of one input that has no memory, through weights without memory."""
+        tensors = {**dict(self.tower.named_parameters()), **dict(self.tower.named_buffers())}
+        with torch.device("meta"), torch.no_grad(), recorded(key_projections(self.tower)) as keys:
+            weights = {f"tower.{name}": torch.empty_like(value, device="meta") for name, value in tensors.items()}
+            blank = self.blank().to(next(iter(weights.values())))
+            return torch.func.functional_call(_Reader(self.tower, self.read), weights, (blank,)), keys
 
     def _index(self, layer: int) -> int:
         count = len(self.shapes)

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 
 from mmllm.checks.summary import short, walk
-from mmllm.config.recipe import Recipe
+from mmllm.contract.batch import VisualInputs
 from mmllm.contract.errors import UserError
 from mmllm.contract.types import MediaSpec
-from mmllm.model.build import build_model, check_shapes
+from mmllm.model.blueprint import Blueprint
+from mmllm.model.build import build_model
+from mmllm.model.front_end_plan import FrontEndPlan
 
 SMALL = 50_000_000
 
 
-def check_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Shapes for any recipe; for a small one also a real forward, gradients, save = load.
+def check_recipe(blueprint: Blueprint) -> dict[str, Any]:
+    """A real forward, gradients, save = load of a small recipe; the shapes of a large one hold by its blueprint.
 
     Returns:
         facts, and under "says" the line to print.
@@ -25,15 +27,15 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     Raises:
         UserError: something does not hold.
     """
-    front = check_shapes(recipe)
-    parameters = sum(row.parameters for row in walk(recipe))
+    recipe, plan = blueprint.recipe, blueprint.plan
+    parameters = sum(row.parameters for row in walk(blueprint))
     facts: dict[str, Any] = {"parameters": parameters, "full": parameters <= SMALL}
     if parameters > SMALL:
         facts["says"] = f"ok: shapes fit ({short(parameters)} parameters, too large to run here); parts checked small"
         return facts
     torch.manual_seed(0)
-    model = build_model(recipe, weights=False).eval()
-    visual, length = visual_input(front, [front.nominal("video"), MediaSpec("image", 1)])
+    model = build_model(blueprint, weights=False).eval()
+    visual, length = visual_input(plan, [plan.nominal("video"), MediaSpec("image", 1)])
     ids = torch.zeros(1, length, dtype=torch.long)
     logits = model(ids, visual=visual).logits
     logits.sum().backward()
@@ -50,7 +52,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
     return facts
 
 
-def visual_input(front: Any, specs: list[MediaSpec]) -> tuple[dict[str, Any], int]:
+def visual_input(plan: FrontEndPlan, specs: list[MediaSpec]) -> tuple[VisualInputs, int]:
     """A `visual` dict of random media, all in row 0 one after the other, and the row's length."""
     generator = torch.Generator().manual_seed(1)
     media, spans, start = [], [], 1
@@ -59,10 +61,10 @@ def visual_input(front: Any, specs: list[MediaSpec]) -> tuple[dict[str, Any], in
             geometry: torch.randint(
                 0, 256, (spec.frames, 3, geometry.height, geometry.width), dtype=torch.uint8, generator=generator
             )
-            for geometry in dict.fromkeys(front.geometries.values())
+            for geometry in dict.fromkeys(plan.geometries.values())
         }
         media.append({"spec": spec, "times": torch.arange(spec.frames).float(), "pixels": pixels})
-        for stream, tokens in enumerate(front.streams(spec)):
+        for stream, tokens in enumerate(plan.streams(spec)):
             spans.append((0, start, index, stream))
             start += tokens.tokens
     pairs = [(index, -1) for index in range(len(specs))]

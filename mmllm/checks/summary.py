@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmllm.config.recipe import Recipe
 from mmllm.contract.parts import Encoder, Part, TextSource
 from mmllm.contract.types import MediaSpec, Needs, PromptFeatures, TokenSpec, VisualTokens
 from mmllm.encoders.common.tokens import frame_tokens
-from mmllm.model.build import check_shapes, text_config
+from mmllm.model.blueprint import Blueprint
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Row:
 
 
 def walk(
-    recipe: Recipe, kind: str = "video", frames: int | None = None, size: tuple[int, int] | None = None
+    blueprint: Blueprint, kind: str = "video", frames: int | None = None, size: tuple[int, int] | None = None
 ) -> list[Row]:
     """The rows of a recipe for one clip or image; builds without memory and loads nothing.
 
@@ -41,24 +40,24 @@ def walk(
     Raises:
         UserError: a part is unknown, its arguments are wrong or parts do not fit.
     """
-    front = check_shapes(recipe)
-    own = front.sampling.frames or front.sampling.max_frames or 8
+    plan = blueprint.plan
+    own = plan.sampling.frames or plan.sampling.max_frames or 8
     media = MediaSpec("image", 1) if kind == "image" else MediaSpec("video", frames or own)
-    if kind == "image" and size is not None and front.tiling is not None:
-        media = front.tiling.spec(*size)
+    if kind == "image" and size is not None and plan.tiling is not None:
+        media = plan.tiling.spec(*size)
     rows: list[Row] = []
-    for name, source in front.prompts.sources.items():
-        if name in front.text_needs:
-            macs, parameters = _text_macs(source, front.text_needs[name]), _parameters(source)
+    for name, source in plan.prompts.sources.items():
+        if name in plan.text_needs:
+            macs, parameters = _text_macs(source, plan.text_needs[name]), _parameters(source)
             rows.append(Row(name, source.registered_name, "-", source.length, source.width, parameters, macs))
-    for name, module, inputs, spec in front.walk(media):
-        reaches = name in front.output[kind]
+    for name, module, inputs, spec in plan.walk(media):
+        reaches = name in plan.output[kind]
         grid = str(spec.grid) if spec.grid else "-"
         macs = _macs(module, inputs, media)
         rows.append(
             Row(name, module.registered_name, grid, spec.tokens, spec.width, _parameters(module), macs, reaches)
         )
-    rows.append(_llm_row(recipe, sum(stream.tokens for stream in front.streams(media))))
+    rows.append(_llm_row(blueprint, sum(stream.tokens for stream in plan.streams(media))))
     return rows
 
 
@@ -158,11 +157,11 @@ def count_macs(module: nn.Module, *arguments: Any, **keywords: Any) -> int:
     return counter.get_total_flops() // 2
 
 
-def _llm_row(recipe: Recipe, visual: int) -> Row:
+def _llm_row(blueprint: Blueprint, visual: int) -> Row:
     """The LLM reading the visual tokens alone; head included in the parameters."""
     from transformers import AutoModelForCausalLM
 
-    config = text_config(recipe)
+    config = blueprint.config.text_config
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(config)
         length = max(visual, 1)

@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
 def _visual_tokens(batch: Any, processor: Any) -> int:
     """How many positions of the prompt are visual."""
     specs = [batch["visual"]["media"][clip]["spec"] for clip, _ in batch["visual"]["pairs"]]
-    streams = [processor.front_end.streams(spec) for spec in specs]
+    streams = [processor.plan.streams(spec) for spec in specs]
     return sum(streams[pair][stream].tokens for _, _, pair, stream in batch["visual"]["spans"].tolist())
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmllm.cli.common import calm_libraries, common, flag, given_path, media_reader, print_json, reader_flags
 from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
+
+if TYPE_CHECKING:
+    from mmllm.model.front_end_plan import FrontEndPlan
 from mmllm.device import pick_device
 
 EPILOG = """\
@@ -45,7 +48,7 @@ def run_fusion(options: argparse.Namespace) -> int:
 
     model, processor = load(options.model, device=pick_device(options.device), dtype=options.dtype or "auto")
     processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
-    streams = fusions(model.model.front_end)
+    streams = fusions(model.model.front_end.plan)
     if not streams:
         raise UserError(options.model, "mixes no encoders", hint="a recipe with a fusion: nano/merv")
     videos = list(dict.fromkeys(options.video))
@@ -60,11 +63,11 @@ def run_fusion(options: argparse.Namespace) -> int:
     return 0
 
 
-def fusions(front_end: Any) -> dict[str, list[str]]:
+def fusions(plan: FrontEndPlan) -> dict[str, list[str]]:
     """{node that mixes streams: what its streams are called}: their encoders where those differ, else their nodes."""
-    inputs = {node.name: node.inputs for node in front_end.nodes}
+    inputs = {node.name: node.inputs for node in plan.nodes}
     found = {}
-    for name, _, read, spec in front_end.walk(front_end.nominal("video")):
+    for name, _, read, spec in plan.walk(plan.nominal("video")):
         if "fusion" in spec.extras and not any("fusion" in given.extras for given in read):
             sources = [_encoder(stream, inputs) for stream in inputs[name]]
             found[name] = sources if len(set(sources)) == len(sources) else list(inputs[name])

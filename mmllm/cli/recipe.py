@@ -59,10 +59,11 @@ def run_show(options: argparse.Namespace) -> int:
     calm_libraries()
     from mmllm.checks.summary import as_dicts, render, walk
     from mmllm.config.recipe import load
-    from mmllm.model.build import llm_facts
+    from mmllm.model.blueprint import Blueprint, llm_facts
 
-    recipe = load(options.recipe, options.overrides)
-    rows = walk(recipe, "image" if options.image else "video", size=_size(options))
+    blueprint = Blueprint.of(load(options.recipe, options.overrides))
+    recipe = blueprint.recipe
+    rows = walk(blueprint, "image" if options.image else "video", size=_size(options))
     if options.json:
         print_json({"recipe": recipe.name, "llm": llm_facts(recipe), "parts": as_dicts(rows)})
         return 0
@@ -89,11 +90,11 @@ def run_check(options: argparse.Namespace) -> int:
     calm_libraries()
     from mmllm.checks.part import check_part
     from mmllm.checks.recipe import check_recipe
-    from mmllm.config.recipe import load, resolve_encoders
+    from mmllm.config.recipe import load, resolve
     from mmllm.contract.registry import find
+    from mmllm.model.blueprint import Blueprint
 
-    recipe = load(options.recipe, options.overrides)
-    resolve_encoders(recipe)
+    recipe = resolve(load(options.recipe, options.overrides))
     for node in recipe.model["connector"]:
         find("connector", node["type"], recipe.where(f"model.connector.{node['name']}.type"))
     for kind, section in (  # before the whole: what is wrong with a part is then said of the part
@@ -103,6 +104,6 @@ def run_check(options: argparse.Namespace) -> int:
     ):
         for name in sorted({part["type"] for part in section}):
             check_part(kind, name)
-    facts: dict[str, Any] = check_recipe(recipe)
+    facts: dict[str, Any] = check_recipe(Blueprint.of(recipe))
     print_json(facts) if options.json else print(facts["says"])
     return 0

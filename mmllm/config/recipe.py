@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ BASES = 20
 """Longest chain of bases."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
-    """A resolved recipe.
+    """A recipe with its bases merged, overrides applied and defaults written out.
 
     Attributes:
-        name: as it was asked for. file: the YAML it came from, for errors.
+        name: as it was asked for.
+        file: the YAML it came from, for errors.
         data: everything, as plain maps and lists; what is written beside a checkpoint.
     """
 
@@ -155,25 +156,31 @@ def summaries() -> Iterator[tuple[str, str, str]]:
         yield name, data.get("summary", ""), data.get("paper", "")
 
 
-def resolve_encoders(recipe: Recipe) -> None:
-    """Complete encoders and LLM with inline configs where they only have a name (asks the hub or a folder)."""
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with inline configs where towers and LLM only have a name (asks the hub or a folder).
+
+    Raises:
+        UserError: a config that is nowhere to be found.
+    """
     from mmllm.contract.registry import find
 
+    model = copy.deepcopy(recipe.model)
     for kind, key in (("encoder", "encoders"), ("text", "text")):
-        for name, section in (recipe.model.get(key) or {}).items():
+        for name, section in (model.get(key) or {}).items():
             where = recipe.where(f"model.{key}.{name}")
             fixed = {name: section[name] for name in ("type", "turns") if name in section}
             arguments = {name: value for name, value in section.items() if name not in fixed}
             completed = find(kind, section["type"], f"{where}.type").resolve(arguments)
             if isinstance(completed.get("tokenizer"), str):
                 completed["tokenizer"] = recipe.path(completed["tokenizer"])
-            recipe.model[key][name] = {**fixed, **completed}
+            model[key][name] = {**fixed, **completed}
     llm = recipe.llm
     if llm.config is None:
         if llm.name is None:
             raise UserError(recipe.where("model.llm"), "neither name nor config")
         config = fetch_llm_config(recipe, *llm_source(llm, recipe.where("model.llm.name")))
-        recipe.model["llm"] = {**asdict(llm), "config": config.to_dict()}
+        model["llm"] = {**asdict(llm), "config": config.to_dict()}
+    return replace(recipe, data={**recipe.data, "model": model})
 
 
 def fetch_llm_config(recipe: Recipe, place: str, options: dict[str, Any]) -> Any:

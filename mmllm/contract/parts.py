@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.contract.arguments import signature
+from mmllm.contract.batch import Batch
 from mmllm.contract.types import Geometry, MediaSpec, Needs, PromptFeatures, Term, TokenSpec, VisualTokens
 
 
@@ -306,15 +307,15 @@ class Objective(nn.Module):
     kind: ClassVar[str] = "objective"
     registered_name: ClassVar[str] = ""
 
-    def prepare(self, samples: list, processor: Any) -> dict[str, Any]:
+    def prepare(self, samples: list, processor: Any) -> Batch:
         """A batch out of raw samples; runs in a loader worker."""
         raise NotImplementedError
 
-    def counts(self, batch: dict[str, Any]) -> dict[str, int]:
+    def counts(self, batch: Batch) -> dict[str, int]:
         """{term: denominator} of a batch, without a forward; summed over micro-batches and processes."""
         raise NotImplementedError
 
-    def forward(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Term]:
+    def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         """Named sums and counts, out of `model.embed`, `model.run` and `model.logits`."""
         raise NotImplementedError
 

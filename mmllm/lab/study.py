@@ -136,18 +136,22 @@ class StudyFile:
                 if taken := (known | {"media"}) & set(self.first):
                     raise UserError(f"{self.path}:first.{min(taken)}", "recipes of the arms have a root of this name")
                 known |= set(self.first)
-            paths = {f"eval.{task}": [recipe.data["eval"].get(task) or ""] for task in self.study.tasks}
-            for stage, values in recipe.stages.items():
-                init = values.init.values() if isinstance(values.init, dict) else [values.init or ""]
-                data = [values.data] if isinstance(values.data, str) else values.data
-                paths |= {f"stages.{stage}.init": init, f"stages.{stage}.data": data}
-            for key, found in paths.items():
-                for path in found:
-                    _check_root(path, known, f"{self._where(name)}: {key}")
+            for key, path in self._paths(recipe):
+                _check_root(path, known, f"{self._where(name)}: {key}")
             for word in self.then.get(name, []):  # most words of a command are no paths
                 path = word.rpartition("=")[2]
                 if get_close_matches(path.partition(":")[0], [*known, name]):
                     _check_root(path, {*known, name}, f"{self._where(name)}.then")
+
+    def _paths(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
+        """(key, path) of the files and folders that a recipe names: benchmarks, data, what stages start from."""
+        for task in self.study.tasks:
+            yield f"eval.{task}", recipe.data["eval"].get(task) or ""
+        for name, stage in recipe.stages.items():
+            for folder in stage.init.values() if isinstance(stage.init, dict) else [stage.init or ""]:
+                yield f"stages.{name}.init", folder
+            for path in [stage.data] if isinstance(stage.data, str) else stage.data:
+                yield f"stages.{name}.data", path
 
     def check_tasks(self) -> None:
         """Every arm names the folder of every benchmark.
@@ -226,16 +230,16 @@ class StudyFile:
             UserError: what the study wants to be equal is not; says the figures.
         """
         from mmllm.checks.summary import walk
-        from mmllm.model.build import check_shapes
+        from mmllm.model.blueprint import Blueprint
         from mmllm.train.weights import validate_module_names
 
         found = {}
         for name, recipe in self.recipes.items():
             with self._named(name):
-                front = check_shapes(recipe)
+                blueprint = Blueprint.of(recipe)
                 for stage, values in recipe.stages.items():
-                    validate_module_names(front, values, recipe.where(f"stages.{stage}"))
-                rows = walk(recipe)
+                    validate_module_names(blueprint.plan, values, recipe.where(f"stages.{stage}"))
+                rows = walk(blueprint)
             parameters, macs = sum(row.parameters for row in rows), sum(row.macs for row in rows)
             found[name] = Facts(rows[-1].tokens, parameters, macs)
         arms = {name: found[name] for name in self.arms}

@@ -1,157 +1,56 @@
-"""From a recipe to a fresh model and its processor."""
+"""From a blueprint to a fresh model and its processor."""
 
 from __future__ import annotations
 
-import copy
-import json
 import os
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from mmllm.config.llm_sizes import check_sizes
 from mmllm.config.llm_source import llm_source
-from mmllm.config.recipe import Recipe, fetch_llm_config, resolve_encoders
+from mmllm.config.recipe import Recipe
 from mmllm.contract.errors import UserError
-from mmllm.contract.library import check_attention, pretrained
-from mmllm.model.config import MMLLMConfig
-from mmllm.model.front_end import FrontEnd
+from mmllm.contract.library import pretrained
+from mmllm.model.blueprint import Blueprint, check_same
 from mmllm.model.modeling import MMLLMForConditionalGeneration
 from mmllm.processing.processor import MMLLMProcessor
 
-SECTION_KEYS = ("media", "encoders", "text", "connector", "output", "place")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
-def text_config(recipe: Recipe) -> Any:
-    """The LLM's config, as the recipe says.
-
-    Raises:
-        UserError: no such model type or a key it does not take.
-    """
-    values = dict(recipe.llm.config or {})
-    where = recipe.where("model.llm.config")
-    kind = values.pop("model_type", None)
-    expected = "llama, qwen2, qwen3 or another causal LM"
-    if not isinstance(kind, str):
-        raise UserError(f"{where}.model_type", "missing", expected=expected)
-    check_sizes(values, where)
-    check_attention(values, where)
-    try:
-        return copy.deepcopy(_causal_config(kind, json.dumps(values)))
-    except NotCausal:
-        raise UserError(f"{where}.model_type", "not a causal LM", expected=expected, got=kind) from None
-    except Exception as error:  # the library checks a config's values in its own ways, with errors of many types
-        raise UserError(where, f"not a {kind}: {' '.join(str(error).split())[:200]}") from error
-
-
-class NotCausal(Exception):
-    """The library has no causal LM of a kind."""
-
-
-@lru_cache(maxsize=8)
-def _causal_config(kind: str, values: str) -> Any:
-    """The library's config object, once a model has been made of it that takes no memory.
-
-    Args:
-        values: the config's values as JSON, so that equal ones are checked once.
-
-    Raises:
-        NotCausal: no causal LM is of this kind.
-        Exception: of any type, where values are wrong or sizes do not divide.
-    """
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
-
-    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise NotCausal(kind)
-    config = AutoConfig.for_model(kind, **json.loads(values))
-    with torch.device("meta"):
-        AutoModelForCausalLM.from_config(config)
-    return config
-
-
-def build_config(recipe: Recipe) -> MMLLMConfig:
-    """The model's config; inline configs are completed first. Builds nothing."""
-    resolve_encoders(recipe)
-    section = {key: recipe.model[key] for key in SECTION_KEYS if key in recipe.model}
-    return MMLLMConfig(text_config=text_config(recipe), model_section=section)
-
-
-def check_shapes(recipe: Recipe) -> FrontEnd:
-    """The front end on the meta device: every part, every argument, every shape, with the recipe's file in errors."""
-    resolve_encoders(recipe)
-    _compare_llm(recipe)
-    with torch.device("meta"):
-        return FrontEnd(recipe.model, text_config(recipe).hidden_size, recipe.where("model"))
-
-
-def build_model(recipe: Recipe, *, weights: bool = True) -> MMLLMForConditionalGeneration:
+def build_model(blueprint: Blueprint, *, weights: bool = True) -> MMLLMForConditionalGeneration:
     """A fresh model: random weights, then those of the towers and the LLM that have a name.
 
     Args:
+        blueprint: of its recipe.
         weights: fetch pretrained weights; False leaves everything random.
+
+    Raises:
+        UserError: no memory for it, or weights that cannot be fetched or do not fit.
     """
-    check_shapes(recipe)
-    config = build_config(recipe)
-    _check_memory(config, recipe.where("model"))
-    model = MMLLMForConditionalGeneration(config)
+    recipe = blueprint.recipe
+    _check_memory(blueprint)
+    model = MMLLMForConditionalGeneration(blueprint.config)
+    front = model.model.front_end
     if weights:
-        front = model.model.front_end
         for part in (*front.bank.encoders.values(), *front.prompts.sources.values(), *front.parts.values()):
             part.load_weights()
         if recipe.llm.name is not None:
             _load_llm(model, recipe)
-    sources = {**model.model.front_end.bank.encoders, **model.model.front_end.prompts.sources}
-    for part in model.model.front_end.parts.values():
+    sources = {**front.bank.encoders, **front.prompts.sources}
+    for part in front.parts.values():
         part.initialise(sources)
     return model
 
 
-def _check_memory(config: MMLLMConfig, where: str) -> None:
+def _check_memory(blueprint: Blueprint) -> None:
     """Refuse a model whose weights alone do not fit into this machine: the system would kill us half-way."""
-    with torch.device("meta"):
-        model = MMLLMForConditionalGeneration(config)
-    needed = sum(value.numel() for value in model.parameters()) * 4
+    needed = blueprint.parameters() * 4
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         got = f"{needed / 1e9:.0f} GB of float32, {there / 1e9:.0f} GB of memory"
+        where = blueprint.recipe.where("model")
         raise UserError(where, "its weights do not fit into this machine", got=got, hint="smaller sizes")
-
-
-SAME = (
-    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
-    *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters"),
-)
-"""What an inline config has to have in common with the weights that its recipe names."""
-
-
-def _compare_llm(recipe: Recipe) -> None:
-    """Refuse an inline config that is not that of the folder or package which the LLM's name means."""
-    llm, where = recipe.llm, recipe.where("model.llm.config")
-    if llm.name is None or llm.config is None:
-        return
-    place, options = llm_source(llm, recipe.where("model.llm.name"))
-    if Path(place).is_dir():
-        _same_config(fetch_llm_config(recipe, place, options), text_config(recipe), where, llm.name)
-
-
-def _same_config(theirs: Any, ours: Any, where: str, name: str) -> None:
-    for field in SAME:
-        one, other = (getattr(config, field, None) for config in (theirs, ours))
-        if one != other:
-            raise UserError(f"{where}.{field}", f"differs from {name}", expected=one, got=other)
-
-
-def llm_facts(recipe: Recipe, tokenizer: Any = None) -> str:
-    """Name, source and template of a recipe's LLM, in a line."""
-    llm = recipe.llm
-    name = llm.name or f"a fresh {(llm.config or {}).get('model_type')}"
-    weights = "random weights" if llm.name is None else f"weights of {llm.gguf or llm.name}"
-    tokens = f"tokenizer of {llm.tokenizer or llm.name}"
-    own = "none" if tokenizer is not None and tokenizer.chat_template is None else "the tokenizer's own"
-    template = "the recipe's" if llm.template else own
-    return f"{name}; {weights}; {tokens}; chat template: {template}"
 
 
 def _load_llm(model: MMLLMForConditionalGeneration, recipe: Recipe) -> None:
@@ -169,14 +68,14 @@ def _load_llm(model: MMLLMForConditionalGeneration, recipe: Recipe) -> None:
         sizes = [list(state[key].shape) if key in state else "nothing" for state in (theirs, ours)]
         if sizes[0] != sizes[1]:
             raise UserError(where, f"{key} differs from {name}", expected=sizes[0], got=sizes[1])
-    _same_config(llm.config, model.config.text_config, where, name)
+    check_same(llm.config, model.config.text_config, where, name)
     model.generation_config = llm.generation_config
     model.model.language_model.load_state_dict(body.state_dict())
     if not model.config.tie_word_embeddings:
         model.lm_head.load_state_dict({"weight": head.weight})
 
 
-def set_stop_tokens(model: MMLLMForConditionalGeneration, tokenizer: Any) -> None:
+def set_stop_tokens(model: MMLLMForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
     """Where the LLM's configs say nothing, generation ends at the tokenizer's end of turn and pads with its padding."""
     config = model.generation_config
     if config.eos_token_id is None:
@@ -187,7 +86,7 @@ def set_stop_tokens(model: MMLLMForConditionalGeneration, tokenizer: Any) -> Non
         config.pad_token_id = tokenizer.pad_token_id
 
 
-def build_tokenizer(recipe: Recipe) -> Any:
+def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The LLM's tokenizer: from `llm.tokenizer`, else from `llm.name`.
 
     Raises:
@@ -215,9 +114,11 @@ def build_tokenizer(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def build_processor(recipe: Recipe, tokenizer: Any = None) -> MMLLMProcessor:
-    """The processor of a recipe's model."""
-    config = build_config(recipe)
-    tokenizer = build_tokenizer(recipe) if tokenizer is None else tokenizer
+def build_processor(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase | None = None) -> MMLLMProcessor:
+    """The processor of a blueprint's model; `tokenizer` in place of the recipe's."""
+    config = blueprint.config
+    tokenizer = build_tokenizer(blueprint.recipe) if tokenizer is None else tokenizer
     length = getattr(config.text_config, "max_position_embeddings", None)
-    return MMLLMProcessor(tokenizer, config.model_section, config.text_config.hidden_size, length)
+    processor = MMLLMProcessor(tokenizer, config.model_section, config.text_config.hidden_size, length)
+    processor.use_plan(blueprint.plan)
+    return processor

@@ -1,42 +1,19 @@
-"""The front end: bank of encoders + graph of connectors. Called once per forward, returns one tensor of rows.
+"""The front end: encoders and connectors at work. Called once per forward, returns one tensor of rows.
 
 The order of the rows is the order of the pairs, within a pair the order of its streams; blank rows come last.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmllm.contract.arguments import bind
-from mmllm.contract.errors import UserError
-from mmllm.contract.parts import NoPrompt, Part, Site
-from mmllm.contract.registry import find, said_by
-from mmllm.contract.types import Geometry, MediaSpec, Needs, PromptFeatures, TokenSpec, VisualTokens
-from mmllm.data.media.sampling import Sampling
-from mmllm.data.media.tiling import Tiling
-from mmllm.model.connector_graph import (
-    KINDS,
-    LAYERED,
-    Node,
-    own_prompt,
-    parse_positions,
-    reachable,
-    read_nodes,
-    read_output,
-    select_hidden_states,
-    union_needs,
-)
-from mmllm.model.encoder_bank import EncoderBank
-from mmllm.model.prompt_bank import PromptBank
-
-NODE_KEYS = ("type", "name", "in", "only", "prompt")
+from mmllm.contract.batch import VisualInputs
+from mmllm.contract.types import MediaSpec, Needs, PromptFeatures, VisualTokens
+from mmllm.model.connector_graph import KINDS, own_prompt, select_hidden_states
+from mmllm.model.front_end_plan import FrontEndPlan
 
 
 class FrontEnd(nn.Module):
@@ -45,174 +22,21 @@ class FrontEnd(nn.Module):
     Args:
         section: the resolved `model` section of a recipe.
         llm_width: width of the LLM's embeddings.
-        where: prefix of key paths in errors (`recipe.yaml:model`).
+
+    Attributes:
+        plan: which part reads what, and all shapes.
 
     Raises:
-        UserError: an unknown part or argument, or parts that do not fit; names both and their shapes.
+        UserError: see `FrontEndPlan`.
     """
 
-    def __init__(self, section: dict[str, Any], llm_width: int, where: str = "model") -> None:
+    def __init__(self, section: dict[str, Any], llm_width: int) -> None:
         super().__init__()
-        self.where, self.llm_width = where, llm_width
-        media = {key: value for key, value in section["media"].items() if key != "tiles"}
-        self.sampling = Sampling(**bind(Sampling, media, f"{where}.media"))
-        self.bank = EncoderBank(section["encoders"], f"{where}.encoders")
-        self.prompts = PromptBank(section.get("text") or {}, f"{where}.text", llm_width)
-        nodes = {node["name"]: node for node in section["connector"]}
-        self.output = read_output(section["output"], [*nodes, *section["encoders"]], f"{where}.output")
-        self.first = parse_positions(section.get("place") or {}, self.output, f"{where}.place")
-        used = reachable({name: node["in"] for name, node in nodes.items()}, self.output)
-        self.nodes = read_nodes(nodes, used, list(self.prompts.sources), f"{where}.connector")
-        self.encoders_used = used & set(section["encoders"])
-        self.parts = nn.ModuleDict()
-        self._streams: dict[MediaSpec, list[TokenSpec]] = {}
-        self._build(nodes)
-        self.needs = self._union(lambda node: node.inputs[0] if node.inputs[0] in self.bank.encoders else None)
-        self.text_needs = self._union(lambda node: node.prompt if self._guided(node) else None)
-        for kind in KINDS:  # once more, with the layers that the encoders deliver
-            self._specs(self.nominal(kind))
-        known = [part.needs().alignment_levels for part in self.parts.values()]
-        self.alignment_levels = min((count for count in known if count is not None), default=None)
-        self.tiling = self._tiling(section["media"].get("tiles"))
-
-    def _build(self, sections: dict[str, dict[str, Any]]) -> None:
-        nominal = {kind: self.nominal(kind) for kind in KINDS}
-        specs = {kind: self.bank.output_specs(nominal[kind]) for kind in KINDS}
-        for node in self.nodes:
-            kind = node.only or "video"
-            inputs = tuple(specs[kind][name] for name in node.inputs)
-            self.parts[node.name] = self._part(node, sections[node.name], inputs)
-            for kind in KINDS:
-                specs[kind][node.name] = self._declare(node, specs[kind], nominal[kind])
-        for kind, streams in self.output.items():
-            for stream in streams:
-                width = specs[kind][stream].width
-                if width != self.llm_width:
-                    raise UserError(
-                        f"{self.where}.connector.{stream}",
-                        f"width {width}, llm takes {self.llm_width}",
-                        hint="{type: linear} after it",
-                    )
-
-    def nominal(self, kind: str) -> MediaSpec:
-        """A medium of this kind as the recipe's own sampling delivers it."""
-        if kind == "image":
-            return MediaSpec("image", 1)
-        return MediaSpec("video", self.sampling.frames or self.sampling.max_frames or 8)
-
-    def _part(self, node: Node, section: dict[str, Any], inputs: tuple[TokenSpec, ...]) -> Part:
-        where = f"{self.where}.connector.{node.name}"
-        cls = find("connector", section["type"], f"{where}.type")
-        arguments = {key: value for key, value in section.items() if key not in NODE_KEYS}
-        bound = bind(cls, arguments, where)
-        if hasattr(self.parts, node.name):
-            raise UserError(where, f"a node cannot be called {node.name!r}", hint="name: another")
-        source = self.prompts.sources[node.prompt] if node.prompt else None
-        widths = (source.width, source.joint) if source is not None else (None, None)
-        try:
-            part = cls(Site(inputs, self.llm_width, *widths), **bound)
-        except NoPrompt as error:
-            raise self._no_prompt(where) from error
-        except (ValueError, RuntimeError, ArithmeticError) as error:  # torch refuses sizes as it makes tensors of them
-            raise UserError(where, said_by(error)) from error
-        self._check_needs(node, part.needs(), where)
-        return part
-
-    def _check_needs(self, node: Node, needs: Needs, where: str) -> None:
-        if any(getattr(needs, name) for name in LAYERED) and node.inputs[0] not in self.bank.encoders:
-            raise UserError(where, "needs layers of an encoder", expected="in: an encoder", got=node.inputs[0])
-        if (needs.prompt or needs.prompt_hidden_states) and node.prompt is None:
-            raise self._no_prompt(where)
-
-    def _no_prompt(self, where: str) -> UserError:
-        known = list(self.prompts.sources)
-        hint = f"prompt: {' or '.join(known)}" if known else "model.text: {name: {type: clip_text, ...}}"
-        return UserError(where, "needs the prompt, and no text source is named for it", hint=hint)
-
-    def _guided(self, node: Node) -> bool:
-        needs = self.parts[node.name].needs()
-        return bool(needs.prompt or needs.prompt_hidden_states)
-
-    def _union(self, source_of: Callable[[Node], str | None]) -> dict[str, Needs]:
-        """{source: union of what the parts that read it need}."""
-        found: dict[str, list[Needs]] = {}
-        for node in self.nodes:
-            source = source_of(node)
-            if source is not None:
-                found.setdefault(source, []).append(self.parts[node.name].needs())
-        return {source: union_needs(needs) for source, needs in found.items()}
-
-    def _tiling(self, section: dict[str, Any] | None) -> Tiling | None:
-        """How an image is cut into views: size and tokens of a view are those of the first encoder that is used."""
-        if section is None:
-            return None
-        where = f"{self.where}.media.tiles"
-        name, geometry = next(iter(self.geometries.items()))
-        grid = self.bank.encoders[name].output_spec(MediaSpec("image", 1)).grid
-        if grid is None or geometry.height != geometry.width or grid.h != grid.w:
-            raise UserError(where, "tiles need square views on a grid", got=f"{name}: {grid}")
-        sizes = {"size": geometry.height, "patches": grid.h}
-        return Tiling(**bind(Tiling, {**sizes, **section}, where))
-
-    def _declare(self, node: Node, specs: dict[str, TokenSpec], media: MediaSpec) -> TokenSpec:
-        inputs = [specs[name] for name in node.inputs]
-        if not node.runs(media):
-            return inputs[0]
-        part = self.parts[node.name]
-        try:
-            for built, given in zip(part.site.inputs, inputs, strict=True):
-                if built.width != given.width:
-                    raise ValueError(f"built for width {built.width}, an {media.kind} has {given.width}")
-            inputs = self._read(node, specs, media)
-            for extra in part.needs().extras:
-                if extra not in inputs[0].extras:
-                    raise ValueError(f"needs {extra}, which a part above has to write")
-            return part.output_spec(*inputs)
-        except ValueError as error:
-            reads = ", ".join(f"{name}: {spec}" for name, spec in zip(node.inputs, inputs, strict=True))
-            raise UserError(f"{self.where}.connector.{node.name}", f"{error}; it reads {reads}") from error
-
-    def _read(self, node: Node, specs: dict[str, TokenSpec], media: MediaSpec) -> list[TokenSpec]:
-        """What a node reads, with the layers of an encoder that it declared."""
-        inputs, first = [specs[name] for name in node.inputs], node.inputs[0]
-        if first in self.bank.encoders:
-            extras = self.bank.encoders[first].extras_spec(media, self.parts[node.name].needs())
-            inputs[0] = replace(inputs[0], extras=extras)
-        return inputs
-
-    def walk(self, media: MediaSpec) -> Iterator[tuple[str, nn.Module, tuple[TokenSpec, ...], TokenSpec]]:
-        """(name, module, input specs, output spec) of everything that runs for such media, in order."""
-        specs = self._specs(media)
-        for name in self.bank.encoders:
-            if name in self.encoders_used:
-                yield name, self.bank.encoders[name], (), specs[name]
-        for node in self.nodes:
-            if node.runs(media):
-                inputs = tuple(self._read(node, specs, media))
-                yield node.name, self.parts[node.name], inputs, specs[node.name]
-
-    def streams(self, media: MediaSpec) -> list[TokenSpec]:
-        """What reaches the LLM for one clip of this kind, stream by stream."""
-        if media not in self._streams:
-            specs = self._specs(media)
-            self._streams[media] = [specs[name] for name in self.output[media.kind]]
-        return self._streams[media]
-
-    def _specs(self, media: MediaSpec) -> dict[str, TokenSpec]:
-        """{encoder or node: what it gives for such media}."""
-        specs = self.bank.output_specs(media)
-        for node in self.nodes:
-            specs[node.name] = self._declare(node, specs, media)
-        return specs
-
-    @property
-    def geometries(self) -> dict[str, Geometry]:
-        """{encoder that is used: the size in which it wants its pixels}."""
-        encoders = self.bank.encoders.items()
-        return {name: encoder.geometry for name, encoder in encoders if name in self.encoders_used}
+        self.plan = FrontEndPlan(section, llm_width)
+        self.bank, self.prompts, self.parts = self.plan.bank, self.plan.prompts, self.plan.parts
 
     def forward(
-        self, visual: dict[str, Any], blank: tuple[MediaSpec, ...] = (), embed_tokens: nn.Module | None = None
+        self, visual: VisualInputs, blank: tuple[MediaSpec, ...] = (), embed_tokens: nn.Module | None = None
     ) -> tuple[Tensor, int]:
         """All visual rows of a batch.
 
@@ -226,7 +50,7 @@ class FrontEnd(nn.Module):
         """
         pairs, device = visual["pairs"], next(self.parameters()).device
         asked = visual.get("prompts") or self.prompts.blank(device)
-        prompts = self.prompts(asked, self.text_needs, embed_tokens) if pairs else {}
+        prompts = self.prompts(asked, self.plan.text_needs, embed_tokens) if pairs else {}
         per_pair: dict[int, list[Tensor]] = {}
         for spec, members in _groups(visual):
             tokens, guides = self._encode(spec, visual, members, prompts)
@@ -237,13 +61,13 @@ class FrontEnd(nn.Module):
         blanks = [tokens.values.flatten(0, 1) for spec in blank for tokens in self._run_blank(spec, embed_tokens)]
         if not rows and not blanks:
             parameter = next(self.parameters())
-            return parameter.new_zeros(0, self.llm_width), 0
+            return parameter.new_zeros(0, self.plan.llm_width), 0
         return torch.cat(rows + blanks), sum(len(rows) for rows in blanks)
 
-    def tokens_of(self, visual: dict[str, Any], name: str, embed_tokens: nn.Module | None = None) -> list[VisualTokens]:
+    def tokens_of(self, visual: VisualInputs, name: str, embed_tokens: nn.Module | None = None) -> list[VisualTokens]:
         """What the encoder or node `name` makes of each pair, in their order, one row each: to look inside."""
         asked = visual.get("prompts") or self.prompts.blank(next(self.parameters()).device)
-        prompts = self.prompts(asked, self.text_needs, embed_tokens)
+        prompts = self.prompts(asked, self.plan.text_needs, embed_tokens)
         found: dict[int, VisualTokens] = {}
         for spec, members in _groups(visual):
             tokens, guides = self._encode(spec, visual, members, prompts)
@@ -253,12 +77,12 @@ class FrontEnd(nn.Module):
         return [found[index] for index in range(len(visual["pairs"]))]
 
     def _encode(
-        self, spec: MediaSpec, visual: dict[str, Any], members: list[int], prompts: dict[str, PromptFeatures]
+        self, spec: MediaSpec, visual: VisualInputs, members: list[int], prompts: dict[str, PromptFeatures]
     ) -> tuple[dict[str, VisualTokens], dict[str, PromptFeatures]]:
         """Tokens and prompts of some pairs: each clip is encoded once, however many prompts go with it."""
         pairs = [visual["pairs"][index] for index in members]
         clips = list(dict.fromkeys(clip for clip, _ in pairs))
-        tokens = self.bank([visual["media"][clip] for clip in clips], spec, self.needs, self.encoders_used)
+        tokens = self.bank([visual["media"][clip] for clip in clips], spec, self.plan.needs, self.plan.encoders_used)
         if len(clips) < len(pairs):
             index = torch.tensor([clips.index(clip) for clip, _ in pairs], device=next(self.parameters()).device)
             tokens = {name: value.select(index) for name, value in tokens.items()}
@@ -270,55 +94,44 @@ class FrontEnd(nn.Module):
     def _run_blank(self, spec: MediaSpec, embed_tokens: nn.Module | None) -> list[VisualTokens]:
         parameter = next(self.parameters())
         encoded = {}
-        for name in sorted(self.encoders_used):
+        for name in sorted(self.plan.encoders_used):
             encoder = self.bank.encoders[name]
             if encoder.trainable:
                 g = encoder.geometry
                 shape = (1, encoder.frames_of(spec), 3, g.height, g.width)
                 pixels = torch.zeros(shape, dtype=torch.uint8, device=parameter.device)
-                encoded[name] = encoder(pixels, spec, self.needs.get(name, Needs()))
+                encoded[name] = encoder(pixels, spec, self.plan.needs.get(name, Needs()))
             else:
-                encoded[name] = self.bank.blank(spec, name, parameter, self.needs.get(name, Needs()))
-        prompts = self.prompts(self.prompts.blank(parameter.device), self.text_needs, embed_tokens)
+                encoded[name] = self.bank.blank(spec, name, parameter, self.plan.needs.get(name, Needs()))
+        prompts = self.prompts(self.prompts.blank(parameter.device), self.plan.text_needs, embed_tokens)
         return self._connect(spec, encoded, prompts)
 
     def _connect(
         self, spec: MediaSpec, tokens: dict[str, VisualTokens], prompts: dict[str, PromptFeatures]
     ) -> list[VisualTokens]:
-        for node in self.nodes:
+        for node in self.plan.nodes:
             inputs = [tokens[name] for name in node.inputs]
             if not node.runs(spec):
                 tokens[node.name] = inputs[0]
                 continue
             part, first = self.parts[node.name], node.inputs[0]
             if first in self.bank.encoders:
-                inputs[0] = select_hidden_states(inputs[0], part.needs(), self.needs[first])
+                inputs[0] = select_hidden_states(inputs[0], part.needs(), self.plan.needs[first])
             context = {}
-            if self._guided(node):
-                context["prompt"] = own_prompt(prompts[node.prompt], part.needs(), self.text_needs[node.prompt])
+            if self.plan.guided(node):
+                context["prompt"] = own_prompt(prompts[node.prompt], part.needs(), self.plan.text_needs[node.prompt])
             tokens[node.name] = part(*inputs, **context)
-        return [tokens[name] for name in self.output[spec.kind]]
+        return [tokens[name] for name in self.plan.output[spec.kind]]
 
-    def blanks(self, visual: dict[str, Any]) -> tuple[MediaSpec, ...]:
+    def blanks(self, visual: VisualInputs) -> tuple[MediaSpec, ...]:
         """The kinds that this batch lacks, as blank media: run when several processes train together."""
         present = {clip["spec"].kind for clip in visual["media"]}
-        return tuple(self.nominal(kind) for kind in KINDS if kind not in present)
+        return tuple(self.plan.nominal(kind) for kind in KINDS if kind not in present)
 
 
-def _groups(visual: dict[str, Any]) -> list[tuple[MediaSpec, list[int]]]:
+def _groups(visual: VisualInputs) -> list[tuple[MediaSpec, list[int]]]:
     """(kind of media, which pairs are of it), in an order that is the same in every process."""
     groups: dict[MediaSpec, list[int]] = {}
     for index, (clip, _) in enumerate(visual["pairs"]):
         groups.setdefault(visual["media"][clip]["spec"], []).append(index)
     return sorted(groups.items(), key=lambda item: item[0].sort_key)
-
-
-@lru_cache(maxsize=8)
-def shape_copy(section: str, llm_width: int) -> FrontEnd:
-    """A front end without memory (meta device), for its shape arithmetic.
-
-    Args:
-        section: the resolved `model` section as JSON text, so that equal sections share one copy.
-    """
-    with torch.device("meta"):
-        return FrontEnd(json.loads(section), llm_width)

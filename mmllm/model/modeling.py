@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mmllm.contract.batch import Batch, VisualInputs
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part
 from mmllm.contract.types import LLMInputs, Needs
@@ -73,43 +74,42 @@ class MMLLMModel(MMLLMPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        visual: dict[str, Any] | None = None,
+        visual: VisualInputs | None = None,
     ) -> LLMInputs:
         """Ids [B, L] and media -> embeddings [B, L, D], visual rows written at their spans.
 
         Raises:
             UserError: a span does not fit into its row.
         """
-        if visual is not None:
-            visual = move(visual, input_ids.device)
-        blank = self.front_end.blanks(visual or {"media": []}) if self.is_distributed_training() else ()
+        table = self.get_input_embeddings()
+        if visual is None:
+            visual = {"media": [], "pairs": [], "spans": input_ids.new_zeros(0, 4)}
+        visual = move(visual, input_ids.device)
+        blank = self.front_end.blanks(visual) if self.is_distributed_training() else ()
         where = torch.zeros_like(input_ids, dtype=torch.bool)
-        rows, target = None, None
-        if blank or (visual is not None and visual["media"]):
-            visual = visual or {"media": [], "pairs": [], "spans": input_ids.new_zeros(0, 4)}
-            rows, blanks = self.front_end(visual, blank, self.get_input_embeddings())
-            real = rows[: len(rows) - blanks]
-            source, target = self._splice(visual, input_ids.shape, input_ids.device)
-            where.view(-1)[target] = True
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(where, 0))
-        if rows is not None:
-            flat = embeds.flatten(0, 1).index_copy(0, target, real[source].to(embeds.dtype))
-            # Blank rows touch the same parameters as real ones do elsewhere, and change nothing.
-            flat = flat + 0.0 * rows[len(rows) - blanks :].sum().to(embeds.dtype) if blanks else flat
-            embeds = flat.view_as(embeds)
-        return LLMInputs(embeds, attention_mask, position_ids, where)
+        if not blank and not visual["media"]:
+            return LLMInputs(table(input_ids), attention_mask, position_ids, where)
+        rows, blanks = self.front_end(visual, blank, table)
+        real, blank_rows = rows.split([len(rows) - blanks, blanks])
+        source, target = self._splice(visual, input_ids.shape, input_ids.device)
+        where.view(-1)[target] = True
+        embeds = table(input_ids.masked_fill(where, 0))
+        flat = embeds.flatten(0, 1).index_copy(0, target, real[source].to(embeds.dtype))
+        if blanks:  # they touch the same parameters as real ones do in other processes, and change nothing
+            flat = flat + 0.0 * blank_rows.sum().to(embeds.dtype)
+        return LLMInputs(flat.view_as(embeds), attention_mask, position_ids, where)
 
     def is_distributed_training(self) -> bool:
         """Whether several processes train together, so that each has to touch every parameter."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         return self.training and torch.is_grad_enabled() and distributed and torch.distributed.get_world_size() > 1
 
-    def _splice(self, visual: dict[str, Any], shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _splice(self, visual: VisualInputs, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
         """Which front-end row goes to which flat position, for all spans."""
         starts: dict[tuple[int, int], tuple[int, int]] = {}
         offset = 0
         for pair, (clip, _) in enumerate(visual["pairs"]):
-            for stream, spec in enumerate(self.front_end.streams(visual["media"][clip]["spec"])):
+            for stream, spec in enumerate(self.front_end.plan.streams(visual["media"][clip]["spec"])):
                 starts[pair, stream] = (offset, spec.tokens)
                 offset += spec.tokens
         source, target = [], []
@@ -130,7 +130,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        visual: dict[str, Any] | None = None,
+        visual: VisualInputs | None = None,
         **kwargs: Any,
     ) -> Any:
         """The LLM's output over ids [B, L] with media, or over embeddings [B, L, D]."""
@@ -166,7 +166,7 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
-    def embed(self, batch: dict[str, Any]) -> LLMInputs:
+    def embed(self, batch: Batch) -> LLMInputs:
         """The sequence of a batch."""
         keys = ("input_ids", "attention_mask", "position_ids", "visual")
         return self.model.embed(**{key: batch[key] for key in keys if key in batch})
@@ -175,18 +175,18 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
         """Hidden states [B, L, D] of a whole sequence, without a cache."""
         return self.model.run(sequence, use_cache=False).last_hidden_state
 
-    def pooled_images(self, batch: dict[str, Any]) -> Tensor:
+    def pooled_images(self, batch: Batch) -> Tensor:
         """The mean of each pair's visual rows, [pairs, D]."""
         front, visual = self.model.front_end, move(batch["visual"], self.device)
         blank = front.blanks(visual) if self.model.is_distributed_training() else ()
         rows, blanks = front(visual, blank, self.model.get_input_embeddings())
         rows, rest = rows.split([len(rows) - blanks, blanks])
         specs = [visual["media"][clip]["spec"] for clip, _ in visual["pairs"]]
-        counts = [sum(stream.tokens for stream in front.streams(spec)) for spec in specs]
+        counts = [sum(stream.tokens for stream in front.plan.streams(spec)) for spec in specs]
         pooled = torch.stack([part.mean(0) for part in rows.split(counts)])
         return pooled + 0.0 * rest.sum().to(pooled.dtype) if blanks else pooled
 
-    def pooled_texts(self, batch: dict[str, Any], source: str | None = None) -> Tensor:
+    def pooled_texts(self, batch: Batch, source: str | None = None) -> Tensor:
         """The pooled feature of each text, [B, J]; ids and mask are those of the text source (default: the first)."""
         prompts = self.model.front_end.prompts
         name = source or next(iter(prompts.sources))
@@ -204,7 +204,7 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        visual: dict[str, Any] | None = None,
+        visual: VisualInputs | None = None,
         objective: Any = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -235,7 +235,7 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,
-        visual: dict[str, Any] | None = None,
+        visual: VisualInputs | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Media enter with the prompt only: afterwards they are in the cache."""

@@ -14,7 +14,7 @@ from mmllm.contract.errors import UserError, shown
 from mmllm.data.media.loading import Loaded, MediaLoader, resized
 from mmllm.data.media.sampling import Sampling
 from mmllm.data.media.types import Clip
-from mmllm.model.front_end import FrontEnd, shape_copy
+from mmllm.model.front_end_plan import FrontEndPlan, shared_plan
 from mmllm.model.prompt_bank import user_turns
 from mmllm.processing.chat_template import Rendered, render
 from mmllm.processing.collate import Example, Medium, VisualBatch, collate
@@ -52,6 +52,7 @@ class MMLLMProcessor(ProcessorMixin):
         self.llm_width = parse(llm_width, Number, "processor_config.json: llm_width")
         self.max_length = parse(max_length, Count | None, "processor_config.json: max_length")
         self._section = json.dumps(model_section, sort_keys=True)
+        self._plan: FrontEndPlan | None = None
         self.loader = MediaLoader()
         missing = [token for token in PLACEHOLDERS.values() if token not in tokenizer.get_vocab()]
         if missing:
@@ -66,11 +67,19 @@ class MMLLMProcessor(ProcessorMixin):
         self.filler_id = tokenizer.pad_token_id
 
     @property
-    def front_end(self) -> FrontEnd:
-        """The shape arithmetic, without weights."""
-        front = shape_copy(self._section, self.llm_width)
-        front.prompts.use_tokenizer(self.tokenizer)
-        return front
+    def plan(self) -> FrontEndPlan:
+        """The front end's shape arithmetic, without weights."""
+        plan = self._plan or shared_plan(self._section, self.llm_width)
+        plan.prompts.use_tokenizer(self.tokenizer)
+        return plan
+
+    def use_plan(self, plan: FrontEndPlan) -> None:
+        """Take a plan that was made of the same section, instead of making one."""
+        self._plan = plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a loader worker is sent; it makes a plan of its own."""
+        return {**vars(self), "_plan": None}
 
     @property
     def model_input_names(self) -> list[str]:
@@ -138,7 +147,7 @@ class MMLLMProcessor(ProcessorMixin):
         options, unknown = read_options(kwargs)
         refuse_unknown(list(unknown), "processor")
         sampling = self.sampling(**{name: options[name] for name in SAMPLING})
-        if self.front_end.text_needs:
+        if self.plan.text_needs:
             what = "this model is guided by what the user says, which a plain text does not mark"
             raise UserError("text", what, hint="apply_chat_template(..., tokenize=True)")
         texts = [text] if isinstance(text, str) else text
@@ -189,7 +198,7 @@ class MMLLMProcessor(ProcessorMixin):
         Raises:
             UserError: a medium cannot be read, or even the first turn is longer than `max_length`.
         """
-        level = _checked_level(level, self.front_end.alignment_levels, name)
+        level = _checked_level(level, self.plan.alignment_levels, name)
         how = {"prompt": prompt, "continued": continued, "template": template, "variables": variables}
         known: dict[Any, Medium] = {}  # by their place: read once, however many of the last turns have to go
         while True:
@@ -202,7 +211,7 @@ class MMLLMProcessor(ProcessorMixin):
                 messages = shorter
                 continue
             example = self._expand(rendered, answers, sampling, name, known)
-            example.prompt = self.front_end.prompts.encode(user_turns(messages))
+            example.prompt = self.plan.prompts.encode(user_turns(messages))
             example.level = level
             if self.max_length is None or len(example.ids) <= self.max_length:
                 return example
@@ -244,7 +253,7 @@ class MMLLMProcessor(ProcessorMixin):
                 example.labels += ids if learnt else [-100] * len(ids)
         if len(example.media) != len(rendered.media):
             raise UserError(name or "text", "a placeholder was lost in tokenisation")
-        if self.front_end.first:
+        if self.plan.first:
             self._put_first(example)
         return example
 
@@ -256,11 +265,11 @@ class MMLLMProcessor(ProcessorMixin):
     def _put_first(self, example: Example) -> None:
         """The streams that stand at the start of the sequence, after BOS, whatever the place of their medium."""
         start = int(bool(example.ids) and example.ids[0] == self.tokenizer.bos_token_id)
-        front, at = self.front_end, start
+        plan, at = self.plan, start
         first: list[tuple[int, int, int]] = []
         for index, medium in enumerate(example.media):
-            for stream, node in enumerate(front.output[medium.spec.kind]):
-                if node in front.first:
+            for stream, node in enumerate(plan.output[medium.spec.kind]):
+                if node in plan.first:
                     first.append((at, index, stream))
                     at += self._length(medium, stream)
         example.ids[start:start] = [self.filler_id] * (at - start)
@@ -279,8 +288,8 @@ class MMLLMProcessor(ProcessorMixin):
         if (place, alone) not in known:
             known[place, alone] = self.read(rendered.media[place], sampling, tiled=alone)
         medium = known[place, alone]
-        for stream, node in enumerate(self.front_end.output[medium.spec.kind]):
-            if node in self.front_end.first:
+        for stream, node in enumerate(self.plan.output[medium.spec.kind]):
+            if node in self.plan.first:
                 continue  # put in when all is known
             example.spans.append((len(example.ids), len(example.media), stream))
             example.ids += [self.filler_id] * self._length(medium, stream)
@@ -289,7 +298,7 @@ class MMLLMProcessor(ProcessorMixin):
         example.media.append(medium)
 
     def _length(self, medium: Medium, stream: int) -> int:
-        return self.front_end.streams(medium.spec)[stream].tokens
+        return self.plan.streams(medium.spec)[stream].tokens
 
     def read(self, entry: MediumEntry | dict[str, Any], sampling: Sampling | None = None, tiled: bool = True) -> Medium:
         """Decode one content entry and resize it for every encoder.
@@ -304,9 +313,9 @@ class MMLLMProcessor(ProcessorMixin):
         """
         if isinstance(entry, dict):
             (entry,) = entries_of({"content": [entry]})
-        sampling = entry.sampled(sampling or self.front_end.sampling)
-        wanted = self.front_end.geometries
-        tiling = self.front_end.tiling if tiled and entry.kind == "image" else None
+        sampling = entry.sampled(sampling or self.plan.sampling)
+        wanted = self.plan.geometries
+        tiling = self.plan.tiling if tiled and entry.kind == "image" else None
         ref = entry.ref
         if ref is not None:
             loaded, key = self.loader.load(ref, sampling, wanted, tiling), (ref, sampling, tiling)
@@ -328,11 +337,11 @@ class MMLLMProcessor(ProcessorMixin):
         Raises:
             UserError: both frames and fps, or an unknown sampler.
         """
-        return self.front_end.sampling.override(frames, fps, max_frames, sampler)
+        return self.plan.sampling.override(frames, fps, max_frames, sampler)
 
     def collate(self, examples: list[Example], padding_side: str = "right") -> VisualBatch:
         """A batch: padded ids, mask, labels, and the `visual` dict in which equal media appear once."""
-        return collate(examples, self.tokenizer.pad_token_id, padding_side, self.front_end.prompts.collate)
+        return collate(examples, self.tokenizer.pad_token_id, padding_side, self.plan.prompts.collate)
 
 
 def _checked_level(level: int | None, known: int | None, name: str) -> int:

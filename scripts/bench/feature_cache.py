@@ -22,6 +22,7 @@ from mmllm.data.media.loading import Caches, MediaLoader
 from mmllm.data.media.sampling import Sampling
 from mmllm.data.media.types import MediaRef
 from mmllm.data.records.conversations import Sample
+from mmllm.model.blueprint import Blueprint
 from mmllm.model.build import build_model, build_processor
 from mmllm.train.caching import attach_caches
 from mmllm.train.run import build_objective
@@ -66,8 +67,9 @@ def epochs(clips: list[Path], options: argparse.Namespace, folder: Path) -> dict
         {"type": "pool", "name": "pool", "in": ["tower"], "grid": [options.frames, 4, 4]},
         {"type": "mlp", "name": "mlp", "in": ["pool"], "width": "llm"},
     ]
-    model = build_model(recipe)
-    processor = build_processor(recipe, build_tokenizer())
+    blueprint = Blueprint.of(recipe)
+    model = build_model(blueprint)
+    processor = build_processor(blueprint, build_tokenizer())
     freeze(model, ("connector",), "bench")
     attach_caches(model, processor, None, Caches.open(folder, ("features",), None), "float32")
     model.train()
@@ -102,7 +104,7 @@ def reply() -> dict[str, str]:
 
 def frames(clips: list[Path], count: int, folder: Path) -> dict[str, float]:
     """Milliseconds for a frame that is decoded and resized, and for one that was kept; in turns, the median clip."""
-    geometry = build_model(_tower_recipe()).model.front_end.geometries
+    geometry = build_model(Blueprint.of(_tower_recipe())).model.front_end.plan.geometries
     sampling = Sampling(frames=count)
     plain, kept = MediaLoader(), MediaLoader(caches=Caches.open(folder, ("frames",), None))
     decoded, cached = [], []

@@ -114,11 +114,13 @@ def main() -> None:
     options = parser.parse_args()
 
     from mmllm.config.recipe import load
+    from mmllm.model.blueprint import Blueprint
     from mmllm.model.build import build_model, build_processor
 
     recipe = load(options.recipe, [f"roots.world={options.world}"])
-    prepared = batches(recipe, build_processor(recipe), 4, options.batch)
-    hand, ours = build_model(recipe).to(options.device), build_model(recipe)
+    blueprint = Blueprint.of(recipe)
+    prepared = batches(recipe, build_processor(blueprint), 4, options.batch)
+    hand, ours = build_model(blueprint).to(options.device), build_model(blueprint)
     turns = {
         "hand": by_hand(hand, prepared, 1e-3),
         "ours": by_trainer(ours, prepared, 1e-3, options.device),

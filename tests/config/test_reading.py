@@ -11,7 +11,7 @@ from helpers.tiny import save_model, tiny_recipe
 from mmllm.config.recipe import load
 from mmllm.contract.documents import parse_yaml
 from mmllm.contract.errors import UserError
-from mmllm.model.build import check_shapes, llm_facts
+from mmllm.model.blueprint import Blueprint, llm_facts
 
 
 def written(folder: Path, text: str, name: str = "mine.yaml") -> Path:
@@ -29,7 +29,7 @@ def checked(folder: Path, **model: object) -> None:
         for name in parents:
             here = here[name]
         here[last] = value
-    check_shapes(load(written(folder, yaml.safe_dump(data))))
+    Blueprint.of(load(written(folder, yaml.safe_dump(data))))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_overrides_that_do_not_fit_are_refused_in_a_line(line):
     with pytest.raises(UserError):
         made = load("nano/llava", lines)
         build_objective(made.stages["instruct"].objective, "objective")
-        check_shapes(made)
+        Blueprint.of(made)
         assert not isinstance(made.stages["instruct"].data, str) or "=5" not in line
         raise UserError("data", "5 is a file that is not there")
 
@@ -189,7 +189,7 @@ def test_a_folder_as_llm_is_compared_before_anything_trains(tmp_path):
     AutoConfig.for_model(values.pop("model_type"), **values).save_pretrained(tmp_path / "llm")
     made.model["llm"]["name"] = str(tmp_path / "llm")
     with pytest.raises(UserError, match=r"llm\.config\.intermediate_size: differs from .*expected 128, got 96"):
-        check_shapes(made)
+        Blueprint.of(made)
 
 
 def test_plain_values_are_what_they_look_like():
@@ -222,9 +222,9 @@ def test_the_librarys_own_sizes_pass():
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mixtral", "qwen3_moe", "opt", "bloom"])
 def test_llms_of_many_kinds_are_taken(kind):
-    from mmllm.model.build import text_config
+    from mmllm.model.blueprint import Blueprint
 
     made = tiny_recipe()
     values = {"hidden_size": 64, "vocab_size": 700, "num_attention_heads": 4, "num_hidden_layers": 1}
     made.model["llm"]["config"] = {"model_type": kind, **values}
-    assert text_config(made).model_type == kind
+    assert Blueprint.of(made).config.text_config.model_type == kind

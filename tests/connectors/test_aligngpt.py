@@ -259,7 +259,7 @@ def test_the_gate_has_the_authors_size():
 def test_a_record_whose_level_the_table_has_not_is_named_when_it_is_read():
     chat = [turn(video(1), "What moves?"), turn("it moves left", role="assistant")]
     processor = tiny_processor(tiny_recipe("nano/aligngpt"))
-    count = processor.front_end.alignment_levels
+    count = processor.plan.alignment_levels
     assert processor.encode(chat, level=count - 1).level == count - 1
     with pytest.raises(UserError, match=f"sample clip-7: level: .*expected below {count}, got {count}"):
         processor.encode(chat, level=count, name="clip-7")
@@ -327,7 +327,7 @@ def test_a_contrastive_run_scores_media_as_it_read_them_in_training(tmp_path, ca
     judge, path = TrainedPair(str(pair)), write_video(tmp_path / "a.mp4", frames(3, 9))
     spec = judge.processor.read({"type": "video", "path": str(path)}).for_model()
     visual = {"media": [spec], "pairs": [(0, -1)], "spans": torch.zeros(0, 4, dtype=torch.long)}
-    ids, mask = judge.processor.front_end.prompts.sources["words"].tokenize(["a red square"])
+    ids, mask = judge.processor.plan.prompts.sources["words"].tokenize(["a red square"])
     with torch.no_grad():
         seen = judge.model.pooled_images({"visual": visual})
         text = judge.model.pooled_texts({"input_ids": ids, "attention_mask": mask})

@@ -18,7 +18,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part, Site
 from mmllm.contract.types import Grid, MediaSpec, Needs, TokenSpec, VisualTokens
 from mmllm.encoders.common.tokens import at_times, frame_tokens
-from mmllm.model.build import check_shapes
+from mmllm.model.blueprint import Blueprint
 
 PROJECTORS = {
     "pool": lambda t, h, w: {"grid": (t, h, w)},
@@ -202,7 +202,7 @@ def test_streams_that_do_not_fit_are_named(name):
 def test_a_recipe_whose_grids_differ_names_its_streams():
     recipe = load("nano/merv", ["model.connector.shape_grid.grid=8,2,3"])
     with pytest.raises(UserError) as error:
-        check_shapes(recipe)
+        Blueprint.of(recipe)
     for word in ("model.connector.fusion", "shape_stream: 48 tokens", "stream 2 is on a grid of 8x2x3"):
         assert word in str(error.value)
 
@@ -265,11 +265,11 @@ def test_two_cells_become_three():
 
 
 def test_the_paper_size_recipe_has_the_specs_figures():
-    rows = {row.part: row for row in walk(load("merv"))}
+    rows = {row.part: row for row in walk(Blueprint.of(load("merv")))}
     grids = {"languagebind": "16x16x16", "dinov2": "16x16x16", "vivit": "16x14x14", "siglip": "16x14x14"}
     assert {name: rows[name].grid for name in grids} == grids
     assert sum(rows[f"{name}_stream"].parameters for name in grids) == 4096 * (1024 + 1024 + 768 + 768) + 4 * 4096
-    geometries = check_shapes(load("merv")).geometries
+    geometries = Blueprint.of(load("merv")).plan.geometries
     assert geometries.keys() == grids.keys() and len(set(geometries.values())) == 1, "frames are resized once"
     assert rows["fusion"].parameters == 4096
     assert (rows["fusion"].tokens, rows["llm"].tokens) == (1024, 1024)
@@ -278,7 +278,7 @@ def test_the_paper_size_recipe_has_the_specs_figures():
     assert macs["languagebind"] == pytest.approx(1.30 + 0.41, abs=0.05)
     assert macs["dinov2"] == pytest.approx(1.32, abs=0.06)
     assert macs["vivit"] == pytest.approx(0.45, abs=0.03)
-    still = {row.part: row for row in walk(load("merv"), "image")}
+    still = {row.part: row for row in walk(Blueprint.of(load("merv")), "image")}
     assert still["llm"].tokens == 64
 
 

@@ -355,7 +355,7 @@ def test_a_question_moves_what_the_model_sees():
         "output": "project",
     }
     front = FrontEnd(section, 8).eval()
-    geometry = next(iter(front.geometries.values()))
+    geometry = next(iter(front.plan.geometries.values()))
     pixels = torch.randint(0, 256, (4, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
     clip = {"spec": MediaSpec("video", 4), "times": torch.arange(4.0), "pixels": {geometry: pixels}}
     prompts = front.prompts.collate([{"said": [48, 3, 4, 49]}, {"said": [48, 7, 49]}, {}])

@@ -11,6 +11,7 @@ from helpers.tiny import frames, tiny_processor, tiny_recipe, turn
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
 from mmllm.contract.types import MediaSpec, Needs
+from mmllm.model.blueprint import Blueprint
 from mmllm.model.build import build_model
 from mmllm.model.encoder_bank import build_encoder
 
@@ -59,7 +60,7 @@ def test_a_name_alone_is_completed_with_its_config_and_another_size_is_refused(t
 
 
 def test_a_frozen_encoder_keeps_no_graph_and_stays_in_eval_mode():
-    model = build_model(tiny_recipe())
+    model = build_model(Blueprint.of(tiny_recipe()))
     from mmllm.train.weights import freeze
 
     freeze(model, ("connector", "llm"), "stages")
@@ -67,7 +68,7 @@ def test_a_frozen_encoder_keeps_no_graph_and_stays_in_eval_mode():
     front = model.model.front_end
     bank = front.bank
     assert not bank.encoders["nano"].training
-    pixels = {front.geometries["nano"]: torch.zeros(4, 3, 48, 48, dtype=torch.uint8)}
+    pixels = {front.plan.geometries["nano"]: torch.zeros(4, 3, 48, 48, dtype=torch.uint8)}
     clip = {"pixels": pixels, "times": torch.zeros(4)}
     tokens = bank([clip], MediaSpec("video", 4), {}, {"nano"})
     assert not tokens["nano"].values.requires_grad
@@ -96,7 +97,7 @@ def test_several_encoders_each_with_its_own_transform_grid_and_frames(tmp_path):
         )
     )
     recipe = tiny_recipe(str(path))
-    processor, model = tiny_processor(recipe), build_model(recipe).eval()
+    processor, model = tiny_processor(recipe), build_model(Blueprint.of(recipe)).eval()
     clip = {"type": "video", "video": frames(1, 8)}
     options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
     batch = processor.apply_chat_template([turn(clip, "What?")], **options)
@@ -105,7 +106,7 @@ def test_several_encoders_each_with_its_own_transform_grid_and_frames(tmp_path):
         rows, _ = model.model.front_end(batch["visual"])
     assert rows.shape[0] == 2 * 9 + 4 * 4
     with pytest.raises(UserError, match="reads 3 frames, which does not divide a clip of 4"):
-        build_model(tiny_recipe(str(path), overrides=("model.encoders.nano.frames=3",)))
+        build_model(Blueprint.of(tiny_recipe(str(path), overrides=("model.encoders.nano.frames=3",))))
 
 
 def test_the_llm_of_a_name_is_loaded_with_its_head(tmp_path):
@@ -116,13 +117,13 @@ def test_the_llm_of_a_name_is_loaded_with_its_head(tmp_path):
     llm.save_pretrained(tmp_path)
     recipe = tiny_recipe()
     recipe.model["llm"] = {"name": str(tmp_path), "config": {"model_type": "llama", **text}}
-    model = build_model(recipe).eval()
+    model = build_model(Blueprint.of(recipe)).eval()
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, llm(ids).logits)
     recipe.model["llm"]["config"]["intermediate_size"] = 64
     with pytest.raises(UserError, match="differs from"):
-        build_model(recipe)
+        build_model(Blueprint.of(recipe))
 
 
 def test_site_and_needs_are_plain():

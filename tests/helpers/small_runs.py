@@ -10,6 +10,7 @@ import torch
 from helpers.tiny import frames, tiny_recipe, tokenizer_folder, write_video
 
 from mmllm.config.recipe import Recipe
+from mmllm.model.blueprint import Blueprint
 from mmllm.model.build import build_processor
 from mmllm.run_folder import RunFolder
 from mmllm.train.context import RunOptions, StageContext
@@ -52,7 +53,14 @@ def options(**changes: object) -> RunOptions:
 def context(made: Recipe, asked: RunOptions, folder: Path) -> StageContext:
     """The one stage of such a recipe, with a processor and without a model."""
     return StageContext(
-        "instruct", 1, made.stages["instruct"], made, None, build_processor(made), RunFolder(folder), asked
+        "instruct",
+        1,
+        made.stages["instruct"],
+        made,
+        None,
+        build_processor(Blueprint.of(made)),
+        RunFolder(folder),
+        asked,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ class Given(nn.Module):
     def __init__(self, clips: list[list[Tensor]]) -> None:
         super().__init__()
         self.clips = clips
+        self.plan = SimpleNamespace(streams=self.streams)
 
     def blanks(self, visual: dict) -> tuple:
         """None: one process."""

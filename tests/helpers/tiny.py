@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from mmllm.config.recipe import Recipe, load
-from mmllm.model.build import build_config, build_model
+from mmllm.model.blueprint import Blueprint
+from mmllm.model.build import build_model
 from mmllm.model.modeling import MMLLMForConditionalGeneration
 from mmllm.processing.processor import MMLLMProcessor
 
@@ -45,7 +46,7 @@ def tokenizer_folder() -> str:
 
 def tiny_processor(recipe: Recipe) -> MMLLMProcessor:
     """Its processor."""
-    config = build_config(recipe)
+    config = Blueprint.of(recipe).config
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder())
     return MMLLMProcessor(tokenizer, config.model_section, config.text_config.hidden_size, 1024)
 
@@ -53,7 +54,7 @@ def tiny_processor(recipe: Recipe) -> MMLLMProcessor:
 def tiny_model(recipe: Recipe, seed: int = 0) -> MMLLMForConditionalGeneration:
     """Its model, with random weights."""
     torch.manual_seed(seed)
-    return build_model(recipe).eval()
+    return build_model(Blueprint.of(recipe)).eval()
 
 
 def save_model(folder: Path) -> Path:

@@ -89,11 +89,15 @@ def test_shipped_studies_are_fair(path):
     ],
 )
 def test_what_shipped_studies_train_first_fits_their_arms(tmp_path, name, taken):
+    from mmllm.model.blueprint import Blueprint
     from mmllm.model.build import build_model
     from mmllm.train.weights import load_init
 
     file = StudyFile(next(path for path in SHIPPED if path.stem == name))
-    clip, arms = build_model(file.recipes["clip"]), {arm: build_model(file.recipes[arm]) for arm in file.arms}
+    clip, arms = (
+        build_model(Blueprint.of(file.recipes["clip"])),
+        {arm: build_model(Blueprint.of(file.recipes[arm])) for arm in file.arms},
+    )
     clip.save_pretrained(tmp_path / "model")
     for arm, model in arms.items():
         for part in file.recipes[arm].stages["caption"].init:

@@ -144,7 +144,7 @@ def test_equal_media_are_encoded_once(pair):
     shared = picture(9)
     batch = batched(processor, [[turn(shared, "What?")], [turn(shared, "Where?")]], "left")
     assert len(batch["visual"]["media"]) == 1
-    streams = processor.front_end.streams(batch["visual"]["media"][0]["spec"])
+    streams = processor.plan.streams(batch["visual"]["media"][0]["spec"])
     assert len(batch["visual"]["spans"]) == 2 * len(streams)
     apart = batched(processor, [[turn(picture(9), "Where?")]], "left")
     row = model(**batch).logits[1][batch["attention_mask"][1].bool()]

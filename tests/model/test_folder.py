@@ -16,7 +16,8 @@ import mmllm
 from mmllm.cli import main
 from mmllm.contract.errors import UserError
 from mmllm.contract.library import check_attention, trusting_remote_code
-from mmllm.model.build import build_tokenizer, check_shapes
+from mmllm.model.blueprint import Blueprint
+from mmllm.model.build import build_tokenizer
 
 CANARY = """
 open({path!r}, "w").close()
@@ -91,7 +92,7 @@ def test_code_beside_an_llms_config_is_refused(tmp_path, monkeypatch):
     made = tiny_recipe()
     made.model["llm"] = {"name": str(tmp_path / "llm"), "tokenizer": tokenizer_folder()}
     with pytest.raises(UserError, match=r"needs Python code of its own.*--trust-remote-code"):
-        check_shapes(made)
+        Blueprint.of(made)
     assert not ran.exists()
 
 
@@ -104,7 +105,7 @@ def test_an_attention_implementation_of_a_repository_is_refused(folder):
     made = tiny_recipe()
     made.model["llm"]["config"]["attn_implementation"] = "org/kernel"
     with pytest.raises(UserError, match=r"model\.llm\.config:attn_implementation"):
-        check_shapes(made)
+        Blueprint.of(made)
     check_attention({"attn_implementation": "eager", "vision_config": {"_attn_implementation": None}}, "config")
 
 

@@ -24,5 +24,5 @@ def _spans(processor, batch) -> list[tuple[int, int]]:
     """(pair, rows) of each pair."""
     visual = batch["visual"]
     specs = [visual["media"][clip]["spec"] for clip, _ in visual["pairs"]]
-    counts = [sum(stream.tokens for stream in processor.front_end.streams(spec)) for spec in specs]
+    counts = [sum(stream.tokens for stream in processor.plan.streams(spec)) for spec in specs]
     return list(enumerate(counts))

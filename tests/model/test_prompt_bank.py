@@ -16,7 +16,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part, Site, TextSource
 from mmllm.contract.registry import register
 from mmllm.contract.types import Grid, MediaSpec, Needs, PromptFeatures, TokenSpec, VisualTokens
-from mmllm.model.build import check_shapes
+from mmllm.model.blueprint import Blueprint
 
 
 @register("text", "letters_of_test")
@@ -185,17 +185,17 @@ def test_a_part_that_needs_the_prompt_says_so(tmp_path):
     built = recipe(tmp_path)
     built.model["text"] = {}
     with pytest.raises(UserError, match=r"asked_of_test: needs the prompt, and no text source is named for it"):
-        check_shapes(built)
+        Blueprint.of(built)
     two = {"letters": {"type": "letters_of_test"}, "more": {"type": "letters_of_test"}}
     built.model["text"] = two
     with pytest.raises(UserError, match=r"Try: prompt: letters or more"):
-        check_shapes(built)
+        Blueprint.of(built)
     built.model["connector"][0]["prompt"] = "mroe"
     with pytest.raises(UserError, match=r"no text source is called 'mroe'\. Try: more"):
-        check_shapes(built)
+        Blueprint.of(built)
     built.model["text"] = {"letters": {"type": "leters_of_test"}}
     with pytest.raises(UserError, match=r"no text is called 'leters_of_test'. Try: letters_of_test"):
-        check_shapes(built)
+        Blueprint.of(built)
 
 
 def test_a_stream_may_stand_at_the_start(tmp_path):
@@ -224,5 +224,5 @@ def test_a_medium_of_a_single_stream_may_stand_at_the_start_alone(tmp_path):
     start = int(batch["input_ids"][0, 0] == processor.tokenizer.bos_token_id)
     assert batch["visual"]["spans"].tolist() == [[0, start, 0, 0]]
     plain = processor.apply_chat_template([turn("Look:", "what moves?")], **OPTIONS)["input_ids"]
-    count = processor.front_end.streams(batch["visual"]["media"][0]["spec"])[0].tokens
+    count = processor.plan.streams(batch["visual"]["media"][0]["spec"])[0].tokens
     assert batch["input_ids"].shape[1] == plain.shape[1] + count

@@ -13,6 +13,7 @@ from helpers.tiny import frames, write_video
 from mmllm.config.llm_source import located
 from mmllm.config.recipe import load
 from mmllm.contract.errors import UserError
+from mmllm.model.blueprint import Blueprint
 from mmllm.model.build import build_model, build_processor
 from mmllm.train.context import RunOptions
 from mmllm.train.run import train
@@ -39,7 +40,7 @@ def test_text_alone_is_answered_as_by_the_bare_llm(tmp_path):
     from transformers import AutoModelForCausalLM
 
     recipe = load("smol")
-    model, processor = build_model(recipe).eval(), build_processor(recipe)
+    model, processor = build_model(Blueprint.of(recipe)).eval(), build_processor(Blueprint.of(recipe))
     place = located(recipe.llm.name, "")
     bare = AutoModelForCausalLM.from_pretrained(place, gguf_file=recipe.llm.gguf, dtype=torch.float32).eval()
     for question in ("What is the capital of France?", "Name three colors."):

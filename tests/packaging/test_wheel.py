@@ -48,8 +48,8 @@ def test_it_lists_and_builds_recipes_from_any_folder(wheel, tmp_path):
     code = (
         "import mmllm, mmllm.encoders, mmllm.train\n"
         f"assert mmllm.__file__.startswith({str(site)!r}) and mmllm.encoders.__file__.startswith({str(site)!r})\n"
-        "from mmllm.config import recipe\nfrom mmllm.model.build import check_shapes\n"
-        "for name in recipe.names():\n    check_shapes(recipe.load(name))\n"
+        "from mmllm.config import recipe\nfrom mmllm.model.blueprint import Blueprint\n"
+        "for name in recipe.names():\n    Blueprint.of(recipe.load(name))\n"
         "print(len(recipe.names()))"
     )
     environment = {"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"}

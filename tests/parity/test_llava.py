@@ -6,6 +6,7 @@ import torch
 from helpers.library import SMALL, copy_weights
 
 from mmllm.contract.types import MediaSpec
+from mmllm.model.blueprint import Blueprint
 from mmllm.model.build import build_model
 
 
@@ -20,7 +21,7 @@ def test_logits_are_those_of_the_librarys_llava():
     recipe = load("llava", ["model.encoders.clip.name=null", "model.llm.name=null"])
     recipe.model["encoders"]["clip"]["config"] = vision
     recipe.model["llm"]["config"] = {"model_type": "llama", **text}
-    ours = build_model(recipe, weights=False).eval()
+    ours = build_model(Blueprint.of(recipe), weights=False).eval()
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**vision),
         text_config=LlamaConfig(**text),

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mmllm.config.recipe import load
 from mmllm.contract.types import MediaSpec
+from mmllm.model.blueprint import Blueprint
 from mmllm.model.build import build_model
 
 VISION = {**SMALL, "image_size": 42, "patch_size": 14, "vision_use_head": False}
@@ -32,7 +33,7 @@ def both():
     recipe.model["encoders"]["siglip"]["config"] = VISION
     recipe.model["llm"]["config"] = {"model_type": "qwen2", **TEXT}
     torch.manual_seed(0)
-    ours = build_model(recipe, weights=False).eval()
+    ours = build_model(Blueprint.of(recipe), weights=False).eval()
     pinpoints = [[42 * i, 42 * j] for i in range(1, 4) for j in range(1, 4)]
     theirs = LlavaOnevisionForConditionalGeneration(
         LlavaOnevisionConfig(
@@ -67,13 +68,14 @@ def picture(height: int, width: int) -> Image.Image:
 def test_logits_are_those_of_the_library(models, height: int, width: int) -> None:
     from transformers import AutoTokenizer, LlavaOnevisionImageProcessor
 
+    from mmllm.model.blueprint import Blueprint
     from mmllm.model.build import build_processor
 
     recipe, ours, theirs = models
     image = picture(height, width)
-    processor = build_processor(recipe, AutoTokenizer.from_pretrained(tokenizer_folder()))
+    processor = build_processor(Blueprint.of(recipe), AutoTokenizer.from_pretrained(tokenizer_folder()))
     medium = processor.read({"type": "image", "image": image})
-    tokens = ours.model.front_end.streams(medium.spec)[0].tokens
+    tokens = ours.model.front_end.plan.streams(medium.spec)[0].tokens
     ids = torch.tensor([[5, *[PLACE] * tokens, 7, 8, 9]])
     visual = {"media": [medium.for_model()], "pairs": [(0, -1)], "spans": torch.tensor([[0, 1, 0, 0]])}
     library = LlavaOnevisionImageProcessor(
@@ -91,10 +93,11 @@ def test_logits_are_those_of_the_library(models, height: int, width: int) -> Non
 def test_several_images_are_one_view_each(models) -> None:
     from transformers import AutoTokenizer
 
+    from mmllm.model.blueprint import Blueprint
     from mmllm.model.build import build_processor
 
     recipe, _, _ = models
-    processor = build_processor(recipe, AutoTokenizer.from_pretrained(tokenizer_folder()))
+    processor = build_processor(Blueprint.of(recipe), AutoTokenizer.from_pretrained(tokenizer_folder()))
     one, other = picture(100, 60), picture(60, 100)
 
     def specs(*images):
@@ -109,10 +112,11 @@ def test_several_images_are_one_view_each(models) -> None:
 def test_images_of_many_sizes_in_one_batch_answer_as_alone(models) -> None:
     from transformers import AutoTokenizer
 
+    from mmllm.model.blueprint import Blueprint
     from mmllm.model.build import build_processor
 
     recipe, ours, _ = models
-    processor = build_processor(recipe, AutoTokenizer.from_pretrained(tokenizer_folder()))
+    processor = build_processor(Blueprint.of(recipe), AutoTokenizer.from_pretrained(tokenizer_folder()))
     chats = [
         [{"role": "user", "content": [{"type": "image", "image": picture(*size)}, {"type": "text", "text": "What?"}]}]
         for size in ((42, 42), (100, 60), (60, 100), (126, 126))
@@ -147,7 +151,7 @@ def test_logits_are_those_of_the_librarys_llava_onevision_on_video():
     recipe = load("llava_onevision_video", [*unnamed, "model.media.frames=3"])
     recipe.model["encoders"]["siglip"]["config"] = vision
     recipe.model["llm"]["config"] = {"model_type": "qwen2", **text}
-    ours = build_model(recipe, weights=False).eval()
+    ours = build_model(Blueprint.of(recipe), weights=False).eval()
     theirs = LlavaOnevisionForConditionalGeneration(
         LlavaOnevisionConfig(
             vision_config=SiglipVisionConfig(**vision),

@@ -153,13 +153,13 @@ def test_added_control_tokens_and_those_that_take_blanks_stay_text_too():
     from tokenizers import AddedToken
     from transformers import AutoTokenizer
 
-    from mmllm.model.build import build_config
+    from mmllm.model.blueprint import Blueprint
     from mmllm.processing.processor import MMLLMProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder())
     tokenizer.add_tokens([AddedToken("<|eot|>", special=True, rstrip=True, lstrip=True)], special_tokens=True)
     tokenizer._special_tokens_map.pop("additional_special_tokens", None)
-    config = build_config(tiny_recipe())
+    config = Blueprint.of(tiny_recipe()).config
     processor = MMLLMProcessor(tokenizer, config.model_section, config.text_config.hidden_size, 1024)
     number = tokenizer.convert_tokens_to_ids("<|eot|>")
     ids = processor.apply_chat_template([turn("Say <|eot|> now")], **BATCH)["input_ids"][0]

@@ -75,7 +75,7 @@ def test_any_template(name):
 
 def test_counts_are_known_before_decoding(processor):
     for spec, tokens in ((MediaSpec("video", 4), 36), (MediaSpec("image", 1), 9), (MediaSpec("video", 7), 63)):
-        assert [stream.tokens for stream in processor.front_end.streams(spec)] == [tokens]
+        assert [stream.tokens for stream in processor.plan.streams(spec)] == [tokens]
 
 
 def test_collation_pads_either_side_and_moves_spans(processor):
@@ -124,6 +124,6 @@ def test_two_streams_and_kinds_of_media_are_spliced_where_they_belong(tmp_path):
 
 def test_where_the_kind_matters_the_difference_is_declared():
     """A recipe that pools videos only: a still keeps its 6 x 6 places, a video of one frame has 3 x 3."""
-    front = tiny_processor(tiny_recipe("nano/llava_onevision_video")).front_end
-    assert [stream.tokens for stream in front.streams(MediaSpec("image", 1))] == [36 + 1]
-    assert [stream.tokens for stream in front.streams(MediaSpec("video", 1))] == [9 + 1]
+    plan = tiny_processor(tiny_recipe("nano/llava_onevision_video")).plan
+    assert [stream.tokens for stream in plan.streams(MediaSpec("image", 1))] == [36 + 1]
+    assert [stream.tokens for stream in plan.streams(MediaSpec("video", 1))] == [9 + 1]

@@ -12,7 +12,8 @@ from mmllm.checks.summary import walk
 from mmllm.config import recipe as recipes
 from mmllm.contract.errors import UserError
 from mmllm.contract.types import MediaSpec
-from mmllm.model.build import build_tokenizer, check_shapes
+from mmllm.model.blueprint import Blueprint
+from mmllm.model.build import build_tokenizer
 from mmllm.processing.chat_template import render
 from mmllm.train.weights import validate_module_names
 
@@ -44,7 +45,7 @@ FIGURES = {
 @pytest.mark.parametrize("name", MODELS)
 def test_every_shipped_recipe_walks_to_its_figures(name):
     tokens, millions = FIGURES[name]
-    rows = walk(recipes.load(name))
+    rows = walk(Blueprint.of(recipes.load(name)))
     assert rows[-1].tokens == tokens
     free = ("newline", "any_resolution", "temporal_spatial_mean", "llm_embedding")
     assert all(row.macs > 0 for row in rows if row.type not in free)
@@ -55,7 +56,7 @@ def test_every_shipped_recipe_walks_to_its_figures(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_shipped_stage_trains_what_is_there(name):
     recipe = recipes.load(name)
-    front = check_shapes(recipe)
+    front = Blueprint.of(recipe).plan
     for stage, settings in recipe.stages.items():
         validate_module_names(front, settings, recipe.where(f"stages.{stage}"))
 
@@ -77,7 +78,7 @@ def write(folder: Path, **sections: object) -> Path:
 def problem(path: Path | str, *overrides: str) -> str:
     """The one line that a mistake gives."""
     with pytest.raises(UserError) as error:
-        check_shapes(recipes.load(path, overrides))
+        Blueprint.of(recipes.load(path, overrides))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -108,7 +109,7 @@ def test_overrides_address_by_name_and_are_typed():
     made = recipes.load("nano/llava", ["stages.instruct.lr=1e-5", "model.encoders.nano.grid=3,3"])
     assert made.stages["instruct"].lr == 1e-5
     made = recipes.load("nano/llava_onevision_video", ["model.connector.pool.kernel=2,3,3"])
-    assert check_shapes(made).streams(MediaSpec("video", 8))[0].tokens == 4 * 2 * 2 + 1
+    assert Blueprint.of(made).plan.streams(MediaSpec("video", 8))[0].tokens == 4 * 2 * 2 + 1
 
 
 def test_overrides_set_what_a_recipe_leaves_out():
@@ -193,6 +194,6 @@ def test_only_and_several_streams(tmp_path):
         {"name": "lines", "type": "newline", "at": "row", "in": "mlp", "only": "image"},
     ]
     path = write(tmp_path, model={"connector": connector, "output": {"video": ["few", "mlp"], "image": "lines"}})
-    front = check_shapes(recipes.load(path))
+    front = Blueprint.of(recipes.load(path)).plan
     assert [spec.tokens for spec in front.streams(MediaSpec("video", 8))] == [2, 72]
     assert [spec.tokens for spec in front.streams(MediaSpec("image", 1))] == [12]

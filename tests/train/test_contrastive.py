@@ -170,7 +170,7 @@ def test_a_batch_of_clips_and_descriptions():
         return SimpleNamespace(key=entry["path"], for_model=lambda: {"path": entry["path"]})
 
     sources = {"words": Source()}
-    processor = SimpleNamespace(read=read, front_end=SimpleNamespace(prompts=SimpleNamespace(sources=sources)))
+    processor = SimpleNamespace(read=read, plan=SimpleNamespace(prompts=SimpleNamespace(sources=sources)))
     samples = [sample("0", clip), sample("1", other, answer="Two blue dots stay."), sample("2", clip)]
     batch = Contrastive().prepare(samples, processor)
     assert batch["visual"]["media"] == [{"path": "a.mp4"}, {"path": "b.mp4"}]

@@ -7,6 +7,7 @@ import torch
 from helpers.small_runs import recipe
 
 from mmllm.contract.errors import UserError
+from mmllm.model.blueprint import Blueprint
 from mmllm.model.build import build_processor
 
 
@@ -17,7 +18,10 @@ def test_rows_in_groups_of_similar_length_give_the_same_loss_and_gradients(data,
     from mmllm.train.objectives.language_modeling import LanguageModeling
 
     made = recipe(data)
-    processor, model = build_processor(made), build_model(made).double()  # sums in another order
+    processor, model = (
+        build_processor(Blueprint.of(made)),
+        build_model(Blueprint.of(made)).double(),
+    )  # sums in another order
     samples = [load_data(made.stages["instruct"], made)[index] for index in range(7)]
     found = []
     for objective in (LanguageModeling(), LanguageModeling(groups=groups)):
@@ -44,7 +48,8 @@ def test_the_padding_of_a_row_is_read_by_nothing_though_there_is_no_mask(data):
     from mmllm.train.objectives.language_modeling import LanguageModeling
 
     made = recipe(data)
-    processor, model, objective = build_processor(made), build_model(made), LanguageModeling()
+    blueprint, objective = Blueprint.of(made), LanguageModeling()
+    processor, model = build_processor(blueprint), build_model(blueprint)
     samples = [load_data(made.stages["instruct"], made)[index] for index in range(7)]
     batch = objective.prepare(samples, processor)
     assert not batch["attention_mask"].all()

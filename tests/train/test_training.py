@@ -133,10 +133,11 @@ def test_gradients_reach_what_trains_and_nothing_else(data, tmp_path, straight):
     train(recipe(data, trains=["connector"], steps=2), tmp_path, options())
     from transformers import set_seed
 
+    from mmllm.model.blueprint import Blueprint
     from mmllm.model.build import build_model
 
     set_seed(0)
-    fresh = build_model(recipe(data)).state_dict()
+    fresh = build_model(Blueprint.of(recipe(data))).state_dict()
     for name, value in weights(tmp_path).items():
         moved = not torch.equal(value, fresh[name])
         assert moved == ("front_end.parts" in name), name
@@ -227,12 +228,13 @@ def test_a_broken_clip_is_named_and_nothing_is_lost(data, tmp_path, jobs):
 def test_the_llm_starts_the_same_behind_any_front_end():
     from transformers import set_seed
 
+    from mmllm.model.blueprint import Blueprint
     from mmllm.model.build import build_model
 
     states = []
     for name in ("nano/llava", "nano/video_chatgpt"):
         set_seed(3)
-        states.append(build_model(tiny_recipe(name)).model.language_model.state_dict())
+        states.append(build_model(Blueprint.of(tiny_recipe(name))).model.language_model.state_dict())
     for key, value in states[0].items():
         assert torch.equal(value, states[1][key]), key
 

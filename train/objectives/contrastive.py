@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed, nn
 
+from mmllm.contract.batch import Batch
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.parts import Objective
 from mmllm.contract.registry import register
@@ -93,14 +94,14 @@ class Contrastive(Objective):
         self.text = text
         self.waiting = False  # whether a batch was counted and not yet scored
 
-    def prepare(self, samples: list, processor: Any) -> dict[str, Any]:
+    def prepare(self, samples: list, processor: Any) -> Batch:
         """Conversations -> clips as `visual`, one pair per sample, and their descriptions as ids and mask [B, L].
 
         Raises:
             UserError: a sample that is not one clip and its description, or no text source.
         """
         described = [caption_of(sample) for sample in samples]
-        source = self._source(processor.front_end.prompts.sources)
+        source = self._source(processor.plan.prompts.sources)
         ids, mask = source.tokenize([caption for _, caption in described])
         media: dict[Any, int] = {}
         clips, pairs = [], []
@@ -122,7 +123,7 @@ class Contrastive(Objective):
             raise UserError("objective contrastive: text", f"no text source is called {name!r}", hint=hint)
         return sources[name]
 
-    def counts(self, batch: dict[str, Any]) -> dict[str, int]:
+    def counts(self, batch: Batch) -> dict[str, int]:
         """How many pairs.
 
         Raises:
@@ -134,7 +135,7 @@ class Contrastive(Objective):
         self.waiting = True
         return {"contrastive": len(batch["input_ids"])}
 
-    def forward(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Term]:
+    def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         """The summed loss of this process's rows.
 
         Raises:

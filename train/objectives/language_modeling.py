@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmllm.contract.batch import Batch
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Objective
 from mmllm.contract.registry import register
@@ -33,7 +34,7 @@ class LanguageModeling(Objective):
             raise UserError("objective language_modeling: groups", "is 1 or more", got=groups)
         self.groups = groups
 
-    def prepare(self, samples: list, processor: Any) -> dict[str, Any]:
+    def prepare(self, samples: list, processor: Any) -> Batch:
         """Conversations -> padded batch; `names` says whose rows they are, `groups` (first, last, length) of each.
 
         Raises:
@@ -54,11 +55,11 @@ class LanguageModeling(Objective):
         borders = [len(lengths) * index // count for index in range(count + 1)]
         return [(first, last, max(lengths[first:last])) for first, last in pairwise(borders)]
 
-    def counts(self, batch: dict[str, Any]) -> dict[str, int]:
+    def counts(self, batch: Batch) -> dict[str, int]:
         """How many tokens are scored."""
         return {"language_modeling": int((batch["labels"][:, 1:] != -100).sum())}
 
-    def forward(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Term]:
+    def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
         """The summed cross-entropy."""
         sequence, labels = model.embed(batch), batch["labels"]
         states, targets = [], []

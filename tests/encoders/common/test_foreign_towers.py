@@ -17,6 +17,7 @@ from mmllm.config.recipe import Recipe
 from mmllm.contract.errors import UserError
 from mmllm.contract.registry import find
 from mmllm.contract.types import MediaSpec, Needs
+from mmllm.model.blueprint import Blueprint
 from mmllm.model.build import build_model
 from mmllm.model.encoder_bank import build_encoder
 
@@ -66,7 +67,7 @@ def tower_of(model: Any) -> Any:
 def test_weights_of_a_file_survive_post_init_and_come_back_bit_equal(kind, tmp_path):
     section = timm_file(TIMM[kind], tmp_path)
     recipe = recipe_with(section, tmp_path)
-    model = build_model(recipe).eval()
+    model = build_model(Blueprint.of(recipe)).eval()
     from safetensors.torch import load_file
 
     file, tower = load_file(section["weights"]), tower_of(model).tower
@@ -185,7 +186,7 @@ def test_a_tower_with_a_head_is_loaded_without_it_and_survives_a_checkpoint(kind
     own = {"type": "huggingface", "mean": [0.5] * 3, "std": [0.5] * 3, "size": 32, "fit": "crop"}
     section = {**(own | {"interpolation": "bicubic"} if kind == "vit" else {"type": kind}), "name": str(tmp_path)}
     recipe = recipe_with({**section, "layer": -1}, tmp_path)
-    model = build_model(recipe).eval()
+    model = build_model(Blueprint.of(recipe)).eval()
     encoder = tower_of(model)
     pixels = torch.randint(0, 256, (1, 4, 3, 32, 32), dtype=torch.uint8)
     inputs = encoder.normalise(pixels)
@@ -225,7 +226,7 @@ def test_open_clip_weights_survive_too_and_tokens_are_the_librarys(tmp_path):
     theirs = clip_folder(tmp_path)
     section = {"type": "open_clip", "name": f"local-dir:{tmp_path}", "weights": "pretrained", "layer": -1}
     recipe = recipe_with(section, tmp_path)
-    model = build_model(recipe).eval()
+    model = build_model(Blueprint.of(recipe)).eval()
     encoder = tower_of(model)
     assert encoder.geometry.fit == "squash"
     assert encoder.mean == (0.4, 0.5, 0.6)

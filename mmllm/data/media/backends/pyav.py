@@ -13,6 +13,7 @@ import numpy as np
 from mmllm.contract.errors import UserError
 from mmllm.contract.registry import register
 from mmllm.data.media.backends.base import Backend, Convert
+from mmllm.data.media.backends.pyav_walk import Walk
 from mmllm.data.media.containers import count_packets, header_count, open_container, picture_stream
 from mmllm.data.media.damage import Damage
 from mmllm.data.media.limits import DEFAULTS, Limits
@@ -102,6 +103,7 @@ class PyAVBackend(Backend):
             self.format = self._container.format.name
             shuffled = self.format == "avi" and self._stream.codec_context.has_b_frames
             self._counted = bool(shuffled or self._first.pts is None)
+            self._clock = None if self._counted else self._seconds
             self.turns = round(self._first.rotation / 90) % 4
             size = (self._first.height, self._first.width)
             kind = "gif" if self.format == "gif" else "video"
@@ -152,24 +154,24 @@ class PyAVBackend(Backend):
     def _near(self, pts: int) -> bool:
         """Whether the frame of this time stamp may be on screen at a wanted moment."""
         moment, step = self._seconds(pts), 1 / self.probe.fps
-        place = bisect_left(self._only, moment - KEEP_AFTER * step)
-        return place < len(self._only) and self._only[place] < moment + KEEP_BEFORE * step
+        index = bisect_left(self._only, moment - KEEP_AFTER * step)
+        return index < len(self._only) and self._only[index] < moment + KEEP_BEFORE * step
 
     def read_times(self, times: Sequence[float], convert: Convert | None = None) -> list[Any]:
         """See :class:`Backend`. ``missing`` counts the moments behind the end of what decodes."""
         order = sorted(range(len(times)), key=times.__getitem__)
-        wanted = [times[place] for place in order]
+        wanted = [times[index] for index in order]
         sparse = len(wanted) * SPARSE < (wanted[-1] - wanted[0]) * self.probe.fps
         ways = [(True, False), (False, False)]
         if self._counted:
             del ways[0]
         elif sparse and self._stream.codec_context.name in SKIPS:
             ways.insert(0, (True, True))
-        found: list[Any] = []
+        walk = Walk(wanted, convert)
         for jump, skip in ways:
             self._only = wanted if skip else []
             try:
-                self._walk(wanted, found, convert, jump)
+                self._walk(walk, jump)
                 break
             except _Missed:
                 log.debug("%s: reading it again (jump %s, skip %s)", self.path, jump, skip)
@@ -177,73 +179,84 @@ class PyAVBackend(Backend):
             log.warning("%s: damage while decoding, %d packet(s) skipped", self.path, self._damage.packets)
         self.corrupt = self._damage.spans()
         values: list[Any] = [None] * len(times)
-        for place, value in zip(order, found, strict=True):
-            values[place] = value
+        for index, value in zip(order, walk.found, strict=True):
+            values[index] = value
         return values
 
-    def _walk(self, wanted: list[float], found: list[Any], convert: Convert | None, jump: bool) -> None:
-        """Append to ``found`` the values at ascending moments that it lacks.
+    def _walk(self, walk: Walk, jump: bool) -> None:
+        """Add the values at the moments that ``walk`` lacks.
 
         Raises:
             _Missed: a frame may be another than the wanted one; what was found until then is right.
         """
-        ahead, step = self._from_start(), 1 / self.probe.fps
-        shown, now, longest, looked, margin = None, 0.0, step, -1, None
-        clock = None if self._counted else self._seconds
-        while len(found) < len(wanted):
-            frame = next(ahead, None)
+        walk.restart(self._from_start(), 1 / self.probe.fps)
+        while not walk.done:
+            frame = next(walk.ahead, None)
             if frame is None:
                 break
-            before, now = now, self._time(frame, now, shown)
-            due = bisect_left(wanted, now - self.slack, len(found)) - len(found)
-            if due and shown is None and margin == MARGIN:
+            before, walk.now = walk.now, self._time(frame, walk.now, walk.shown)
+            due = walk.due(self.slack)
+            if due and walk.shown is None and walk.margin == MARGIN:
                 # the key frame comes on screen just after the moment
-                margin, now = WIDE_MARGIN, before
-                ahead = self._sought(wanted[len(found)], margin)
+                walk.now = before
+                self._jump(walk, WIDE_MARGIN)
                 continue
             if due:
-                if shown is None or (self._only and wanted[len(found) + due - 1] - before > 1.5 * step):
-                    raise _Missed
-                self._damage.take(shown, before, now, clock)
-                found += [self._value(shown, convert)] * due
-            if shown is not None:
-                longest = max(longest, now - before)
-            shown = frame
-            self._damage.passes(frame, now, clock)
-            if jump and looked < len(found) < len(wanted):
-                looked = len(found)
-                margin = self._margin(now, wanted[looked])
+                self._take_due(walk, due, before)
+            walk.show(frame, before)
+            self._damage.passes(frame, walk.now, self._clock)
+            if jump and walk.looks():
+                margin = self._margin(walk.now, walk.next)
                 if margin is not None:
-                    shown, ahead = None, self._sought(wanted[looked], margin)
-        for frame in islice(ahead, MARGIN if self._damage.open_end else 0):
-            now = self._time(frame, now, shown)
-            self._damage.passes(frame, now, clock)
+                    self._jump(walk, margin)
+        self._close_damage(walk)
+        self._take_rest(walk)
+
+    def _jump(self, walk: Walk, margin: int) -> None:
+        walk.margin, walk.shown, walk.ahead = margin, None, self._sought(walk.next, margin)
+
+    def _take_due(self, walk: Walk, due: int, before: float) -> None:
+        """The frame on screen until ``walk.now`` is the one at ``due`` moments."""
+        last = walk.wanted[len(walk.found) + due - 1]
+        if walk.shown is None or (self._only and last - before > 1.5 / self.probe.fps):
+            raise _Missed
+        self._damage.take(walk.shown, before, walk.now, self._clock)
+        walk.found += [self._value(walk.shown, walk.convert)] * due
+
+    def _close_damage(self, walk: Walk) -> None:
+        """Read on until it is known where damage ends."""
+        for frame in islice(walk.ahead, MARGIN if self._damage.open_end else 0):
+            walk.now = self._time(frame, walk.now, walk.shown)
+            self._damage.passes(frame, walk.now, self._clock)
             if not self._damage.open_end:
                 break
-        rest = len(wanted) - len(found)
-        if rest and (shown is None or (self._only and wanted[-1] - now > 1.5 * step)):
+
+    def _take_rest(self, walk: Walk) -> None:
+        """The last frame is the one at the moments that are left; those behind its end are missing."""
+        rest = walk.wanted[len(walk.found) :]
+        if rest and (walk.shown is None or (self._only and rest[-1] - walk.now > 1.5 / self.probe.fps)):
             raise _Missed
-        self.missing, self.last = 0, now
+        self.missing, self.last = 0, walk.now
         if rest:
-            end = now + max(longest, (shown.duration or 0) * self._tick) - self.slack
+            end = walk.now + max(walk.longest, (walk.shown.duration or 0) * self._tick) - self.slack
             if not self._only:
-                self.missing = sum(moment >= end for moment in wanted[len(found) :])
-            self._damage.take(shown, now, now, clock)
-            found += [self._value(shown, convert)] * rest
+                self.missing = sum(moment >= end for moment in rest)
+            self._damage.take(walk.shown, walk.now, walk.now, self._clock)
+            walk.found += [self._value(walk.shown, walk.convert)] * len(rest)
 
     def _margin(self, now: float, moment: float) -> int | None:
         """How many frames early a jump to a moment should aim; None if it does not pay to jump."""
         # the index of key frames can be read since version 17
-        index = getattr(self._stream, "index_entries", None)
-        if not index or not any(name in self.format for name in JUMPS):
+        entries = getattr(self._stream, "index_entries", None)
+        if not entries or not any(name in self.format for name in JUMPS):
             return WIDE_MARGIN if moment - now > SEEK_FRAMES / self.probe.fps else None
         if moment - now <= (GAIN + MARGIN) / self.probe.fps:
             return None
         # the index of an mp4 is in decoding time, a jump aims at the time on screen
-        delay = max(0, self._origin - index[0].timestamp)
-        place = index.search_timestamp(self._aim(moment, MARGIN) - delay)
-        key = index[max(0, place)].timestamp + delay - self._origin
-        pays = place >= 0 and key * self._tick > now + GAIN / self.probe.fps
+        delay = max(0, self._origin - entries[0].timestamp)
+        index = entries.search_timestamp(self._aim(moment, MARGIN) - delay)
+        key = entries[max(0, index)].timestamp + delay - self._origin
+        pays = index >= 0 and key * self._tick > now + GAIN / self.probe.fps
         return MARGIN if pays else None
 
     def _aim(self, moment: float, margin: int) -> int:
