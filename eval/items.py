@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mmllm.contract.errors import UserError, shown
 from mmllm.data.records.json_files import read_json
@@ -53,6 +54,44 @@ class Item:
         """True where the chosen option's *text* is the answer (several options may carry the same text)."""
         place = -1 if letter is None else LETTERS.index(letter)
         return 0 <= place < len(self.options) and self.options[place] == self.answer
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One row of a benchmark's task table.
+
+    Attributes:
+        name: as printed, and the key of reports.
+        abbr: short name used by papers.
+        stem: name of the annotation file without ``.json``.
+        folder: the authors' folder of the clips under ``video/``.
+    """
+
+    name: str
+    abbr: str
+    stem: str
+    folder: str
+
+
+Task = TypeVar("Task", bound=TaskRow)
+
+
+def items_of(tasks: Iterable[Task], folder: Path, item: Callable[[Task, int, dict[str, Any], str], Item]) -> list[Item]:
+    """The items of all tasks, in the order of the table and of the files.
+
+    Args:
+        tasks: the task table.
+        folder: of the annotation files.
+        item: called with a task, an index, the record, and where it stands, for errors.
+
+    Raises:
+        UserError: a file is missing, or an item is malformed (named by file, index and key).
+    """
+    found = []
+    for task in tasks:
+        path = folder / f"{task.stem}.json"
+        found += [item(task, index, row, f"{path}:item {index}") for index, row in enumerate(read_rows(path))]
+    return found
 
 
 def gold_letter(options: tuple[str, ...], answer: str) -> str | None:

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmllm.contract.errors import UserError
-from mmllm.eval.items import Item, gold_letter, item_id, need_root, options_of, read_rows, text_of
+from mmllm.eval.items import Item, TaskRow, gold_letter, item_id, items_of, need_root, options_of, text_of
 
 NAME = "mlvu"
 JSON_FOLDERS = ("json", "upload_json", ".")
 
 
 @dataclass(frozen=True)
-class MLVUTask:
-    """One row of the task table.
+class MLVUTask(TaskRow):
+    """One row of the task table; `stem` is also the name of the hub's video folder.
 
     Attributes:
-        name: key of reports.
-        abbr: short name used by papers.
-        stem: name of the annotation file without ``.json``, and of the hub's video folder.
-        folder: the authors' video folder under ``video/``.
         kind: "choice", or "open" for a generated answer.
     """
 
-    name: str
-    abbr: str
-    stem: str
-    folder: str
     kind: str = "choice"
 
 
@@ -58,12 +51,7 @@ def load(root: Path | str) -> list[Item]:
     """
     root = Path(root)
     need_root(root, NAME)
-    folder = _json_folder(root)
-    items = []
-    for task in TASKS:
-        path = folder / f"{task.stem}.json"
-        items += [_item(root, task, index, row, f"{path}:item {index}") for index, row in enumerate(read_rows(path))]
-    return items
+    return items_of(TASKS, _json_folder(root), partial(_item, root))
 
 
 def _json_folder(root: Path) -> Path:

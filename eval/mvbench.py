@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmllm.eval.items import Item, gold_letter, item_id, need_root, options_of, read_rows, seconds_of, text_of
+from mmllm.eval.items import Item, TaskRow, gold_letter, item_id, items_of, need_root, options_of, seconds_of, text_of
 
 NAME = "mvbench"
 REPLACEMENTS = "data0613"  # clips of the June 2024 replacement, shipped in a folder of their own
 
 
 @dataclass(frozen=True)
-class MVBenchTask:
+class MVBenchTask(TaskRow):
     """One row of the task table.
 
     Attributes:
-        name: as printed, and the key of reports.
-        abbr: two letters used by papers.
-        stem: name of the annotation file without ``.json``.
-        folder: folder of the clips under ``video/``.
         reader: "video" for files, "frame" for folders of jpg files at 3 frames per second.
         bounded: True where `start` and `end` of an item apply.
     """
 
-    name: str
-    abbr: str
-    stem: str
-    folder: str
     reader: str = "video"
     bounded: bool = False
 
@@ -68,11 +61,7 @@ def load(root: Path | str) -> list[Item]:
     """
     root = Path(root)
     need_root(root, NAME)
-    items = []
-    for task in TASKS:
-        path = root / "json" / f"{task.stem}.json"
-        items += [_item(root, task, index, row, f"{path}:item {index}") for index, row in enumerate(read_rows(path))]
-    return items
+    return items_of(TASKS, root / "json", partial(_item, root))
 
 
 def _item(root: Path, task: MVBenchTask, index: int, row: dict[str, Any], where: str) -> Item:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mmllm.contract.errors import UserError
-from mmllm.contract.files import read_record, write_json, write_text, writing
+from mmllm.contract.files import read_record
 
 SCHEMA = "mmllm.eval.report/1"
 FLOORS = ("chance", "blind", "single_frame")
@@ -179,118 +177,3 @@ def summary(report: Report) -> str:
         f"{report.benchmark} {percent(report.average)} %  chance {chance}  blind {blind}  single frame {single}  "
         f"({report.scored}/{report.total} items)"
     )
-
-
-def _rows(report: Report) -> list[list[str]]:
-    """Header, one row per task, and the micro and macro rows."""
-    measured = [key.replace("_", " ") for key in report.measured]
-    counted = ["missing", *(["broken"] if report.unreadable else []), "unparsed"]
-    rows = [["task", *measured, "n/all", *counted]]
-    for name, task in report.tasks.items():
-        values = [percent(getattr(task, key)) for key in report.measured]
-        rows.append([name, *values, f"{task.items}/{task.total}", *(str(getattr(task, key)) for key in counted)])
-    for how in ("micro", "macro"):
-        name = f"average, {how}" + (" (headline)" if how == report.headline else "")
-        values = [percent(report.mean(key, how)) for key in report.measured]
-        totals = {"missing": report.missing, "broken": report.unreadable, "unparsed": report.unparsed}
-        counts = [f"{report.scored}/{report.total}", *(str(totals[key]) for key in counted)]
-        rows.append([name, *values, *counts])
-    return rows
-
-
-def _notes(report: Report) -> list[str]:
-    """Warnings, tasks without a score and excluded items, one sentence each."""
-    notes = [f"WARNING: {warning}" for warning in report.warnings]
-    notes += [f"{task}: {reason}" for task, reason in report.not_scored.items()]
-    notes += [f"broken {row['id']}: {row['reason']}" for row in report.broken]
-    return notes + [f"excluded {row['id']}: {row['reason']}" for row in report.excluded]
-
-
-def render(report: Report) -> str:
-    """The report as a plain text table with its notes, for a terminal."""
-    rows = _rows(report)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [f"{report.benchmark}  {report.protocol}-{report.protocol_hash}  accuracy in %"]
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([*lines, *_notes(report), summary(report)])
-
-
-def _markdown_table(rows: list[list[str]]) -> list[str]:
-    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
-    return ["| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:])]
-
-
-def write_report(report: Report, out: Path) -> None:
-    """Write ``report.json``, ``report.md`` and ``tasks.png`` into `out`."""
-    from mmllm.eval.charts import tasks_chart
-
-    report.folder = out
-    write_json(out / "report.json", report.to_dict())
-    lines = [f"# {report.benchmark}, protocol {report.protocol}-{report.protocol_hash}", "", summary(report), ""]
-    lines += [*_markdown_table(_rows(report)), "", *(f"* {note}" for note in _notes(report))]
-    _write_lines(out / "report.md", [*lines, "", "![accuracy per task](tasks.png)"])
-    with writing(out):
-        tasks_chart(report, out / "tasks.png")
-
-
-def report_name(limit: int | None) -> str:
-    """What a run's report is called; one over some items of each task has a name of its own."""
-    return "report" if limit is None else f"report-limit-{limit}"
-
-
-def _earlier(benchmarks: dict[str, Report], path: Path, out: Path) -> dict[str, Report]:
-    """Reports of other benchmarks that the run's report holds so far, if they are of the same weights."""
-    if not path.is_file():
-        return {}
-    found = {}
-    for name, folder in read_record(path).get("folders", {}).items():
-        if name not in benchmarks and (out / folder / "report.json").is_file():  # else it was deleted
-            found[name] = Report.read(out / folder)
-    weights = {report.subject.get("weights") for report in benchmarks.values()}
-    return {name: report for name, report in found.items() if {report.subject.get("weights")} == weights}
-
-
-def run_report(
-    benchmarks: dict[str, Report], seconds: dict[str, float], out: Path, limit: int | None = None
-) -> dict[str, Any]:
-    """Write the report of a whole run: ``report.json``, ``report.md`` and ``report.png`` in the folder `out`.
-
-    Args:
-        benchmarks: report by benchmark name; others that the run's report holds of the same model stay in it.
-        seconds: wall time by step.
-        out: folder of the run.
-        limit: items of each task at most; such a report has files of its own (``report-limit-5.json``, ...).
-
-    Returns:
-        the content of ``report.json``; scores in percent.
-    """
-    from mmllm.eval.charts import run_chart
-
-    files = report_name(limit)
-    benchmarks = _earlier(benchmarks, out / f"{files}.json", out) | benchmarks
-    keys = ("average", "words", *FLOORS, "items", "tasks")
-    full = {name: report.to_dict() for name, report in benchmarks.items()}
-    short = {name: {key: row[key] for key in keys if key in row} for name, row in full.items()}
-    folders = {name: os.path.relpath(report.folder, out) for name, report in benchmarks.items() if report.folder}
-    content = {"benchmarks": short, "seconds": seconds, "limit": limit, "folders": folders}
-    write_json(out / f"{files}.json", content)
-    rows = [["benchmark", "average", "mean", "chance", "blind", "single frame", "n/all"]]
-    for name, report in benchmarks.items():
-        floors = [percent(report.mean(floor)) for floor in FLOORS]
-        rows.append([name, percent(report.average), report.headline, *floors, f"{report.scored}/{report.total}"])
-    lines = ["# Report", "", "Accuracy in %.", "", *_markdown_table(rows), "", f"![benchmarks]({files}.png)", ""]
-    for name, report in benchmarks.items():
-        lines += [f"## {name}", "", *_markdown_table(_rows(report)), "", *(f"* {note}" for note in _notes(report)), ""]
-    if seconds:
-        steps = [["step", "seconds"], *([step, f"{value:.1f}"] for step, value in seconds.items())]
-        lines += ["## Time", "", *_markdown_table([*steps, ["all", f"{sum(seconds.values()):.1f}"]])]
-    _write_lines(out / f"{files}.md", lines)
-    with writing(out):
-        run_chart(benchmarks, out / f"{files}.png")
-    return content
-
-
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    write_text(path, "\n".join(lines).rstrip() + "\n")

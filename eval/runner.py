@@ -13,7 +13,8 @@ from mmllm.eval.benchmarks import Benchmark
 from mmllm.eval.items import Item
 from mmllm.eval.predictions import Predictions, clip_size
 from mmllm.eval.protocol import PROMPTS, Protocol, messages
-from mmllm.eval.report import Report, write_report
+from mmllm.eval.report import Report
+from mmllm.eval.report_files import write_report
 from mmllm.eval.scoring import letter_of, score
 from mmllm.eval.selection import Selection, select, settle_broken, settle_missing
 

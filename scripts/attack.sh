@@ -8,14 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/common.sh
 
-venv=.venv
-rest=()
-while [ $# -gt 0 ]; do
-    case $1 in
-        --venv) venv=$2; shift 2 ;;
-        *) rest+=("$1"); shift ;;
-    esac
-done
+split_venv "$@"
 [ -x "$venv/bin/python" ] || make_venv "$venv" dev
 export OMP_NUM_THREADS=1 PYTHONPATH=.:tests TOKENIZERS_PARALLELISM=false
 exec "$venv/bin/python" -m attack ${rest[@]+"${rest[@]}"}

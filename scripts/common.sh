@@ -15,3 +15,14 @@ make_venv() {
         echo "$wanted" > "$venv/.installed-$extras"
     fi
 }
+
+# split_venv "$@": sets `venv` (what --venv says, else .venv) and `rest`, the other arguments.
+split_venv() {
+    venv=.venv rest=()
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --venv) venv=$2; shift 2 ;;
+            *) rest+=("$1"); shift ;;
+        esac
+    done
+}

@@ -7,14 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/common.sh
 
-venv=.venv
-rest=()
-while [ $# -gt 0 ]; do
-    case $1 in
-        --venv) venv=$2; shift 2 ;;
-        --help | -h) sed -n '2,5p' "$0"; exit 0 ;;
-        *) rest+=("$1"); shift ;;
-    esac
-done
+split_venv "$@"
+case ${rest[0]-} in --help | -h) sed -n '2,5p' "$0"; exit 0 ;; esac
 [ -x "$venv/bin/python" ] || make_venv "$venv" dev
 exec "$venv/bin/python" tests/sabotage/run.py ${rest[@]+"${rest[@]}"}

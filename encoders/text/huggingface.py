@@ -15,7 +15,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.library import pretrained
 from mmllm.contract.parts import Site, TextSource
 from mmllm.contract.registry import register
-from mmllm.contract.types import PromptFeatures
+from mmllm.contract.types import Needs, PromptFeatures
 from mmllm.encoders.common.extended_positions import extend_tower, extended_length
 from mmllm.encoders.common.pretrained import fetch_config, hidden_states, load_tower, tower_config
 
@@ -106,15 +106,9 @@ class TransformersText(TextSource):
         """Ids of one prompt with its start and end, at most `length`."""
         return self.tokenizer(text, truncation=True, max_length=self.length)["input_ids"]
 
-    def forward(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        fields: tuple[str, ...] = ("tokens", "pooled"),
-        layers: tuple[int, ...] = (),
-        embed_tokens: nn.Module | None = None,
-    ) -> PromptFeatures:
+    def forward(self, ids: Tensor, mask: Tensor, needs: Needs, embed_tokens: nn.Module | None = None) -> PromptFeatures:
         """tokens [B, L, C] after the last norm, pooled [B, J] in the joint space, hidden states before that norm."""
+        layers = needs.prompt_hidden_states
         count = self.config.num_hidden_layers + 1
         if any(not -count <= layer < count for layer in layers):
             raise ValueError(f"layers {list(layers)}: this tower has the layers {-count} to {count - 1}")
@@ -127,8 +121,8 @@ class TransformersText(TextSource):
         indices = [layer % count for layer in layers]
         states = hidden_states(call, indices, False, count)
         layered = torch.stack([states[index] for index in indices], dim=2) if indices else None
-        tokens = outputs[0].last_hidden_state if "tokens" in fields else None
-        pooled = self.pooled(outputs[0]) if "pooled" in fields else None
+        tokens = outputs[0].last_hidden_state if "tokens" in needs.prompt else None
+        pooled = self.pooled(outputs[0]) if "pooled" in needs.prompt else None
         return PromptFeatures(ids, mask, tokens, pooled, layered, mask.sum(dim=1) > 1)
 
     def run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site, TextSource
 from mmllm.contract.registry import register
-from mmllm.contract.types import PromptFeatures
+from mmllm.contract.types import Needs, PromptFeatures
 from mmllm.encoders.text.huggingface import pad
 
 
@@ -41,21 +41,14 @@ class LLMEmbedding(TextSource):
         """Padded to the longest."""
         return pad(rows, 0, max([1, *map(len, rows)]))
 
-    def forward(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        fields: tuple[str, ...] = ("tokens", "pooled"),
-        layers: tuple[int, ...] = (),
-        embed_tokens: nn.Module | None = None,
-    ) -> PromptFeatures:
+    def forward(self, ids: Tensor, mask: Tensor, needs: Needs, embed_tokens: nn.Module | None = None) -> PromptFeatures:
         """tokens [B, L, D].
 
         Raises:
             ValueError: layers are asked for, or there is no table.
         """
-        if layers or embed_tokens is None:
-            raise ValueError("gives no layers" if layers else "reads the LLM's table of embeddings")
+        if needs.prompt_hidden_states or embed_tokens is None:
+            raise ValueError("gives no layers" if needs.prompt_hidden_states else "reads the LLM's table of embeddings")
         return PromptFeatures(ids, mask, embed_tokens(ids), present=mask.sum(dim=1) > 1)
 
     @classmethod

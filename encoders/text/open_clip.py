@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site, TextSource
 from mmllm.contract.registry import register
-from mmllm.contract.types import PromptFeatures
+from mmllm.contract.types import Needs, PromptFeatures
 from mmllm.encoders.common.foreign import library, load_states, mark_initialized, write_missing
 from mmllm.encoders.image.open_clip import PACKAGE, build_pair, load_pair, model_config
 from mmllm.encoders.text.huggingface import pad
@@ -98,15 +98,9 @@ class OpenClipText(TextSource):
             padding = self.tokenizer.tokenizer.pad_token_id
         return pad(rows, padding, self.positions)
 
-    def forward(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        fields: tuple[str, ...] = ("tokens", "pooled"),
-        layers: tuple[int, ...] = (),
-        embed_tokens: nn.Module | None = None,
-    ) -> PromptFeatures:
+    def forward(self, ids: Tensor, mask: Tensor, needs: Needs, embed_tokens: nn.Module | None = None) -> PromptFeatures:
         """tokens [B, L, C] after the last norm, pooled [B, J] in the joint space, hidden states by block from 0."""
+        layers = needs.prompt_hidden_states
         count = len(self.tower.transformer.resblocks)
         if any(not -count <= layer < count for layer in layers):
             raise ValueError(f"layers {list(layers)}: this tower has the layers {-count} to {count - 1}")
@@ -114,8 +108,8 @@ class OpenClipText(TextSource):
         found = self.tower.forward_intermediates(ids, indices=wanted, output_fmt="NLC")
         states = dict(zip(wanted, found["text_intermediates"], strict=True))
         layered = torch.stack([states[layer % count] for layer in layers], dim=2) if layers else None
-        tokens = self.tower.ln_final(states[count - 1]) if "tokens" in fields else None
-        pooled = found["text_features"] if "pooled" in fields else None
+        tokens = self.tower.ln_final(states[count - 1]) if "tokens" in needs.prompt else None
+        pooled = found["text_features"] if "pooled" in needs.prompt else None
         return PromptFeatures(ids, mask, tokens, pooled, layered, mask.sum(dim=1) > 1)
 
     def reset_parameters(self) -> None:

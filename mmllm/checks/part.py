@@ -163,7 +163,7 @@ class _TextRun(_Run):
 
     def __call__(self, clips: list[int], part: nn.Module | None = None) -> PromptFeatures:
         ids, mask = self.part.collate([self.inputs[clip % len(self.inputs)] for clip in clips])
-        return (part or self.part)(ids, mask, embed_tokens=self._table())
+        return (part or self.part)(ids, mask, Needs(prompt=("tokens", "pooled")), self._table())
 
     def _table(self) -> nn.Module:
         """A table of embeddings in place of the LLM's, always the same one."""
@@ -183,7 +183,8 @@ class _TextRun(_Run):
         ids, mask = self.part.collate([*self.inputs, []])
         with torch.no_grad():
             layers = (-1,) if self.part.layered else ()
-            found = self.part(ids, mask, layers=layers, embed_tokens=self._table())
+            needs = Needs(prompt=("tokens", "pooled"), prompt_hidden_states=layers)
+            found = self.part(ids, mask, needs, self._table())
         pooled = None if found.pooled is None else found.pooled.shape[-1]
         widths, declared = (found.tokens.shape[-1], pooled), (self.part.width, self.part.joint)
         if pooled is not None and declared[1] is None:

@@ -12,6 +12,7 @@ from mmllm.contract.parts import Encoder, Part, TextSource
 from mmllm.contract.types import MediaSpec, Needs, PromptFeatures, TokenSpec, VisualTokens
 from mmllm.encoders.common.tokens import frame_tokens
 from mmllm.model.blueprint import Blueprint
+from mmllm.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,7 @@ def render(rows: list[Row]) -> str:
         for row in rows
     ]
     total = ("total", "", "", "", "", short(sum(r.parameters for r in rows)), short(sum(r.macs for r in rows)))
-    widths = [max(len(line[i]) for line in (head, *lines, total)) for i in range(len(head))]
-    text = []
-    for line in (head, *lines, total):
-        cells = [
-            cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        text.append("  ".join(cells).rstrip())
+    text = aligned((head, *lines, total), left=3)
     return "\n".join([text[0], "-" * len(text[0]), *text[1:-1], "-" * len(text[0]), text[-1]])
 
 
@@ -110,7 +105,7 @@ def _text_macs(source: TextSource, needs: Needs) -> int:
         return 0
     with torch.device("meta"):
         ids = torch.zeros(1, source.length, dtype=torch.long)
-        return count_macs(source, ids, torch.ones_like(ids), needs.prompt, needs.prompt_hidden_states, None)
+        return count_macs(source, ids, torch.ones_like(ids), needs)
 
 
 def blank_prompt(part: Part, length: int = 8) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     calm_libraries()
     from mmllm.api import load
     from mmllm.data.media.loading import MediaLoader
-    from mmllm.eval.report import run_report
+    from mmllm.eval.report_files import run_report
     from mmllm.model.folder import model_folder
     from mmllm.run_folder import add_seconds, read_seconds
 
@@ -121,7 +121,8 @@ def _evaluate(model: Any, processor: Any, name: str, root: Path, out: Path, opti
 
 
 def _print(path: str, reports: dict[str, Any], out: Path, options: argparse.Namespace) -> None:
-    from mmllm.eval.report import render, report_name, summary
+    from mmllm.eval.report import summary
+    from mmllm.eval.report_files import render, report_name
 
     if options.json:
         return

@@ -114,14 +114,14 @@ def _labels(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _render(rows: list[dict[str, Any]], streams: dict[str, list[str]]) -> str:
+    from mmllm.tables import aligned
+
     blocks = []
     for node, names in streams.items():
         lines = [[node, *names]]
         for label, row in zip(_labels(rows), rows, strict=True):
             lines.append([label, *(f"{row[node][name]:.3f}" for name in names)])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        cells = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-        blocks.append("\n".join("  ".join(line) for line in cells))
+        blocks.append("\n".join(aligned(lines)))
     return "\n\n".join(blocks)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmllm.cli.common import calm_libraries, common, print_json
 from mmllm.contract.errors import UserError
+from mmllm.tables import aligned
 
 EPILOG = """\
 examples:
@@ -48,9 +49,8 @@ def run_list(options: argparse.Namespace) -> int:
     if options.json:
         print_json([{"name": name, "summary": summary, "paper": paper} for name, summary, paper in rows])
         return 0
-    width = max(len(name) for name, _, _ in rows)
-    for name, summary, paper in rows:
-        print(f"{name.ljust(width)}  {summary}" + (f"  [{paper}]" if paper else ""))
+    lines = [(name, f"{summary}  [{paper}]" if paper else summary) for name, summary, paper in rows]
+    print("\n".join(aligned(lines, left=2)))
     return 0
 
 

@@ -282,20 +282,13 @@ class TextSource(Tower):
         """Prompts -> ids [B, L] and mask [B, L]; a text without a word is no prompt."""
         return self.collate([self.encode(text) if text.strip() else [] for text in texts])
 
-    def forward(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        fields: tuple[str, ...] = ("tokens", "pooled"),
-        layers: tuple[int, ...] = (),
-        embed_tokens: nn.Module | None = None,
-    ) -> PromptFeatures:
+    def forward(self, ids: Tensor, mask: Tensor, needs: Needs, embed_tokens: nn.Module | None = None) -> PromptFeatures:
         """Features of B prompts.
 
         Args:
             ids, mask: [B, L], as `tokenize` gives them.
-            fields: which of `tokens` and `pooled` are wanted.
-            layers: those wanted as `hidden_states` [B, L, K, C], numbered as an encoder's layers are.
+            needs: which of `tokens` and `pooled` are wanted (`prompt`), and which layers (`prompt_hidden_states`) as
+                `hidden_states` [B, L, K, C], numbered as an encoder's layers are.
             embed_tokens: the LLM's table of embeddings, for a source that has none of its own.
         """
         raise NotImplementedError

@@ -23,7 +23,7 @@ from typing import Any
 from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import read_record, write_json, write_text
-from mmllm.eval.report import report_name
+from mmllm.eval.report_files import report_name
 from mmllm.lab.study import StudyFile
 from mmllm.progress import Progress
 from mmllm.run_folder import RunFolder

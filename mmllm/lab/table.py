@@ -9,6 +9,7 @@ from typing import Any
 
 from mmllm.lab.runs import Lab, samples_per_second
 from mmllm.lab.study import Facts
+from mmllm.tables import markdown
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 """Student's t at 97.5 % for 1, 2, ... degrees of freedom."""
@@ -85,13 +86,13 @@ def render(rows: list[ArmResult], baseline: str) -> str:
     """A Markdown table, and what its seeds can show."""
     head = ["arm", "benchmark", "tokens", "parameters", "samples/s", "score [95 %]", f"minus {baseline}, same seeds"]
     head += ["right words"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head]
     for row in rows:
         speed = "-" if row.speed is None else f"{row.speed:.0f}"
         difference = "" if row.difference is None else str(row.difference)
         cells = [row.arm, row.benchmark, str(row.facts.tokens), f"{row.facts.parameters / 1e6:.2f} M", speed]
         lines.append([*cells, str(row.score), difference, "-" if row.words is None else str(row.words)])
-    text = ["| " + " | ".join(line) + " |" for line in lines]
+    text = markdown(lines, right=False)
     halves = [row.difference.half for row in rows if row.difference is not None and row.difference.half is not None]
     if halves:
         seeds = max(len(row.scores) for row in rows)
@@ -113,9 +114,9 @@ def draw(rows: list[ArmResult], path: Path) -> None:
     figure = Figure(figsize=(5.5 * len(benchmarks), height), layout="constrained")
     for axes, benchmark in zip(figure.subplots(1, len(benchmarks), squeeze=False)[0], benchmarks, strict=True):
         chosen = [row for row in rows if row.benchmark == benchmark][::-1]
-        for place, row in enumerate(chosen):
-            axes.errorbar(row.score.mean, place, xerr=row.score.half, fmt="s", color="tab:blue", capsize=4)
-            axes.plot(list(row.scores.values()), [place] * len(row.scores), ".", color="0.6", zorder=0)
+        for line, row in enumerate(chosen):
+            axes.errorbar(row.score.mean, line, xerr=row.score.half, fmt="s", color="tab:blue", capsize=4)
+            axes.plot(list(row.scores.values()), [line] * len(row.scores), ".", color="0.6", zorder=0)
         axes.set(title=benchmark, xlabel="%", yticks=range(len(chosen)), yticklabels=[row.arm for row in chosen])
         axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)

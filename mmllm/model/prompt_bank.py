@@ -88,7 +88,7 @@ class PromptBank(nn.Module):
             trains = (source.trainable or table) and torch.is_grad_enabled()
             with nullcontext() if trains else torch.no_grad():
                 item = prompts[name]
-                found = source(item["ids"], item["mask"], wanted.prompt, wanted.prompt_hidden_states, embed_tokens)
+                found = source(item["ids"], item["mask"], wanted, embed_tokens)
             features[name] = replace(found, level=item.get("level"))
         return features
 

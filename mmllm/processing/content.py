@@ -11,6 +11,7 @@ from mmllm.contract.arguments import Count, NotNegative, Positive, parse
 from mmllm.contract.errors import UserError, nearest, shown
 from mmllm.data.media.sampling import Sampling
 from mmllm.data.media.types import MediaRef
+from mmllm.data.records.entries import content_entries
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 LOCATORS = ("path", "url", "image", "video")
@@ -76,10 +77,9 @@ def entries_of(message: dict[str, Any]) -> list[str | MediumEntry]:
     Raises:
         UserError: an unknown kind or key, a value of a wrong type, a medium without a file.
     """
-    content = message["content"]
-    entries = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    entries = content_entries(message)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise UserError("content", "wrong type", expected="a text or a list of entries", got=shown(content, 60))
+        raise UserError("content", "wrong type", expected="a text or a list of entries", got=shown(entries, 60))
     return [_entry(entry) for entry in entries]
 
 

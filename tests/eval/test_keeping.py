@@ -13,7 +13,8 @@ from helpers.fake_answers import Fake, lines, run
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import held
 from mmllm.eval.answerer import SUBJECT, _folder
-from mmllm.eval.report import Report, TaskScore, run_report
+from mmllm.eval.report import Report, TaskScore
+from mmllm.eval.report_files import run_report
 
 ROWS = "json/action_sequence.json"
 
@@ -58,7 +59,7 @@ def test_a_report_keeps_the_floors_that_were_measured_before(mvbench_root, tmp_p
 def small(name: str, folder: Path, weights: str) -> Report:
     tasks = {"one": TaskScore(50.0, 25.0, None, None, 4, 4, 0, 0)}
     report = Report(name, "canonical", "01234567", "micro", tasks, subject={"weights": weights})
-    from mmllm.eval.report import write_report
+    from mmllm.eval.report_files import write_report
 
     write_report(report, folder)
     return report

@@ -11,7 +11,8 @@ import pytest
 from mmllm.eval import mlvu
 from mmllm.eval.benchmarks import BENCHMARKS
 from mmllm.eval.protocol import CANONICAL, prompt
-from mmllm.eval.report import Report, TaskScore, render, run_report, summary, write_report
+from mmllm.eval.report import Report, TaskScore, summary
+from mmllm.eval.report_files import render, run_report, write_report
 from mmllm.eval.runner import run_benchmark
 
 

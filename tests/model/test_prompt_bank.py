@@ -43,14 +43,7 @@ class Letters(TextSource):
             mask[place, : max(1, len(row))] = 1
         return ids, mask
 
-    def forward(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        fields: tuple[str, ...] = ("tokens", "pooled"),
-        layers: tuple[int, ...] = (),
-        embed_tokens: nn.Module | None = None,
-    ) -> PromptFeatures:
+    def forward(self, ids: Tensor, mask: Tensor, needs: Needs, embed_tokens: nn.Module | None = None) -> PromptFeatures:
         tokens = self.table(ids) * mask[..., None]
         pooled = tokens.sum(1) / mask.sum(1, keepdim=True)
         return PromptFeatures(ids, mask, tokens, pooled, present=mask.sum(1) > 1)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.contract.errors import UserError
+from mmllm.contract.types import Needs
+from mmllm.data.records.conversations import Sample
 from mmllm.train.objectives.contrastive import LOSSES, Contrastive, caption_of
 
 BATCH, WIDTH = 6, 5
@@ -139,12 +141,12 @@ def test_towers_without_a_common_space_are_refused():
         Contrastive()(towers, rows())
 
 
-def sample(name: str, *content, answer: str | None = "A red square moves left.") -> SimpleNamespace:
+def sample(name: str, *content, answer: str | None = "A red square moves left.") -> Sample:
     """A conversation of one turn."""
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": "Describe it."}]}]
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
-    return SimpleNamespace(id=name, messages=messages)
+    return Sample(name, messages, {})
 
 
 def test_what_is_no_description_is_refused():
@@ -200,7 +202,9 @@ def test_the_nano_text_tower_reads_nanoworlds_words():
     assert ids[0, 0] == 1
     assert ids[0][mask[0].bool()][-1] == ids[2, -1] == 5
     with torch.no_grad():
-        both, alone = tower(ids, mask, layers=(-2, -1)), tower(ids[:1, : mask[0].sum()], mask[:1, : mask[0].sum()])
+        both = tower(ids, mask, Needs(prompt=("pooled",), prompt_hidden_states=(-2, -1)))
+        real = int(mask[0].sum())
+        alone = tower(ids[:1, :real], mask[:1, :real], Needs(prompt=("pooled",)))
     assert both.present.tolist() == [True, False, True]
     assert both.hidden_states.shape == (3, 12, 2, 96)
     torch.testing.assert_close(both.pooled[:1], alone.pooled, atol=1e-5, rtol=0)

@@ -16,6 +16,7 @@ from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.parts import Objective
 from mmllm.contract.registry import register
 from mmllm.contract.types import Term
+from mmllm.data.records.conversations import Sample
 
 
 class ClipLoss(nn.Module):
@@ -154,19 +155,13 @@ class Contrastive(Objective):
         return {"contrastive": Term(total, len(images))}
 
 
-def caption_of(sample: Any) -> tuple[dict[str, Any], str]:
+def caption_of(sample: Sample) -> tuple[dict[str, Any], str]:
     """(clip or image, what the assistant says of it) of a conversation.
 
     Raises:
         UserError: not one medium and an answer.
     """
-    media, answers = [], []
-    for message in sample.messages:
-        content = message["content"]
-        entries = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        media += [entry for entry in entries if entry["type"] != "text"]
-        if message["role"] == "assistant":
-            answers.append(" ".join(entry["text"] for entry in entries if entry["type"] == "text").strip())
+    media, answers = sample.media(), [answer.strip() for answer in sample.answers()]
     if len(media) != 1 or not answers or not answers[0]:
         got = f"{len(media)} media, {len(answers)} answers"
         raise UserError(f"sample {sample.id}", "is not a clip and its description", expected="one of each", got=got)

@@ -124,20 +124,14 @@ def media_and_answer(sample: Sample) -> tuple[MediaRef, str] | None:
     Raises:
         UserError: the medium is no file.
     """
-    said, media = [], []
-    for message in sample.messages:
-        content = message["content"]
-        entries = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        media += [entry for entry in entries if entry["type"] != "text"]
-        if message["role"] == "assistant":
-            said += [entry["text"] for entry in entries if entry["type"] == "text"]
+    media = sample.media()
     if not media:
         return None
     first = media[0]
     if not isinstance(first.get("path"), str):
         raise UserError(sample.id, "its medium is no file", expected="a record that names a path")
     bounds = {key: first[key] for key in ("start", "end", "fps") if first.get(key) is not None}
-    return MediaRef(first["type"], first["path"], **bounds), " ".join(said)
+    return MediaRef(first["type"], first["path"], **bounds), " ".join(sample.answers())
 
 
 def _checked(scores: Sequence[float] | np.ndarray, levels: int) -> np.ndarray:

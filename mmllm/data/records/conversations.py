@@ -13,6 +13,7 @@ from typing import Any
 
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.registry import parts
+from mmllm.data.records.entries import content_entries
 from mmllm.data.records.formats.records import CONTAINERS, JsonRecords, first_record
 from mmllm.data.records.json_files import short
 
@@ -29,13 +30,24 @@ class Sample:
     """One conversation.
 
     Attributes:
-        id: its name in errors. messages: chat messages with content lists; paths are absolute or relative to the
-            current folder. fields: everything else in the record (`chosen`, `rejected`, ...).
+        id: its name in errors.
+        messages: chat messages; paths of media are absolute or relative to the current folder.
+        fields: everything else in the record (`chosen`, `rejected`, ...).
     """
 
     id: str
     messages: list[dict[str, Any]]
     fields: dict[str, Any]
+
+    def media(self) -> list[dict[str, Any]]:
+        """Its content entries that are media, in order."""
+        entries = (entry for message in self.messages for entry in content_entries(message))
+        return [entry for entry in entries if entry["type"] != "text"]
+
+    def answers(self) -> list[str]:
+        """The text of each of the assistant's turns."""
+        turns = [content_entries(message) for message in self.messages if message["role"] == "assistant"]
+        return [" ".join(entry["text"] for entry in turn if entry["type"] == "text") for turn in turns]
 
 
 class Source(Sequence):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from mmllm.checks.part import check_part
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
 from mmllm.contract.registry import find, parts
+from mmllm.contract.types import Needs
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+ALL = Needs(prompt=("tokens", "pooled"))
 PROMPTS = ["what moves left", "a dog", "", "how many red balls roll over the wide green hill"]
 
 
@@ -89,7 +92,7 @@ def test_features_are_the_librarys_own(kind, tmp_path):
         assert torch.equal(ids, given["input_ids"])
         given.pop("attention_mask")
     with torch.no_grad():
-        features = source(ids, mask, layers=(-1, 1))
+        features = source(ids, mask, replace(ALL, prompt_hidden_states=(-1, 1)))
         output = theirs.get_text_features(**given, output_hidden_states=True)
     assert features.pooled.shape[1] == source.joint
     torch.testing.assert_close(features.pooled, output.pooler_output, atol=1e-6, rtol=0)
@@ -108,7 +111,7 @@ def test_an_empty_prompt_is_absent_and_a_long_one_keeps_its_end(kind, tmp_path):
     source = cls(Site(), **cls.resolve({"name": str(tmp_path)}), length=8).eval()
     ids, mask = source.tokenize(PROMPTS)
     with torch.no_grad():
-        features = source(ids, mask, fields=("pooled",))
+        features = source(ids, mask, Needs(prompt=("pooled",)))
     assert features.tokens is None
     assert features.present.tolist() == [True, True, False, True]
     assert mask[2].sum() == 1
@@ -131,7 +134,7 @@ def test_lengths_beyond_the_positions_and_missing_tokenizers_are_refused(tmp_pat
     with pytest.raises(UserError, match="no tokenizer at"):
         clip(Site(), config=config, tokenizer=str(tmp_path / "none")).tokenize(["a dog"])
     with pytest.raises(ValueError, match="layers -4 to 3"):
-        source(*source.collate([[52, 1, 53]]), layers=(9,))
+        source(*source.collate([[52, 1, 53]]), Needs(prompt_hidden_states=(9,)))
     other = clip(Site(), config=config, tokenizer=str(clip_tokenizer(tmp_path)))
     assert other.tokenize(["ab"])[0].tolist() == [[52, 0, 27, 53]]
     other.load_state_dict(source.state_dict())
@@ -143,7 +146,7 @@ def test_a_frozen_text_source_stays_in_eval_mode():
     assert source.train().training
     source.requires_grad_(False).train()
     assert not any(module.training for module in source.modules())
-    assert not source(*source.collate([[52, 1, 53]])).pooled.requires_grad
+    assert not source(*source.collate([[52, 1, 53]]), ALL).pooled.requires_grad
 
 
 def test_roberta_is_the_librarys_own_and_counts_positions_behind_the_padding(tmp_path):
@@ -170,7 +173,7 @@ def test_roberta_is_the_librarys_own_and_counts_positions_behind_the_padding(tmp
     ids, mask = source.tokenize(PROMPTS)
     assert source.positions == 12 and mask.sum(dim=1).tolist() == [5, 4, 1, 12]
     with torch.no_grad():
-        features = source(ids, mask, layers=(-1, 1))
+        features = source(ids, mask, replace(ALL, prompt_hidden_states=(-1, 1)))
         output = theirs(ids, mask, output_hidden_states=True)
     assert features.pooled is None and features.present.tolist() == [True, True, False, True]
     real = mask.bool() & features.present[:, None]
@@ -206,7 +209,7 @@ def test_open_clips_text_tower_with_its_own_tokenizer(tmp_path):
     assert torch.equal(ids[[0, 1, 3]], expected[[0, 1, 3]])
     assert mask.sum(dim=1).tolist() == [5, 4, 1, 12]
     with torch.no_grad():
-        features = source(ids, mask, layers=(-1, 0))
+        features = source(ids, mask, replace(ALL, prompt_hidden_states=(-1, 0)))
         pooled = theirs.encode_text(expected)
     present = [0, 1, 3]
     assert features.present.tolist() == [True, True, False, True]
@@ -234,7 +237,7 @@ def test_the_llms_table_reads_a_prompt_of_one_word_twice_so_that_it_is_one():
     (one,) = tokenizer("left", add_special_tokens=False)["input_ids"]
     assert source.encode("left") == [one, one]
     ids, mask = source.tokenize(["left", "", "A red square moves left and then up."])
-    found = source(ids, mask, embed_tokens=table)
+    found = source(ids, mask, ALL, table)
     assert found.present.tolist() == [True, False, True]
     assert mask.sum(1).tolist() == [2, 1, 4]
     assert torch.equal(found.tokens[0, :2], table.weight[[one, one]])

@@ -9,6 +9,7 @@ from typing import Any
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.registry import register
 from mmllm.data.records.conversations import Sample, Source
+from mmllm.data.records.entries import content_entries
 from mmllm.data.records.json_files import short, take
 
 KINDS = ("text", "image", "video")
@@ -37,7 +38,7 @@ class Messages(Source):
             content = message["content"]
             if not isinstance(content, str | list):
                 raise UserError(place, "wrong type", expected="a text or a list of entries", got=short(content))
-            for entry in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            for entry in content_entries(message):
                 self._check(entry, place)
                 if isinstance(entry.get("path"), str):
                     entry["path"] = str(self.root / entry["path"])

@@ -1,0 +1,11 @@
+"""The content of a chat message as a list of entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def content_entries(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """A message's content entries; a content that is a text is one entry. Nothing is checked."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
