@@ -80,7 +80,7 @@ class Transform:
         fit = given.get("fit", self.fit)
         if fit != "crop":
             if given.get("short") is not None:
-                raise ValueError(f"short: has no effect with fit: {fit}")
+                raise ValueError(f"short: nothing is cropped with fit: {fit}")
             given["short"] = None
         changed = replace(self, **given)
         if changed.short is not None and changed.short < changed.size:
