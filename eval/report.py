@@ -19,10 +19,10 @@ FLOORS = ("chance", "blind", "single_frame")
 class TaskScore:
     """One task: accuracies in percent (None where nothing was answered) and counts of items.
 
-    `items` were scored; `total` adds the missing, the broken and the excluded ones. `unparsed` answers (empty ones
-    too) are part of `items` and wrong. `broken`: the clip is there and cannot be read as the item wants it.
-    `words`: answers that say the text of the right option, whatever letter stands beside it; None, and in no file,
-    where the model says letters alone.
+    `items` were scored; `total` also counts missing, broken and excluded ones. `unparsed` answers (empty ones included)
+    count in `items`, as wrong. `broken`: the clip exists but cannot be read as the item requires. `words`: answers that
+    contain the text of the right option, whatever letter goes with it; None, and left out of files, where the model
+    answers by letter alone.
     """
 
     score: float | None
@@ -47,16 +47,20 @@ class Report:
 
     Attributes:
         benchmark: its name.
-        protocol: name of the protocol, `protocol_hash` its digest.
-        headline: which mean `average`, `chance`, `blind` and `single_frame` are: "micro" or "macro".
+        protocol: name of the protocol.
+        protocol_hash: its digest.
+        headline: kind of mean of `average`, `chance`, `blind` and `single_frame`: "micro" or "macro".
         tasks: scores by task.
-        empty: empty responses, counted as wrong. damaged: items answered from clips with damaged frames.
-        excluded: unsound items, each with id, task and reason; broken: items whose clip cannot be read, likewise.
+        empty: empty responses, counted as wrong.
+        damaged: items answered from clips with damaged frames.
+        excluded: unsound items, each with id, task and reason.
+        broken: items whose clip cannot be read, likewise.
         not_scored: tasks left out as a whole, with the reason.
-        warnings: sentences a reader must see.
-        root: the benchmark's folder. limit: items of each task that were asked at most, None = all.
+        warnings: sentences that a reader must see.
+        root: the benchmark's folder.
+        limit: most items asked per task, None = all.
         subject: what else the answers depend on: weights, frames, template, ...
-        folder: where it is written.
+        folder: where the report is written.
     """
 
     benchmark: str
@@ -78,7 +82,7 @@ class Report:
     def mean(self, key: str, how: str | None = None) -> float | None:
         """Mean over tasks of one of score, words, chance, blind, single_frame: "micro" weights tasks by their items.
 
-        None where the condition was not run. `how` is the headline's mean where it is not given.
+        None where the condition was not run. `how` defaults to the headline's mean.
         """
         pairs = [(getattr(task, key), task.items) for task in self.tasks.values() if task.items]
         if not pairs or any(value is None for value, _ in pairs):
@@ -94,7 +98,7 @@ class Report:
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """What tables show, floors last."""
+        """The columns of the tables, floors last."""
         return ("score", *(() if self.mean("words") is None else ("words",)), *FLOORS)
 
     @property
@@ -104,7 +108,7 @@ class Report:
 
     @property
     def total(self) -> int:
-        """Number of multiple-choice items, with the missing and the excluded ones."""
+        """Number of multiple-choice items, including missing and excluded ones."""
         return sum(task.total for task in self.tasks.values())
 
     @property
@@ -114,7 +118,7 @@ class Report:
 
     @property
     def unreadable(self) -> int:
-        """Number of items left out because their clip cannot be read as they want it."""
+        """Number of items left out because their clip cannot be read as they require."""
         return sum(task.broken for task in self.tasks.values())
 
     @property
@@ -152,7 +156,7 @@ class Report:
 
     @classmethod
     def read(cls, folder: Path) -> Report:
-        """The report that was written into a folder.
+        """Read the report in a folder.
 
         Raises:
             UserError: it is damaged.
@@ -164,7 +168,7 @@ class Report:
             rest = {key: data[key] for key in ("broken", "damaged", "root", "limit", "subject") if key in data}
             return cls(**{key: data[key] for key in plain}, **rest, tasks=tasks, folder=folder)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(folder / "report.json", "damaged", hint="delete it, and evaluate again") from error
+            raise UserError(folder / "report.json", "damaged", hint="delete it and evaluate again") from error
 
 
 def percent(value: float | None) -> str:
@@ -236,17 +240,17 @@ def write_report(report: Report, out: Path) -> None:
 
 
 def report_name(limit: int | None) -> str:
-    """What a run's report is called; one over some items of each task has a name of its own."""
+    """The base name of a run's report files; a run limited to some items of each task has its own."""
     return "report" if limit is None else f"report-limit-{limit}"
 
 
 def _earlier(benchmarks: dict[str, Report], path: Path, out: Path) -> dict[str, Report]:
-    """Reports of other benchmarks that the run's report holds so far, if they are of the same weights."""
+    """Reports on other benchmarks that the run's report already holds, if they are of the same weights."""
     if not path.is_file():
         return {}
     found = {}
     for name, folder in read_record(path).get("folders", {}).items():
-        if name not in benchmarks and (out / folder / "report.json").is_file():  # else it was deleted
+        if name not in benchmarks and (out / folder / "report.json").is_file():  # otherwise it was deleted
             found[name] = Report.read(out / folder)
     weights = {report.subject.get("weights") for report in benchmarks.values()}
     return {name: report for name, report in found.items() if {report.subject.get("weights")} == weights}
@@ -258,10 +262,10 @@ def run_report(
     """Write the report of a whole run: ``report.json``, ``report.md`` and ``report.png`` in the folder `out`.
 
     Args:
-        benchmarks: report by benchmark name; others that the run's report holds of the same model stay in it.
+        benchmarks: report by benchmark name; others already in the run's report stay if they are of the same model.
         seconds: wall time by step.
         out: folder of the run.
-        limit: items of each task at most; such a report has files of its own (``report-limit-5.json``, ...).
+        limit: most items per task; such a report has its own files (``report-limit-5.json``, ...).
 
     Returns:
         the content of ``report.json``; scores in percent.
