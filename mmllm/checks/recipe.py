@@ -1,4 +1,4 @@
-"""Whether a recipe holds together as a whole model, on random pixels."""
+"""Whether a recipe holds together as a whole model, checked on random pixels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL = 50_000_000
 
 
 def check_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Shapes for any recipe; for a small one also a real forward, gradients, save = load.
+    """Check shapes for any recipe; for a small one also a real forward, gradients, save = load.
 
     Returns:
         facts, and under "says" the line to print.
@@ -45,7 +45,7 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         model.save_pretrained(folder)
         again = type(model).from_pretrained(folder, dtype=model.dtype).eval()
         if not torch.equal(again(ids, visual=visual).logits, logits):
-            raise UserError(recipe.file, "a saved and loaded model gives other logits")
+            raise UserError(recipe.file, "a saved and reloaded model gives different logits")
     facts["says"] = "ok: declared = real; gradient reaches it; batch = single; save = load"
     return facts
 

@@ -218,7 +218,7 @@ def test_given_scores_become_levels_and_edges_serve_new_data(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
     edges.write_text(json.dumps({"edges": [0.3, 0.5], "pair": "runs/clip"}))
     assert main([*command, "--out", str(tmp_path / "new.jsonl")]) == 0
-    assert "the edges are of scores of runs/clip, these are made elsewhere" in capsys.readouterr().err
+    assert "the edges are of scores of runs/clip, these are computed elsewhere" in capsys.readouterr().err
     assert main([*command, "--levels", "7", "--out", str(tmp_path / "new.jsonl")]) == 2
     assert "--levels 7: " in (said := capsys.readouterr().err) and "makes 3 levels" in said
 

@@ -363,4 +363,4 @@ def test_a_model_that_mixes_nothing_is_refused(tmp_path, capsys):
     tiny_model(recipe).save_pretrained(tmp_path)
     tiny_processor(recipe).save_pretrained(tmp_path)
     assert main(["inspect", "fusion", "--model", str(tmp_path), "--video", "a.mp4"]) == 2
-    assert "mixes no encoders. Try: a recipe with a fusion: nano/merv" in capsys.readouterr().err
+    assert "does not mix encoders. Try: a recipe with a fusion: nano/merv" in capsys.readouterr().err
