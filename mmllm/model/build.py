@@ -25,10 +25,10 @@ SECTION_KEYS = ("media", "encoders", "text", "connector", "output", "place")
 
 
 def text_config(recipe: Recipe) -> Any:
-    """The LLM's config, as the recipe says.
+    """The LLM's config, as given by the recipe.
 
     Raises:
-        UserError: no such model type or a key it does not take.
+        UserError: no such model type, or a key that it does not take.
     """
     values = dict(recipe.llm.config or {})
     where = recipe.where("model.llm.config")
@@ -42,24 +42,24 @@ def text_config(recipe: Recipe) -> Any:
         return copy.deepcopy(_causal_config(kind, json.dumps(values)))
     except NotCausal:
         raise UserError(f"{where}.model_type", "not a causal LM", expected=expected, got=kind) from None
-    except Exception as error:  # the library checks a config's values in its own ways, with errors of many types
+    except Exception as error:  # the library checks a config's values its own way and raises many error types
         raise UserError(where, f"not a {kind}: {' '.join(str(error).split())[:200]}") from error
 
 
 class NotCausal(Exception):
-    """The library has no causal LM of a kind."""
+    """The library has no causal LM of this kind."""
 
 
 @lru_cache(maxsize=8)
 def _causal_config(kind: str, values: str) -> Any:
-    """The library's config object, once a model has been made of it that takes no memory.
+    """The library's config object, once a model has been built from it on the meta device.
 
     Args:
         values: the config's values as JSON, so that equal ones are checked once.
 
     Raises:
         NotCausal: no causal LM is of this kind.
-        Exception: of any type, where values are wrong or sizes do not divide.
+        Exception: of any type, if values are wrong or sizes do not divide.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
@@ -72,14 +72,14 @@ def _causal_config(kind: str, values: str) -> Any:
 
 
 def build_config(recipe: Recipe) -> MMLLMConfig:
-    """The model's config; inline configs are completed first. Builds nothing."""
+    """The model's config; inline configs are completed first. Builds no model."""
     resolve_encoders(recipe)
     section = {key: recipe.model[key] for key in SECTION_KEYS if key in recipe.model}
     return MMLLMConfig(text_config=text_config(recipe), model_section=section)
 
 
 def check_shapes(recipe: Recipe) -> FrontEnd:
-    """The front end on the meta device: every part, every argument, every shape, with the recipe's file in errors."""
+    """The front end on the meta device, which checks every part, argument and shape; errors name the recipe's file."""
     resolve_encoders(recipe)
     _compare_llm(recipe)
     with torch.device("meta"):
@@ -90,7 +90,7 @@ def build_model(recipe: Recipe, *, weights: bool = True) -> MMLLMForConditionalG
     """A fresh model: random weights, then those of the towers and the LLM that have a name.
 
     Args:
-        weights: fetch pretrained weights; False leaves everything random.
+        weights: whether to fetch pretrained weights; False leaves everything random.
     """
     check_shapes(recipe)
     config = build_config(recipe)
@@ -109,7 +109,7 @@ def build_model(recipe: Recipe, *, weights: bool = True) -> MMLLMForConditionalG
 
 
 def _check_memory(config: MMLLMConfig, where: str) -> None:
-    """Refuse a model whose weights alone do not fit into this machine: the system would kill us half-way."""
+    """Refuse a model whose weights alone exceed this machine's memory: the system would kill us halfway."""
     with torch.device("meta"):
         model = MMLLMForConditionalGeneration(config)
     needed = sum(value.numel() for value in model.parameters()) * 4
@@ -123,11 +123,11 @@ SAME = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
     *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters"),
 )
-"""What an inline config has to have in common with the weights that its recipe names."""
+"""Fields that an inline config must share with the weights that its recipe names."""
 
 
 def _compare_llm(recipe: Recipe) -> None:
-    """Refuse an inline config that is not that of the folder or package which the LLM's name means."""
+    """Refuse an inline config that differs from that of the folder or package named as the LLM."""
     llm, where = recipe.llm, recipe.where("model.llm.config")
     if llm.name is None or llm.config is None:
         return
@@ -144,7 +144,7 @@ def _same_config(theirs: Any, ours: Any, where: str, name: str) -> None:
 
 
 def llm_facts(recipe: Recipe, tokenizer: Any = None) -> str:
-    """Name, source and template of a recipe's LLM, in a line."""
+    """Name, source and template of a recipe's LLM, in one line."""
     llm = recipe.llm
     name = llm.name or f"a fresh {(llm.config or {}).get('model_type')}"
     weights = "random weights" if llm.name is None else f"weights of {llm.gguf or llm.name}"
@@ -177,7 +177,7 @@ def _load_llm(model: MMLLMForConditionalGeneration, recipe: Recipe) -> None:
 
 
 def set_stop_tokens(model: MMLLMForConditionalGeneration, tokenizer: Any) -> None:
-    """Where the LLM's configs say nothing, generation ends at the tokenizer's end of turn and pads with its padding."""
+    """If the LLM's configs do not say, end generation at the tokenizer's end of turn and pad with its padding."""
     config = model.generation_config
     if config.eos_token_id is None:
         config.eos_token_id = model.config.text_config.eos_token_id
@@ -188,10 +188,10 @@ def set_stop_tokens(model: MMLLMForConditionalGeneration, tokenizer: Any) -> Non
 
 
 def build_tokenizer(recipe: Recipe) -> Any:
-    """The LLM's tokenizer: from `llm.tokenizer`, else from `llm.name`.
+    """The LLM's tokenizer: from `llm.tokenizer`, otherwise from `llm.name`.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither is given.
     """
     from transformers import AutoTokenizer
 

@@ -1,6 +1,6 @@
-"""The front end: bank of encoders + graph of connectors. Called once per forward, returns one tensor of rows.
+"""The front end: encoder bank + connector graph. Called once per forward, returns one tensor of rows.
 
-The order of the rows is the order of the pairs, within a pair the order of its streams; blank rows come last.
+Rows are in the order of the pairs and, within a pair, in the order of its streams; blank rows come last.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class FrontEnd(nn.Module):
         self._build(nodes)
         self.needs = self._union(lambda node: node.inputs[0] if node.inputs[0] in self.bank.encoders else None)
         self.text_needs = self._union(lambda node: node.prompt if self._guided(node) else None)
-        for kind in KINDS:  # once more, with the layers that the encoders deliver
+        for kind in KINDS:  # again, with the layers that the encoders deliver
             self._specs(self.nominal(kind))
         known = [part.needs().alignment_levels for part in self.parts.values()]
         self.alignment_levels = min((count for count in known if count is not None), default=None)
@@ -113,7 +113,7 @@ class FrontEnd(nn.Module):
             part = cls(Site(inputs, self.llm_width, *widths), **bound)
         except NoPrompt as error:
             raise self._no_prompt(where) from error
-        except (ValueError, RuntimeError, ArithmeticError) as error:  # torch refuses sizes as it makes tensors of them
+        except (ValueError, RuntimeError, ArithmeticError) as error:  # torch refuses sizes when it creates tensors
             raise UserError(where, said_by(error)) from error
         self._check_needs(node, part.needs(), where)
         return part
@@ -127,14 +127,14 @@ class FrontEnd(nn.Module):
     def _no_prompt(self, where: str) -> UserError:
         known = list(self.prompts.sources)
         hint = f"prompt: {' or '.join(known)}" if known else "model.text: {name: {type: clip_text, ...}}"
-        return UserError(where, "needs the prompt, and no text source is named for it", hint=hint)
+        return UserError(where, "needs the prompt, but no text source is named for it", hint=hint)
 
     def _guided(self, node: Node) -> bool:
         needs = self.parts[node.name].needs()
         return bool(needs.prompt or needs.prompt_hidden_states)
 
     def _union(self, source_of: Callable[[Node], str | None]) -> dict[str, Needs]:
-        """{source: union of what the parts that read it need}."""
+        """{source: union of the needs of the parts that read it}."""
         found: dict[str, list[Needs]] = {}
         for node in self.nodes:
             source = source_of(node)
@@ -143,7 +143,7 @@ class FrontEnd(nn.Module):
         return {source: union_needs(needs) for source, needs in found.items()}
 
     def _tiling(self, section: dict[str, Any] | None) -> Tiling | None:
-        """How an image is cut into views: size and tokens of a view are those of the first encoder that is used."""
+        """How an image is cut into views: size and tokens of a view are those of the first encoder in use."""
         if section is None:
             return None
         where = f"{self.where}.media.tiles"
@@ -166,14 +166,14 @@ class FrontEnd(nn.Module):
             inputs = self._read(node, specs, media)
             for extra in part.needs().extras:
                 if extra not in inputs[0].extras:
-                    raise ValueError(f"needs {extra}, which a part above has to write")
+                    raise ValueError(f"needs {extra}, which an earlier part has to write")
             return part.output_spec(*inputs)
         except ValueError as error:
             reads = ", ".join(f"{name}: {spec}" for name, spec in zip(node.inputs, inputs, strict=True))
             raise UserError(f"{self.where}.connector.{node.name}", f"{error}; it reads {reads}") from error
 
     def _read(self, node: Node, specs: dict[str, TokenSpec], media: MediaSpec) -> list[TokenSpec]:
-        """What a node reads, with the layers of an encoder that it declared."""
+        """The inputs of a node, with the encoder layers that it declared."""
         inputs, first = [specs[name] for name in node.inputs], node.inputs[0]
         if first in self.bank.encoders:
             extras = self.bank.encoders[first].extras_spec(media, self.parts[node.name].needs())
@@ -199,7 +199,7 @@ class FrontEnd(nn.Module):
         return self._streams[media]
 
     def _specs(self, media: MediaSpec) -> dict[str, TokenSpec]:
-        """{encoder or node: what it gives for such media}."""
+        """{encoder or node: its output for such media}."""
         specs = self.bank.output_specs(media)
         for node in self.nodes:
             specs[node.name] = self._declare(node, specs, media)
@@ -207,7 +207,7 @@ class FrontEnd(nn.Module):
 
     @property
     def geometries(self) -> dict[str, Geometry]:
-        """{encoder that is used: the size in which it wants its pixels}."""
+        """{encoder in use: the size in which it wants its pixels}."""
         encoders = self.bank.encoders.items()
         return {name: encoder.geometry for name, encoder in encoders if name in self.encoders_used}
 
@@ -218,11 +218,11 @@ class FrontEnd(nn.Module):
 
         Args:
             visual: the batch's dict of media, pairs, prompts and spans.
-            blank: kinds of media to run on blanks, so that every process touches the same parameters.
-            embed_tokens: the LLM's table of embeddings, for text sources without their own.
+            blank: kinds of media to run on blank inputs, so that every process uses the same parameters.
+            embed_tokens: the LLM's embedding table, for text sources without their own.
 
         Returns:
-            rows [R, D] and how many of the last are blank.
+            rows [R, D], and how many of the last are blank.
         """
         pairs, device = visual["pairs"], next(self.parameters()).device
         asked = visual.get("prompts") or self.prompts.blank(device)
@@ -241,7 +241,7 @@ class FrontEnd(nn.Module):
         return torch.cat(rows + blanks), sum(len(rows) for rows in blanks)
 
     def tokens_of(self, visual: dict[str, Any], name: str, embed_tokens: nn.Module | None = None) -> list[VisualTokens]:
-        """What the encoder or node `name` makes of each pair, in their order, one row each: to look inside."""
+        """The output of the encoder or node `name` for each pair, in order, one row each: for inspection."""
         asked = visual.get("prompts") or self.prompts.blank(next(self.parameters()).device)
         prompts = self.prompts(asked, self.text_needs, embed_tokens)
         found: dict[int, VisualTokens] = {}
@@ -262,7 +262,7 @@ class FrontEnd(nn.Module):
         if len(clips) < len(pairs):
             index = torch.tensor([clips.index(clip) for clip, _ in pairs], device=next(self.parameters()).device)
             tokens = {name: value.select(index) for name, value in tokens.items()}
-        if "prompts" not in visual:  # there is one then, in which nothing is said
+        if "prompts" not in visual:  # there is then one empty prompt
             pairs = [(clip, 0) for clip, _ in pairs]
         chosen = [prompt for _, prompt in pairs]
         return tokens, {name: features.select(chosen) for name, features in prompts.items()}
@@ -300,13 +300,13 @@ class FrontEnd(nn.Module):
         return [tokens[name] for name in self.output[spec.kind]]
 
     def blanks(self, visual: dict[str, Any]) -> tuple[MediaSpec, ...]:
-        """The kinds that this batch lacks, as blank media: run when several processes train together."""
+        """The kinds of media missing from this batch, as blanks: run when several processes train together."""
         present = {clip["spec"].kind for clip in visual["media"]}
         return tuple(self.nominal(kind) for kind in KINDS if kind not in present)
 
 
 def _groups(visual: dict[str, Any]) -> list[tuple[MediaSpec, list[int]]]:
-    """(kind of media, which pairs are of it), in an order that is the same in every process."""
+    """(kind of media, indices of its pairs), in an order that is the same in every process."""
     groups: dict[MediaSpec, list[int]] = {}
     for index, (clip, _) in enumerate(visual["pairs"]):
         groups.setdefault(visual["media"][clip]["spec"], []).append(index)
@@ -315,7 +315,7 @@ def _groups(visual: dict[str, Any]) -> list[tuple[MediaSpec, list[int]]]:
 
 @lru_cache(maxsize=8)
 def shape_copy(section: str, llm_width: int) -> FrontEnd:
-    """A front end without memory (meta device), for its shape arithmetic.
+    """A front end on the meta device, for its shape arithmetic.
 
     Args:
         section: the resolved `model` section as JSON text, so that equal sections share one copy.

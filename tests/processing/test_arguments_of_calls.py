@@ -208,8 +208,8 @@ def test_another_template_and_its_variables_are_used(processor):
         ("{% for m in messages %}{{ m.content }", r"broken \(TemplateSyntaxError"),
         ("{{ nothing.at.all }}", r"broken \(UndefinedError"),
         ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "chat template"),
-        ("nothing", "it leaves out message 0"),
-        ("{% for m in messages %}{{ m.content }} {{ m.content }}{% endfor %}", "it writes a message twice"),
+        ("nothing", "leaves out message 0"),
+        ("{% for m in messages %}{{ m.content }} {{ m.content }}{% endfor %}", "writes a message twice"),
     ],
 )
 def test_a_broken_template_is_refused(processor, template, message):
@@ -222,7 +222,7 @@ def test_an_endless_template_is_stopped(processor, monkeypatch):
 
     monkeypatch.setattr(templates, "SECONDS", 0.2)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(UserError, match="still not rendered"):
+    with pytest.raises(UserError, match="rendering did not finish"):
         processor.apply_chat_template([turn("Hi")], chat_template=loop)
 
 
