@@ -185,10 +185,7 @@ def generate(
 
 
 def check_new_tokens(processor: MMLLMProcessor, count: int, where: str = "max_new_tokens", prompt: int = 0) -> None:
-    """Refuse an answer longer than the model can hold.
-
-    Args:
-        prompt: number of tokens before it.
+    """Refuse an answer longer than the model can hold after `prompt` tokens.
 
     Raises:
         UserError: states the longest possible answer.

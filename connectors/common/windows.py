@@ -62,7 +62,7 @@ def resolve_windows(
     *,
     reference: bool = False,
 ) -> Windows:
-    """The windows over a grid of `size` (t, rows, columns), out of one or two of the other three.
+    """The windows over a grid of `size` (t, rows, columns), from one or two of the other three.
 
     `grid` alone: adaptive windows [floor(i n / o), ceil((i + 1) n / o)), any size. `kernel` and `stride`: from the
     first token on; the last window is cut at the end, so nothing is lost and one frame is enough. `grid` with `kernel`

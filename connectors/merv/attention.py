@@ -107,7 +107,7 @@ class Mixture(torch.autograd.Function):
 class AuthorsAttention(nn.Module):
     """The authors' module, with their names: `Q`, `attention` (whose values and output are thrown away), `pe`.
 
-    Args: as of `CollapsedAttention`.
+    Args: as for `CollapsedAttention`.
     """
 
     def __init__(self, width: int, streams: int, attn_dim: int, positions: bool, tokens: int | None) -> None:

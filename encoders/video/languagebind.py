@@ -103,7 +103,7 @@ class LanguageBindEncoder(ClipEncoder):
         return arguments
 
     def frames_of(self, media: MediaSpec) -> int:
-        """As many as it is told.
+        """The requested number of frames.
 
         Raises:
             ValueError: they do not make whole groups.

@@ -67,7 +67,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if name == verb:
             importlib.import_module(f"mmllm.cli.{name}").configure(command)
     options, rest = parser.parse_known_args(arguments)
-    # argparse takes positional arguments in one group only; overrides may appear anywhere.
+    # argparse takes positional arguments in one contiguous run only; overrides may appear anywhere.
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     if len(overrides) < len(rest) or (rest and not hasattr(options, "overrides")):
         parser.error(f"unknown: {' '.join(rest)}")

@@ -304,7 +304,7 @@ def _check_bound(ref: MediaRef, header: Probe) -> None:
     if ref.end is not None and ref.end <= start:
         what = "zero length" if ref.end == start else "negative length"
         raise UserError(
-            where, f"the bound has {what}", expected="an end after the start", hint="correct start and end"
+            where, f"the bound has {what}", expected="an end later than the start", hint="correct start and end"
         )
     if start >= header.duration:
         hint = "correct start and end, they are seconds"

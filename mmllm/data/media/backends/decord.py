@@ -64,7 +64,7 @@ class DecordBackend(Backend):
         stored, leading = count_stored(path, limits)
         if stored < self.probe.frames:
             raise BackendFailure(
-                f"frames are missing ({stored} of {self.probe.frames} are stored) and decord may hang"
+                f"frames are missing ({stored} of {self.probe.frames} are stored), and decord may hang"
             )
         with _failures("open"):
             self._reader = self._open_reader()
