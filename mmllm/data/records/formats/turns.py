@@ -116,7 +116,7 @@ def _place(turns: list[Turn], found: dict[str, list[dict[str, Any]]], where: str
         loose = [entry for entries in found.values() for entry in entries]
         first = next((index for index, (role, _) in enumerate(turns) if role == "user"), None)
         if loose and first is None:
-            raise UserError(where, "has media, but no question to put them in")
+            raise UserError(where, "media, but no question to put them in")
         return [
             {"role": role, "content": _content([*loose, text]) if loose and index == first else text}
             for index, (role, text) in enumerate(turns)
