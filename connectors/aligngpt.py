@@ -15,17 +15,17 @@ from mmllm.contract.types import Grid, MediaSpec, Needs, PromptFeatures, TokenSp
 
 @register("connector", "level_gate")
 class LevelGate(Part):
-    """A stream of one token: the embedding of the clip's alignment level, or a mixture of levels where none is known.
+    """A stream of one token: the embedding of the clip's alignment level, or a mixture of levels where it is unknown.
 
-    Levels go from weak to strong; the last is the global one. Pre-training records carry their level. Else a gate
+    Levels go from weak to strong; the last is the global one. Pre-training records carry their level. Otherwise a gate
     compares every visual token with the mean of the prompt's tokens and mixes: global + sum of weight * local, weights
     from a softmax. Without a prompt the local levels have equal weights.
 
     Args:
-        levels: how many.
+        levels: their number.
         hidden: width of the gate.
-        length: similarities that the gate reads; those of another number of tokens are resampled (adaptive means
-            along the tokens). The authors': 576, the patches of a view.
+        length: similarities that the gate reads; for another number of tokens they are resampled (adaptive means
+            along the tokens). The authors' value: 576, the patches of a view.
         similarity: "dot" as the authors have it; "scaled" by 1 / sqrt(width) or "cosine" where that saturates.
     """
 
@@ -50,13 +50,13 @@ class LevelGate(Part):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The table as the authors start it."""
+        """Initialise the table as the authors do."""
         from transformers import initialization as init
 
         init.xavier_uniform_(self.table)
 
     def needs(self) -> Needs:
-        """The prompt's tokens, and levels that the table has."""
+        """The prompt's tokens, and levels within the table."""
         return Needs(prompt=("tokens",), alignment_levels=self.levels)
 
     def output_spec(self, *inputs: TokenSpec) -> TokenSpec:
@@ -67,10 +67,10 @@ class LevelGate(Part):
         """[B, N, D] -> [B, 1, D]; the token has size 0, as it stands for no patch.
 
         Args:
-            prompt: its tokens [B, L, D] without a start token, and `level` [B]: a record's level, -1 = not known.
+            prompt: its tokens [B, L, D] without a start token, and `level` [B]: a record's level, -1 = unknown.
         """
         tokens = inputs[0]
-        # All weights take part in every batch, whatever its records carry: processes must touch the same ones.
+        # All weights take part in every batch, whatever its records carry: all processes must use the same parameters.
         token = self.table[-1] + self.weights(tokens.values, prompt).to(self.table.dtype) @ self.table[:-1]
         level = None if prompt is None else prompt.level
         if level is not None:
@@ -79,7 +79,7 @@ class LevelGate(Part):
         return tokens.derive(token[:, None].to(tokens.values.dtype), None, index=first)
 
     def weights(self, values: Tensor, prompt: PromptFeatures | None) -> Tensor:
-        """[B, N, D] -> [B, levels - 1] in float32, summing to 1: how much of each local level."""
+        """[B, N, D] -> [B, levels - 1] in float32, summing to 1: the weight of each local level."""
         if prompt is None:
             return values.new_full((values.shape[0], self.levels - 1), 1 / (self.levels - 1), dtype=torch.float32)
         near = self._similarity(values.float(), _mean(prompt.tokens.float(), prompt.mask))
@@ -107,6 +107,6 @@ class LevelGate(Part):
 
 
 def _mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    """Mean [B, D] of the real ones among tokens [B, L, D]."""
+    """Mean [B, D] over the real ones among the tokens [B, L, D]."""
     real = mask.to(tokens.dtype)
     return torch.einsum("bld,bl->bd", tokens, real) / (real.sum(1, keepdim=True) + 1e-8)

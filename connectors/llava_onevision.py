@@ -19,15 +19,15 @@ from mmllm.contract.types import Grid, MediaSpec, TokenSpec, VisualTokens
 class AnyResolution(Part):
     """Puts the tokens of an image's tiles where they lie in the image (Li et al. 2024, section 3.2).
 
-    An image of several views becomes its whole view, then the joint grid of its tiles without the padding, made
-    smaller where it is larger than `most` views, with one learned newline after each row. A video, and an image of
-    one view, end with one newline.
+    An image of several views becomes its whole view, then the joint grid of its tiles without the padding, scaled down
+    where it is larger than `most` views, with a learned newline after each row. A video, or an image of one view, ends
+    with one newline.
 
     Args:
-        most: views that the joint grid may be as large as before it is made smaller.
+        most: the joint grid may be as large as this many views before it is scaled down.
     """
 
-    SLACK = 1.1  # a grid that is larger by less than this along each side is left alone
+    SLACK = 1.1  # a grid larger by less than this factor along each side is left alone
 
     def __init__(self, site: Site, *, most: int = 9) -> None:
         super().__init__(site)
@@ -36,7 +36,7 @@ class AnyResolution(Part):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal, scaled by the width as LLaVA does."""
+        """Normal, scaled by the width as in LLaVA."""
         from transformers import initialization as init
 
         init.normal_(self.newline, std=self.newline.shape[0] ** -0.5)
@@ -87,7 +87,7 @@ class AnyResolution(Part):
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[TokenSpec, ...]]]:
-        """A clip, an image of one view, tiles with padding above and at the side, tiles that are made smaller."""
+        """A clip, an image of one view, tiles with padding above and at the side, tiles that are scaled down."""
         yield {}, (TokenSpec(MediaSpec("video", 2), 12, 6, Grid(2, 2, 3)),)
         yield {}, (TokenSpec(MediaSpec("image", 1), 9, 6, Grid(1, 3, 3)),)
         yield {}, (TokenSpec(MediaSpec("image", 3, (1, 2), (3, 4)), 27, 6, Grid(3, 3, 3)),)

@@ -14,7 +14,7 @@ from mmllm.contract.types import Grid, MediaSpec, TokenSpec, VisualTokens
 
 @register("connector", "temporal_spatial_mean")
 class TemporalSpatialMean(Part):
-    """T temporal tokens (mean over the places of a frame), then S = h w spatial tokens (mean over time)."""
+    """T temporal tokens (mean over the cells of a frame), then S = h w spatial tokens (mean over time)."""
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -27,7 +27,7 @@ class TemporalSpatialMean(Part):
         """
         spec = inputs[0]
         if spec.grid is None:
-            raise ValueError(f"averages over frames and places of a grid, got {spec}")
+            raise ValueError(f"averages over frames and cells of a grid, got {spec}")
         return TokenSpec(spec.media, spec.grid.t + spec.grid.h * spec.grid.w, spec.width)
 
     def forward(self, *inputs: VisualTokens) -> VisualTokens:
@@ -36,7 +36,7 @@ class TemporalSpatialMean(Part):
         values = self._means(tokens.by_frame())
         positions = self._means(tokens.by_frame(tokens.positions))
         sizes = tokens.by_frame(tokens.sizes)
-        # Every patch is covered twice, once by its frame and once by its place; halves keep the sum of sizes.
+        # Every patch is covered twice, once by its frame and once by its cell; halves keep the sum of sizes.
         shared = torch.cat([sizes.sum(2), sizes.sum(1)], dim=1) / 2
         return VisualTokens(values, tokens.media, None, positions, shared, tokens.times)
 

@@ -1,4 +1,4 @@
-"""A model as an answerer, and the one way in which a model is evaluated."""
+"""A model as an answerer, and the single entry point for evaluating a model."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from mmllm.eval.report import Report
 from mmllm.eval.runner import run_benchmark
 
 SUBJECT = "subject.json"
-"""File that says whose answers a folder holds."""
+"""The file that records whose answers a folder holds."""
 
 
 class ModelAnswerer:
     """Answers conversations in batches, greedily, left-padded.
 
     Args:
-        model, processor: as `mmllm.load` gives them.
-        sampler: the protocol's, whatever the model's own.
-        frames: of each video where a call names none; None = the model's own number.
+        model, processor: as returned by `mmllm.load`.
+        sampler: the protocol's frame sampler, whatever the model's own; None = the model's own.
+        frames: per video, where a call gives no number; None = the model's own number.
 
     Attributes:
-        damaged: files whose frames the decoder found damaged in what was asked so far.
+        damaged: files in which the decoder has found damaged frames so far.
     """
 
     def __init__(self, model: nn.Module, processor: Any, sampler: str | None = None, frames: int | None = None) -> None:
@@ -44,7 +44,7 @@ class ModelAnswerer:
         self.damaged: set[str] = set()
 
     def prefetch(self, conversations: list[list[dict]], *, frames: int | None) -> None:
-        """Read and tokenise what is asked next, while the model still answers."""
+        """Read and tokenise the next questions while the model is still answering."""
         coming = ((conversations, frames), self._pool.submit(self._prepare, conversations, frames))
         self._ahead = [*self._ahead[-1:], coming]
 
@@ -58,7 +58,7 @@ class ModelAnswerer:
         return self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
     def _taken(self, conversations: list[list[dict]], frames: int | None) -> Any:
-        """The batch that was prepared ahead, if this one was."""
+        """The batch that was prepared ahead, if it is this one."""
         for index, (asked, prepared) in enumerate(self._ahead):
             if asked == (conversations, frames):
                 self._ahead = self._ahead[index + 1 :]
@@ -92,7 +92,7 @@ def evaluate_model(
 ) -> Report:
     """Evaluate below `out/BENCHMARK/PROTOCOL-HASH/`; an interrupted evaluation continues.
 
-    Another number of frames or another root has a folder of its own beside it.
+    A different number of frames or a different root gets its own folder beside it.
 
     Raises:
         UserError: unknown benchmark or protocol, the folder holds answers of another model, or is in use.
@@ -119,7 +119,7 @@ def evaluate_model(
 
 
 def subject_of(model: nn.Module, processor: Any) -> dict[str, Any]:
-    """What answers depend on beside the question: weights, number format, front end, tokenizer, decoding, reader."""
+    """What answers depend on besides the question: weights, number format, front end, tokenizer, decoding, reader."""
     tokenizer = processor.tokenizer
     decoding = model.generation_config.to_dict()
     return {
@@ -138,7 +138,7 @@ def _digest(value: Any) -> str:
 
 
 def _folder(base: Path, setting: dict[str, Any]) -> Path:
-    """Where answers with this setting lie: the first one of a protocol has its folder, others have one beside it."""
+    """The folder of answers with this setting: a protocol's first setting has its folder, others get one beside it."""
     path = base / SUBJECT
     if not path.is_file():
         return base
@@ -149,7 +149,7 @@ def _folder(base: Path, setting: dict[str, Any]) -> Path:
 
 
 def find_protocol(name: str) -> Protocol:
-    """A protocol by its name.
+    """The protocol of this name.
 
     Raises:
         UserError: no such protocol.

@@ -14,11 +14,11 @@ from mmllm.eval.items import Item
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A set of items and how their scores become one number.
+    """A set of items, and how their scores become one number.
 
     Attributes:
         name: as given to ``--tasks``.
-        load: from the folder of the benchmark to its items.
+        load: function from the benchmark's folder to its items.
         average: "micro" over all scored items, or "macro" over the multiple-choice tasks.
     """
 
@@ -34,10 +34,10 @@ BENCHMARKS = {
 
 
 def find_benchmark(name: str, where: str = "--tasks") -> Benchmark:
-    """The benchmark of that name; `where` it is given, for the error.
+    """The benchmark of that name; `where` the name was given, for the error.
 
     Raises:
-        UserError: there is none; the nearest names are in the hint.
+        UserError: there is none; the hint has the nearest names.
     """
     if name not in BENCHMARKS:
         raise UserError(where, f"unknown benchmark {name!r}", hint=nearest(name, list(BENCHMARKS)))

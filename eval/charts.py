@@ -1,4 +1,4 @@
-"""Pictures of reports: accuracy as bars, with chance, blind and single-frame marks on them."""
+"""Charts of reports: accuracy as bars, marked with chance, blind and single-frame scores."""
 
 from __future__ import annotations
 

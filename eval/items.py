@@ -32,7 +32,7 @@ class Item:
         options: option texts in order; empty for `kind` "open".
         answer: text of the right answer.
         gold: letter of the first option whose text equals `answer`, or None.
-        video: path of the clip relative to the video folder; items of one clip share it.
+        video: path of the clip relative to the video folder; items on the same clip share it.
         kind: "choice", or "open" for a free answer that a judge would score.
     """
 
@@ -51,7 +51,7 @@ class Item:
     kind: str = "choice"
 
     def is_right(self, letter: str | None) -> bool:
-        """True where the chosen option's *text* is the answer (several options may carry the same text)."""
+        """True where the chosen option's *text* is the answer (several options may have the same text)."""
         place = -1 if letter is None else LETTERS.index(letter)
         return 0 <= place < len(self.options) and self.options[place] == self.answer
 
@@ -100,7 +100,7 @@ def gold_letter(options: tuple[str, ...], answer: str) -> str | None:
 
 
 def defect(item: Item) -> str | None:
-    """Why a multiple-choice item cannot be scored, or None for a sound one."""
+    """Why a multiple-choice item cannot be scored, or None if it can."""
     if item.kind != "choice":
         return None
     if not any(option.strip() for option in item.options):
@@ -111,8 +111,8 @@ def defect(item: Item) -> str | None:
 
 
 def misplaced(item: Item) -> str | None:
-    """Why no clip can be meant by an item's path or bound, or None where one can."""
-    # an absolute path takes the place of the folders before it
+    """Why an item's path or bound cannot refer to a clip, or None if it can."""
+    # an absolute path replaces the folders before it
     absolute = "//" in item.video and item.media_path == Path("/" + item.video.partition("//")[2])
     if absolute or ".." in Path(item.video).parts:
         return f"its path {item.video} leaves the benchmark's folder"
@@ -123,7 +123,7 @@ def misplaced(item: Item) -> str | None:
 
 
 def item_id(benchmark: str, task_key: str, index: int, *content: object) -> str:
-    """``benchmark/task/index/digest``, the digest over what the question asks."""
+    """``benchmark/task/index/digest``; the digest covers what the question asks."""
     digest = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:10]
     return f"{benchmark}/{task_key}/{index:04d}/{digest}"
 
@@ -134,7 +134,7 @@ def media_exists(item: Item) -> bool:
 
 
 def need_root(root: Path, benchmark: str) -> None:
-    """Raises UserError where the benchmark's folder does not exist."""
+    """Raise UserError where the benchmark's folder does not exist."""
     if not root.is_dir():
         raise UserError(
             root, f"no folder for {benchmark}", hint=f"--root {benchmark}=FOLDER, the one that holds json/ and video/"
@@ -161,7 +161,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def text_of(row: dict[str, Any], key: str, where: str) -> str:
-    """A string field of an item; a number is taken as its digits.
+    """A string field of an item; a number is converted to its digits.
 
     Raises:
         UserError: the key is missing or holds something else.
@@ -189,7 +189,7 @@ def options_of(row: dict[str, Any], where: str, key: str = "candidates") -> tupl
 
 
 def seconds_of(row: dict[str, Any], key: str, where: str) -> float:
-    """A bound of an item in seconds.
+    """A bound of an item, in seconds.
 
     Raises:
         UserError: the key is missing or is not a number.
@@ -200,7 +200,7 @@ def seconds_of(row: dict[str, Any], key: str, where: str) -> float:
         raise UserError(f"{where}:{key}", "wrong bound", expected="a number of seconds", got=got)
     try:
         return float(value)
-    except OverflowError:  # a whole number that no float holds
+    except OverflowError:  # an integer too large for a float
         return math.inf if value > 0 else -math.inf
 
 

@@ -43,7 +43,7 @@ def load(root: Path | str) -> list[Item]:
 
     Args:
         root: folder with ``json/`` (or ``upload_json/``, or the nine files themselves) and ``video/`` with the
-            authors' folders (``plotQA``) or the hub's (``1_plotQA``). The task is that of the file: the field
+            authors' folders (``plotQA``) or the hub's (``1_plotQA``). The file determines the task: the field
             `question_type` of the items is not used.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 from mmllm.eval.items import Item, TaskRow, gold_letter, item_id, items_of, need_root, options_of, seconds_of, text_of
 
 NAME = "mvbench"
-REPLACEMENTS = "data0613"  # clips of the June 2024 replacement, shipped in a folder of their own
+REPLACEMENTS = "data0613"  # clips of the June 2024 replacement, shipped in a separate folder
 
 
 @dataclass(frozen=True)

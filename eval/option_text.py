@@ -9,7 +9,7 @@ _OWN_LETTER = re.compile(r"\s*\(?([A-Za-z])\s*[.):]\s*(?=\S|$)")
 
 
 def option_texts(options: list[str]) -> list[str]:
-    """The option texts, without their own letter where every option carries the one of its place (``"A. Cafe."``)."""
+    """The option texts, without letters where every option starts with the one of its position (``"A. Cafe."``)."""
     matches = [_OWN_LETTER.match(option) for option in options]
     for place, match in enumerate(matches):
         if match is None or match[1].upper() != chr(ord("A") + place):
@@ -18,19 +18,19 @@ def option_texts(options: list[str]) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """Case-folded, blanks collapsed, none around arrows, without wrapping quotes and the final dot."""
+    """Case-folded, spaces collapsed, none around arrows, without surrounding quotes and the final dot."""
     text = re.sub(r"\s*(->|=>|→)\s*", r"\1", " ".join(text.casefold().split()))
     return text.strip(" \"'`*_").rstrip(".!").strip(" \"'`*_")
 
 
 def starts_with_text(rest: str, option: str) -> bool:
-    """True where `rest`, what follows a letter, opens with the text of that letter's option."""
+    """True where `rest`, the text after a letter, starts with the text of that letter's option."""
     wanted = plain(option)
     return bool(wanted) and re.match(re.escape(wanted) + r"(?!\w)", plain(rest.lstrip(" .):],-*"))) is not None
 
 
 def contradicts(letter: str, rest: str, options: list[str]) -> bool:
-    """True where `rest`, what stands beside a letter, is exactly the text of another option and not of its own."""
+    """True where `rest`, the text beside a letter, is exactly the text of another option and not of its own."""
     said = plain(rest.strip(" .):],-*([{\"'"))
     texts = [plain(option) for option in options]
     return bool(said) and said in texts and texts[ord(letter) - ord("A")] != said
@@ -46,7 +46,7 @@ def by_exact_text(text: str, options: list[str]) -> str | None:
 
 
 def by_words(text: str, options: list[str]) -> str | None:
-    """The letter of the only option whose text the response says, whatever letter it says beside: "moves left (B)"."""
+    """The letter of the only option whose text is in the response, whatever letter goes with it: "moves left (B)"."""
     return by_exact_text(_LETTER_BESIDE.sub("", text), option_texts(options))
 
 

@@ -1,7 +1,7 @@
 """From a free-form response to an option letter: the `canonical` rule.
 
-The rule asks a list of readers in a fixed order; the first one with an opinion decides. A reader returns a letter,
-`NONE` ("this response names no single option, stop here") or `None` ("nothing for me, ask the next one").
+The rule asks a list of readers in a fixed order; the first with an opinion decides. A reader returns a letter, `NONE`
+("this response names no single option, stop here") or `None` ("nothing for me, ask the next one").
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _REFUSAL = re.compile(  # at the start only: an option may well say "she cannot 
 _BOXED = re.compile(r"\\boxed\s*\{\s*(?:\\(?:text|mathrm|mathbf|textbf)\s*\{)?\s*\(?([A-Za-z])\)?\.?\s*\}")
 _LONE = re.compile(r"[\W_]*([A-Za-z])[\W_]*")
 
-# what may stand between "answer" and its letter, and what wraps a letter
+# what may come between "answer" and its letter, and what may wrap a letter
 _OPEN = r"[\s\"'`*_:=(\[{<$#>-]*"
 _LETTER = r"(?<![A-Za-z0-9'])(?P<letter>[A-Za-z])(?![A-Za-z0-9]|'[A-Za-z])"
 _VERB = r"(?:(?:is|was|are|be|being|would be|should be|must be|seems to be|appears to be|as)\b)?"
@@ -79,7 +79,7 @@ def _clean(response: str) -> str:
 
 
 def _known(letter: str, options: list[str]) -> str:
-    """The letter in upper case, or `NONE` where it lies beyond the number of options."""
+    """The letter in upper case, or `NONE` where there is no such option."""
     letter = letter.upper()
     return letter if ord(letter) - ord("A") < len(options) else NONE
 
@@ -112,7 +112,7 @@ def _boxed(text: str, options: list[str]) -> str | None:
 def _lone(text: str, options: list[str]) -> str | None:
     """A single letter in any case and any wrapping: ``b``, ``(B).``, ``**B**``, ``B :)``.
 
-    Where that letter is also the text of *another* option it says two things at once: `NONE`.
+    Where that letter is also the text of *another* option, the response is ambiguous: `NONE`.
     """
     match = _LONE.fullmatch(text)
     if match is None:
@@ -122,7 +122,7 @@ def _lone(text: str, options: list[str]) -> str | None:
 
 
 def _stated(text: str, options: list[str]) -> str | None:
-    """The last explicit statement: ``the answer is X``, ``Option X``, ``I choose X`` and Asian equivalents."""
+    """The last explicit statement: ``the answer is X``, ``Option X``, ``I choose X`` and East Asian equivalents."""
     found = []
     for pattern in _STATEMENTS:
         for match in pattern.finditer(text):
@@ -146,7 +146,7 @@ def _letters(text: str, options: list[str]) -> list[tuple[int, str]]:
 
 
 def _names_all(letters: set[str], options: list[str]) -> bool:
-    """True where the letters are those of all options (three or more): the options repeated, nothing chosen."""
+    """True where the letters are those of all options (three or more): the options repeated, none chosen."""
     return len(options) > 2 and letters >= {chr(ord("A") + place) for place in range(len(options))}
 
 
@@ -169,7 +169,7 @@ def _leading(text: str, options: list[str]) -> str | None:
 
 
 def _standalone(text: str, options: list[str]) -> str | None:
-    """The only letter that stands alone; of several, the one that ends the text outside a list."""
+    """The only letter that stands alone; if there are several, the one that ends the text outside a list."""
     found = _letters(text, options)
     distinct = {letter for _, letter in found}
     if not distinct:

@@ -1,4 +1,4 @@
-"""The append-only file of answers: what a killed run leaves and the next one continues."""
+"""The append-only file of answers: a killed run leaves it, and the next run continues it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Predictions:
         damaged: ids of items whose clip had damaged frames.
 
     Args:
-        path: the file; it and its folder are made at the first `add`. Lines of an earlier run are read. A torn last
-            line (the run was killed while writing) is cut off, so that its item is answered again.
+        path: the file; it and its folder are created by the first `add`. Earlier lines are read. An incomplete
+            last line (the run was killed while writing) is cut off, so that its item is answered again.
 
     Raises:
-        UserError: a line before the last is damaged.
+        UserError: a line other than the last is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +51,7 @@ class Predictions:
             self._note(row)
             good = start = end + 1
         if good < len(data):
-            logger.warning("%s: the last line is torn; it is dropped and its item answered again", self.path)
+            logger.warning("%s: the last line is incomplete; it is dropped and its item is answered again", self.path)
             with self.path.open("r+b") as file:
                 file.truncate(good)
 
@@ -62,7 +62,7 @@ class Predictions:
             self._note(row)
 
     def forget_changed(self, items: list[Item]) -> None:
-        """Drop answers about what a clip held before: it has been repaired since, or fetched in full."""
+        """Drop answers about earlier contents of a clip: it has since been repaired, or downloaded completely."""
         answered = {item for item, _ in self._clips}
         sizes = {item.id: clip_size(item) for item in items if item.id in answered}
         changed = [key for key, size in self._clips.items() if sizes.get(key[0], size) != size]
@@ -91,7 +91,7 @@ class Predictions:
 
 
 def clip_size(item: Item) -> int | None:
-    """Bytes of an item's clip, or how many frames its folder has; None where it is gone."""
+    """Bytes of an item's clip, or the number of frames in its folder; None where it is gone."""
     path = item.media_path
     try:
         return len(list(path.iterdir())) if path.is_dir() else path.stat().st_size

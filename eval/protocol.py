@@ -1,4 +1,4 @@
-"""A protocol: everything about how a question is put that changes its answer, as data with a digest."""
+"""A protocol: everything about how a question is posed that affects its answer, as data with a digest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FRAME_FOLDER_FPS = 3.0
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a question is put and read.
+    """How a question is posed and its answer read.
 
     Attributes:
         name: as given to ``--protocol``.
@@ -24,7 +24,7 @@ class Protocol:
         max_new_tokens: longest answer, in tokens.
         parser: name of the parser, a key of `mmllm.eval.parsing.parsers`.
         system: system prompt; empty for none.
-        decoding: how tokens are chosen; a fact for the hash, as answerers decode greedily.
+        decoding: how tokens are chosen; recorded for the hash only, as answerers always decode greedily.
     """
 
     name: str
@@ -57,7 +57,7 @@ def question_block(question: str, options: tuple[str, ...] | list[str]) -> str:
 
 
 def prompt(item: Item) -> str:
-    """The canonical text of an item: its question block and the demand for the best option."""
+    """The canonical text of an item: its question block and the request for the best option."""
     return question_block(item.question, item.options) + "\nOnly give the best option."
 
 
@@ -65,11 +65,11 @@ PROMPTS: dict[str, Callable[[Item], str]] = {"best_option": prompt}
 
 
 def messages(item: Item, blind: bool = False, protocol: Protocol = CANONICAL) -> list[dict[str, Any]]:
-    """The item as chat messages in the form of Hugging Face's chat templates.
+    """The item as chat messages in the format of Hugging Face chat templates.
 
     Args:
         item: the question; its bound becomes `start` and `end` in seconds, and a folder of frames gets its `fps`.
-        blind: leave the video out; the text is the same and says nothing of it.
+        blind: leave the video out; the text is the same and does not mention it.
         protocol: which prompt and system prompt.
     """
     content: list[dict[str, Any]] = [] if blind else [_video_entry(item)]

@@ -17,10 +17,10 @@ FLOORS = ("chance", "blind", "single_frame")
 class TaskScore:
     """One task: accuracies in percent (None where nothing was answered) and counts of items.
 
-    `items` were scored; `total` adds the missing, the broken and the excluded ones. `unparsed` answers (empty ones
-    too) are part of `items` and wrong. `broken`: the clip is there and cannot be read as the item wants it.
-    `words`: answers that say the text of the right option, whatever letter stands beside it; None, and in no file,
-    where the model says letters alone.
+    `items` were scored; `total` also counts missing, broken and excluded ones. `unparsed` answers (empty ones included)
+    count in `items`, as wrong. `broken`: the clip exists but cannot be read as the item requires. `words`: answers that
+    contain the text of the right option, whatever letter goes with it; None, and left out of files, where the model
+    answers by letter alone.
     """
 
     score: float | None
@@ -45,16 +45,20 @@ class Report:
 
     Attributes:
         benchmark: its name.
-        protocol: name of the protocol, `protocol_hash` its digest.
-        headline: which mean `average`, `chance`, `blind` and `single_frame` are: "micro" or "macro".
+        protocol: name of the protocol.
+        protocol_hash: its digest.
+        headline: kind of mean of `average`, `chance`, `blind` and `single_frame`: "micro" or "macro".
         tasks: scores by task.
-        empty: empty responses, counted as wrong. damaged: items answered from clips with damaged frames.
-        excluded: unsound items, each with id, task and reason; broken: items whose clip cannot be read, likewise.
+        empty: empty responses, counted as wrong.
+        damaged: items answered from clips with damaged frames.
+        excluded: unsound items, each with id, task and reason.
+        broken: items whose clip cannot be read, likewise.
         not_scored: tasks left out as a whole, with the reason.
-        warnings: sentences a reader must see.
-        root: the benchmark's folder. limit: items of each task that were asked at most, None = all.
+        warnings: sentences that a reader must see.
+        root: the benchmark's folder.
+        limit: most items asked per task, None = all.
         subject: what else the answers depend on: weights, frames, template, ...
-        folder: where it is written.
+        folder: where the report is written.
     """
 
     benchmark: str
@@ -76,7 +80,7 @@ class Report:
     def mean(self, key: str, how: str | None = None) -> float | None:
         """Mean over tasks of one of score, words, chance, blind, single_frame: "micro" weights tasks by their items.
 
-        None where the condition was not run. `how` is the headline's mean where it is not given.
+        None where the condition was not run. `how` defaults to the headline's mean.
         """
         pairs = [(getattr(task, key), task.items) for task in self.tasks.values() if task.items]
         if not pairs or any(value is None for value, _ in pairs):
@@ -92,7 +96,7 @@ class Report:
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """What tables show, floors last."""
+        """The columns of the tables, floors last."""
         return ("score", *(() if self.mean("words") is None else ("words",)), *FLOORS)
 
     @property
@@ -102,7 +106,7 @@ class Report:
 
     @property
     def total(self) -> int:
-        """Number of multiple-choice items, with the missing and the excluded ones."""
+        """Number of multiple-choice items, including missing and excluded ones."""
         return sum(task.total for task in self.tasks.values())
 
     @property
@@ -112,7 +116,7 @@ class Report:
 
     @property
     def unreadable(self) -> int:
-        """Number of items left out because their clip cannot be read as they want it."""
+        """Number of items left out because their clip cannot be read as they require."""
         return sum(task.broken for task in self.tasks.values())
 
     @property
@@ -150,7 +154,7 @@ class Report:
 
     @classmethod
     def read(cls, folder: Path) -> Report:
-        """The report that was written into a folder.
+        """Read the report in a folder.
 
         Raises:
             UserError: it is damaged.
@@ -162,7 +166,7 @@ class Report:
             rest = {key: data[key] for key in ("broken", "damaged", "root", "limit", "subject") if key in data}
             return cls(**{key: data[key] for key in plain}, **rest, tasks=tasks, folder=folder)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(folder / "report.json", "damaged", hint="delete it, and evaluate again") from error
+            raise UserError(folder / "report.json", "damaged", hint="delete it and evaluate again") from error
 
 
 def percent(value: float | None) -> str:

@@ -57,17 +57,17 @@ def write_report(report: Report, out: Path) -> None:
 
 
 def report_name(limit: int | None) -> str:
-    """What a run's report is called; one over some items of each task has a name of its own."""
+    """The base name of a run's report files; a run limited to some items of each task has its own."""
     return "report" if limit is None else f"report-limit-{limit}"
 
 
 def _earlier(benchmarks: dict[str, Report], path: Path, out: Path) -> dict[str, Report]:
-    """Reports of other benchmarks that the run's report holds so far, if they are of the same weights."""
+    """Reports on other benchmarks that the run's report already holds, if they are of the same weights."""
     if not path.is_file():
         return {}
     found = {}
     for name, folder in read_record(path).get("folders", {}).items():
-        if name not in benchmarks and (out / folder / "report.json").is_file():  # else it was deleted
+        if name not in benchmarks and (out / folder / "report.json").is_file():  # otherwise it was deleted
             found[name] = Report.read(out / folder)
     weights = {report.subject.get("weights") for report in benchmarks.values()}
     return {name: report for name, report in found.items() if {report.subject.get("weights")} == weights}
@@ -79,10 +79,10 @@ def run_report(
     """Write the report of a whole run: ``report.json``, ``report.md`` and ``report.png`` in the folder `out`.
 
     Args:
-        benchmarks: report by benchmark name; others that the run's report holds of the same model stay in it.
+        benchmarks: report by benchmark name; others already in the run's report stay if they are of the same model.
         seconds: wall time by step.
         out: folder of the run.
-        limit: items of each task at most; such a report has files of its own (``report-limit-5.json``, ...).
+        limit: most items per task; such a report has its own files (``report-limit-5.json``, ...).
 
     Returns:
         the content of ``report.json``; scores in percent.

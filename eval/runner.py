@@ -1,4 +1,4 @@
-"""Running a benchmark: ask, write down, continue after a kill, and score."""
+"""Running a benchmark: ask, record, continue after a kill, and score."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Answerer(Interface):
             frames: frames per clip; None means the model's own setting.
             max_new_tokens: longest response.
 
-        An answerer may have a method `prefetch(conversations, *, frames)`: what will be asked after the next call; and
-        an attribute `damaged`: a set of the files whose frames were found damaged.
+        An answerer may have a method `prefetch(conversations, *, frames)`, told what is asked after the next call, and
+        an attribute `damaged`: the set of files in which damaged frames were found.
         """
 
 
@@ -62,7 +62,7 @@ def run_benchmark(
     progress: Callable[[int, int], None] | None = None,
     subject: dict[str, Any] | None = None,
 ) -> Report:
-    """Answer the items of a benchmark, or what an earlier run left of them, and write the report.
+    """Answer the items of a benchmark that earlier runs left unanswered, and write the report.
 
     Args:
         benchmark: one of `mmllm.eval.benchmarks.BENCHMARKS`.
@@ -72,17 +72,17 @@ def run_benchmark(
             ``report.json``, ``report.md``, ``tasks.png`` and, where clips are absent, ``missing.txt``; with a `limit`
             all but the predictions go into ``limit-N/``.
         protocol: how questions are put and read.
-        baselines: conditions beside "model": any of "blind", "single_frame"; those answered before are reported too.
+        baselines: conditions besides "model": any of "blind", "single_frame"; those answered earlier are reported too.
         limit: only the first items of each task.
-        missing: "error" stops before the first answer where clips are absent, and at one that cannot be read; "skip"
+        missing: "error" stops before the first answer where clips are missing, and at one that cannot be read; "skip"
             leaves their items out and counts them.
         batch_size: conversations per call of `answer`.
-        progress: called with (answers done, answers in all), first with those of earlier runs.
-        subject: what the answers depend on beside the items, for the report.
+        progress: called with (answers done, answers in total), the first time with those of earlier runs.
+        subject: what the answers depend on besides the items, for the report.
 
     Raises:
-        UserError: unknown baseline, broken annotation file, clips missing, or one raised by `answer`; what was
-            answered before stays in ``predictions.jsonl``.
+        UserError: unknown baseline, broken annotation file, clips missing, or one raised by `answer`; earlier answers
+            stay in ``predictions.jsonl``.
     """
     conditions = _conditions(baselines)
     chosen = select(benchmark.load(Path(root)), limit)
@@ -112,7 +112,7 @@ def _answer_all(
     skip: bool,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Answer what an earlier run left, condition by condition; items that cannot be read are set aside under `skip`."""
+    """Answer what an earlier run left, condition by condition; under `skip`, unreadable items are set aside."""
     show = progress or (lambda done, total: None)
     for condition in conditions:
         batches = list(_batches(_pending(chosen.scored, condition, predictions, protocol), batch_size))
@@ -131,7 +131,7 @@ def _answer_all(
 
 
 def _count(chosen: Selection, conditions: tuple[str, ...], predictions: Predictions) -> tuple[int, int]:
-    """(answers that are there, answers in all)."""
+    """(answers that exist, answers in total)."""
     keys = [(item.id, condition) for condition in conditions for item in chosen.scored]
     return sum(key in predictions for key in keys), len(keys)
 
@@ -148,7 +148,7 @@ def _pending(
 ) -> list[tuple[list[Item], str | None]]:
     """Groups of unanswered items that share one answer, with that answer where an earlier run has it.
 
-    Without the clip, items of equal prompt are one question; with it, each item is its own.
+    Without the clip, items with the same prompt are one question; with it, each item is its own.
     """
     groups: dict[str, list[Item]] = {}
     for item in items:
@@ -185,7 +185,7 @@ def _answer_batch(
     """Answer one batch of groups and write its lines.
 
     Args:
-        skip: leave out items that cannot be read.
+        skip: whether to leave out items that cannot be read.
 
     Returns:
         what was left out: (item, reason).

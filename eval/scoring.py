@@ -1,4 +1,4 @@
-"""From answers to numbers: accuracy per task and the averages, with the floors beside them."""
+"""From answers to numbers: accuracy per task and the averages, along with the floors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmllm.eval.report import Report, TaskScore
 from mmllm.eval.selection import Selection
 
 logger = logging.getLogger(__name__)
-EMPTY_SHARE = 0.01  # a model that works returns something: more empty answers mean a broken run
+EMPTY_SHARE = 0.01  # a working model returns something: more empty answers mean a broken run
 
 
 def letter_of(protocol: Protocol, response: str, item: Item) -> str | None:
@@ -29,8 +29,8 @@ def score(
     """The report of a finished run. Empty and unparsable answers are wrong; missing and unsound items do not count.
 
     Args:
-        benchmark: name and kind of average.
-        protocol: whose parser reads the answers.
+        benchmark: provides the name and the kind of average.
+        protocol: its parser reads the answers.
         chosen: the items; `chosen.scored` must be answered under each condition.
         predictions: raw responses by (item id, condition).
         conditions: "model" and the baselines that were run.
@@ -40,7 +40,7 @@ def score(
         for condition in conditions
     }
     said = {i.id: by_words(predictions[i.id, "model"], list(i.options)) for i in chosen.scored}
-    if any(said.values()):  # else the model answers by letter alone
+    if any(said.values()):  # otherwise the model answers by letter alone
         right["words"] = {i.id: i.is_right(said[i.id]) for i in chosen.scored}
     unparsed = {i.id for i in chosen.scored if letter_of(protocol, predictions[i.id, "model"], i) is None}
     empty = sum(not predictions[item.id, "model"].strip() for item in chosen.scored)

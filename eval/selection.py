@@ -18,12 +18,12 @@ NEEDS_JUDGE = "not scored: needs a judge"
 
 @dataclass
 class Selection:
-    """The items of one run, sorted into those that are answered and those that are not.
+    """The items of one run, split into those that are answered and those that are not.
 
     Attributes:
         scored: items that are answered.
         missing: sound items whose clip is absent.
-        broken: (item, reason) of items whose clip cannot be read as they want it.
+        broken: (item, reason) of items whose clip cannot be read as they require.
         excluded: (item, reason) of items that nobody could answer.
         not_scored: tasks left out as a whole, with the reason.
     """
@@ -42,7 +42,7 @@ class Selection:
 
 
 def select(items: list[Item], limit: int | None = None) -> Selection:
-    """Sort items by whether they can be answered.
+    """Split items by whether they can be answered.
 
     Args:
         items: all items of a benchmark.
@@ -68,7 +68,7 @@ def select(items: list[Item], limit: int | None = None) -> Selection:
 
 
 def settle_broken(chosen: Selection, benchmark: str, missing: Literal["error", "skip"]) -> None:
-    """Go on without items whose path or bound is unsound, or stop.
+    """Continue without items whose path or bound is unsound, or stop.
 
     Raises:
         UserError: there are some and `missing` is "error"; names the first.
@@ -78,25 +78,25 @@ def settle_broken(chosen: Selection, benchmark: str, missing: Literal["error", "
     item, reason = chosen.broken[0]
     what = f"{len(chosen.broken)} items cannot be read; first {item.id}: {reason}"
     if missing == "error":
-        raise UserError(benchmark, what, hint="--missing skip, which leaves these items out and counts them apart")
+        raise UserError(benchmark, what, hint="--missing skip leaves these items out and counts them separately")
     logger.warning("%s: %s; these items are left out", benchmark, what)
 
 
 def missing_by_task(chosen: Selection) -> dict[str, tuple[int, int]]:
-    """Per task with holes: (missing items, all sound items)."""
+    """{task with missing items: (missing items, all sound items)}."""
     missing = Counter(item.task for item in chosen.missing)
     scored = Counter(item.task for item in chosen.scored)
     return {task: (count, count + scored[task]) for task, count in missing.items()}
 
 
 def settle_missing(chosen: Selection, benchmark: str, out: Path, missing: Literal["error", "skip"]) -> None:
-    """Write ``missing.txt`` (one path per line) where clips are absent, and go on or stop.
+    """Write ``missing.txt`` (one path per line) where clips are missing, and continue or stop.
 
     Args:
         chosen: the items of the run.
         benchmark: its name, for the message.
         out: folder of the run's files.
-        missing: "error" stops, "skip" warns and goes on without these items.
+        missing: "error" stops, "skip" warns and continues without these items.
 
     Raises:
         UserError: clips are missing and `missing` is "error", or nothing is left to answer.
@@ -110,7 +110,7 @@ def settle_missing(chosen: Selection, benchmark: str, out: Path, missing: Litera
         counts = ", ".join(f"{task} {n} of {total}" for task, (n, total) in missing_by_task(chosen).items())
         what = f"clips missing for {len(chosen.missing)} items ({counts}); first {next(iter(paths))}, all in {listing}"
         if missing == "error":
-            raise UserError(benchmark, what, hint="--missing skip, which leaves these items out and says so")
+            raise UserError(benchmark, what, hint="--missing skip leaves these items out and reports them")
         logger.warning("%s: %s; these items are left out", benchmark, what)
     if not chosen.scored:
         hint = "--root of the folder that holds json/ and video/" if chosen.missing else "a larger --limit"

@@ -1,7 +1,7 @@
-"""mmllm: build, train, evaluate and compare video and image LLMs out of interchangeable parts.
+"""mmllm: build, train, evaluate and compare video and image LLMs made of interchangeable parts.
 
-Everything is imported when it is first asked for, so `import mmllm` costs nothing; the Auto classes of transformers
-know our models all the same.
+Everything is imported on first use, so `import mmllm` costs nothing; the Auto classes of transformers still know our
+models.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ EVALUATION: dict[str, Any] = {
     "batch_size": Count,
     "progress": Any,
 }
-"""What `evaluate` takes beside the benchmark."""
+"""The arguments of `evaluate` besides the benchmark."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,11 @@ class Video:
     """A video for `generate`.
 
     Attributes:
-        path: a local file or a folder of frames. start, end: seconds. frames: how many to sample (default: the
-            model's own sampling). fps: of a folder of frames.
+        path: a local file or a folder of frames.
+        start: seconds.
+        end: seconds.
+        frames: number of frames to sample (default: the model's own sampling).
+        fps: frame rate of a folder of frames.
     """
 
     path: str
@@ -64,10 +67,10 @@ class Image:
 
 
 def load(path: str | Path, *, device: str | None = None, dtype: Any = "auto") -> tuple[Any, Any]:
-    """(model, processor) of a run folder or a model folder, ready to answer.
+    """Load the (model, processor) of a run folder or a model folder, ready to answer.
 
     Raises:
-        UserError: no model there, a damaged file, or weights that are not exactly those that its config needs.
+        UserError: there is no model, a file is damaged, or the weights are not exactly those that the config requires.
     """
     import torch
 
@@ -92,17 +95,17 @@ def load(path: str | Path, *, device: str | None = None, dtype: Any = "auto") ->
         keys = differences(processor.model_section, model.config.model_section)
         raise UserError(folder, f"config.json and processor_config.json differ at {', '.join(keys[:5])}")
     model = model.eval().to(device) if device else model.eval()
-    # sums, since they pass over the weights once and copy nothing
+    # sums, since they read the weights once and copy nothing
     bad = [name for name, value in model.named_parameters() if not bool(value.sum(dtype=torch.float32).isfinite())]
     if bad:
         logger.warning(
-            "%s: %d of its weights are not finite (%s ...): its answers mean nothing", folder, len(bad), bad[0]
+            "%s: %d of its weights are not finite (%s ...): its answers are meaningless", folder, len(bad), bad[0]
         )
     return model, processor
 
 
 def load_weights(model: Any, path: str | Path, modules: list[Any] | None = None) -> None:
-    """The weights of another run into a model of the same recipe, or into some of its modules.
+    """Load the weights of another run into a model of the same recipe, or into some of its modules.
 
     Raises:
         UserError: they do not fit; lists missing, unexpected and mismatched keys.
@@ -160,14 +163,14 @@ def generate(
     """The answer to a question about media; with `stream` its pieces as they come.
 
     Args:
-        media: a path is a video or an image by how it ends; `clip.mp4#t=3,8` are seconds 3 to 8.
+        media: the suffix of a path tells a video from an image; `clip.mp4#t=3,8` means seconds 3 to 8.
         options: passed on to the model's `generate` (`num_beams`, `do_sample`, ...).
     """
     if not isinstance(question, str):
         raise UserError("question", "wrong type", expected="a text", got=shown(question))
     if options.get("return_dict_in_generate") or options.get("num_return_sequences", 1) != 1:
         hint = "model.generate(**processor.apply_chat_template(...))"
-        raise UserError("generate", "gives the text of one answer", hint=hint)
+        raise UserError("generate", "returns the text of a single answer", hint=hint)
     check_new_tokens(processor, max_new_tokens)
     content = [*(_medium(item).content() for item in media), {"type": "text", "text": question}]
     batch = processor.apply_chat_template(
@@ -182,22 +185,19 @@ def generate(
 
 
 def check_new_tokens(processor: MMLLMProcessor, count: int, where: str = "max_new_tokens", prompt: int = 0) -> None:
-    """Refuse an answer longer than what the model can hold.
-
-    Args:
-        prompt: how many tokens stand before it.
+    """Refuse an answer longer than the model can hold after `prompt` tokens.
 
     Raises:
-        UserError: says how long it may be.
+        UserError: states the longest possible answer.
     """
     most = None if processor.max_length is None else processor.max_length - prompt
     if parse(count, Count, where) > (count if most is None else most):
-        behind = f" behind a prompt of {prompt} tokens" if prompt else ""
+        behind = f" after a prompt of {prompt} tokens" if prompt else ""
         raise UserError(where, f"more than this model can hold{behind}", expected=f"at most {most}", got=count)
 
 
 def _medium(given: Video | Image | str | os.PathLike) -> Video | Image:
-    """What a path means."""
+    """The medium that a path refers to."""
     if isinstance(given, Video | Image):
         return given
     if not isinstance(given, str | os.PathLike):
@@ -215,10 +215,10 @@ def pipeline(path: str | Path, **options: Any) -> Any:
     """transformers' image-text-to-text pipeline of a run folder or a model folder.
 
     Args:
-        options: of the library's `pipeline` (`device`, `batch_size`, `dtype`, ...).
+        options: for the library's `pipeline` (`device`, `batch_size`, `dtype`, ...).
 
     Raises:
-        UserError: no model there, or a damaged one.
+        UserError: there is no model, or a damaged one.
     """
     import transformers
 
@@ -228,7 +228,7 @@ def pipeline(path: str | Path, **options: Any) -> Any:
 
 
 def stream_answer(model: Any, processor: Any, batch: Any, **options: Any) -> Iterator[str]:
-    """The answer to one prepared conversation, piece by piece as it is generated; greedy unless `options` say else."""
+    """The answer to one prepared conversation, piece by piece as it is generated; greedy unless `options` differ."""
     options = {"do_sample": False, "num_beams": 1, **options}
     from threading import Event, Thread
 
@@ -240,7 +240,7 @@ def stream_answer(model: Any, processor: Any, batch: Any, **options: Any) -> Ite
     unheard = Event()
 
     class Unheard(StoppingCriteria):
-        """Stops where nobody takes the pieces any more."""
+        """Stops generating when nobody consumes the pieces any more."""
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             return torch.full((len(input_ids),), unheard.is_set(), device=input_ids.device)
@@ -250,7 +250,7 @@ def stream_answer(model: Any, processor: Any, batch: Any, **options: Any) -> Ite
     def run() -> None:
         try:
             model.generate(**batch, **options, streamer=streamer, stopping_criteria=criteria)
-        except BaseException as error:  # handed to the caller's thread, which would else wait for ever
+        except BaseException as error:  # handed to the caller's thread, which would otherwise wait forever
             failed.append(error)
             streamer.end()
 
@@ -258,7 +258,7 @@ def stream_answer(model: Any, processor: Any, batch: Any, **options: Any) -> Ite
     thread.start()
     try:
         yield from streamer
-    finally:  # a thread that still computes would take the whole program down at its end
+    finally:  # a thread still computing at exit would crash the whole program
         unheard.set()
         thread.join()
     if failed:
@@ -275,14 +275,15 @@ def evaluate(
     protocol: str = "canonical",
     **options: Any,
 ) -> Any:
-    """A benchmark's report: scores with their floors and denominators.
+    """Evaluate on a benchmark; returns the report: scores with their floors and denominators.
 
     Args:
-        root: the benchmark's folder. out: where predictions and report go (default: a temporary folder).
+        root: the benchmark's folder.
+        out: folder for predictions and report (default: a temporary folder).
         options: `limit`, `missing`, `baselines`, `batch_size`, `frames`, `progress`.
 
     Raises:
-        UserError: unknown benchmark, clips missing, or `out` holds another model's answers.
+        UserError: unknown benchmark, missing clips, or `out` holds another model's answers.
     """
     import tempfile
 

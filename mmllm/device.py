@@ -1,4 +1,4 @@
-"""Where computing happens: the device that is asked for or that there is, and how many threads of a shared machine."""
+"""Where computing happens: the requested or available device, and how many threads to use on a shared machine."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from mmllm.contract.errors import UserError
 
 BUSY = 0.5
-"""From this many cores on that others keep busy, they are a neighbour."""
+"""If other processes keep this many cores busy, they count as a neighbour."""
 
 
 def check_device(name: str | None) -> None:
-    """Refuse a device that this machine does not have; None, what there is, always fits.
+    """Refuse a device that this machine does not have; None, whatever is available, always fits.
 
     Raises:
-        UserError: not a device, or not one of this machine.
+        UserError: not a device, or not a device of this machine.
     """
     import torch
 
@@ -35,7 +35,7 @@ def check_device(name: str | None) -> None:
 
 
 def pick_device(name: str | None) -> str:
-    """The device asked for, or the accelerator there is, or the CPU.
+    """The requested device, or the accelerator if there is one, or the CPU.
 
     Raises:
         UserError: this machine does not have it.
@@ -49,10 +49,10 @@ def pick_device(name: str | None) -> str:
 
 
 def sleep_beside_neighbours() -> None:
-    """Let threads that wait for others sleep where a neighbour keeps a core busy: spinning slows both several times.
+    """Let waiting threads sleep if a neighbour keeps a core busy: spinning would slow both down several times.
 
-    On a quiet machine they spin, which is about a fifth faster. OpenMP reads it when it is loaded, so it has to come
-    before torch. What the user has set stays.
+    On a quiet machine they spin, which is about a fifth faster. OpenMP reads the setting when it loads, so this must
+    run before torch is imported. A setting by the user is kept.
     """
     if "OMP_WAIT_POLICY" not in os.environ and _busy(_cores()) > BUSY:
         os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -62,8 +62,9 @@ def choose_threads(asked: int | None, before: int | None = None) -> tuple[int, s
     """(threads of one process on the CPU, why).
 
     Args:
-        asked: by a flag. before: those that a run has had so far: other sums round in another way, and a run that is
-            continued should learn what it would have learnt.
+        asked: by a flag.
+        before: the number in earlier sessions of a run: with another number, sums round differently, and a continued
+            run should learn what it would have learned uninterrupted.
     """
     import torch
 
@@ -84,7 +85,7 @@ def _cores() -> set[int]:
 
 
 def _busy(cores: set[int], seconds: float = 0.3) -> float:
-    """How many of some cores the others keep busy; 0 where the system does not say (it is Linux that does)."""
+    """How many of these cores other processes keep busy; 0 where the system does not say (only Linux does)."""
     before, own = _ticks(cores), time.process_time()
     time.sleep(seconds)
     after, own = _ticks(cores), time.process_time() - own
@@ -92,7 +93,7 @@ def _busy(cores: set[int], seconds: float = 0.3) -> float:
 
 
 def _ticks(cores: set[int]) -> int:
-    """Clock ticks that some cores have spent on work so far."""
+    """Clock ticks that these cores have spent working so far."""
     try:
         lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
         rows = [[int(field) for field in line[1:]] for line in lines if line[0] in {f"cpu{core}" for core in cores}]

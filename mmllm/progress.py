@@ -1,4 +1,4 @@
-"""Progress on stderr: a live line on a terminal, else a line every 30 seconds; both with the time left."""
+"""Progress on stderr: a live line on a terminal, otherwise a line every 30 seconds; both with the time left."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import time
 
 
 def say(text: str) -> None:
-    """Write to stderr. Nobody may listen any more, and no work ends for that."""
+    """Write to stderr; if nobody is listening any more, carry on."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(text)
         sys.stderr.flush()
 
 
 class Progress:
-    """Counts something long.
+    """Shows progress of something long.
 
     Args:
         label: what is counted.
         total: how many there will be.
-        start: how many were done before (they do not enter the estimate).
+        start: how many were done earlier (not part of the estimate).
         quiet: print nothing.
-        every: seconds between lines where stderr is not a terminal.
+        every: seconds between lines if stderr is not a terminal.
     """
 
     def __init__(self, label: str, total: int, *, start: int = 0, quiet: bool = False, every: float = 30.0) -> None:
@@ -34,7 +34,7 @@ class Progress:
         self.width = 0
 
     def update(self, done: int, facts: dict[str, object] | None = None) -> None:
-        """`done` of the total are finished; `facts` are shown beside it."""
+        """Report `done` of the total as finished; `facts` are shown beside it."""
         now = time.monotonic()
         if self.quiet or (now - self.shown < self.every and not (self.live and done == self.total)):
             return

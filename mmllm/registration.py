@@ -1,7 +1,7 @@
-"""Our classes among transformers' Auto classes after `import mmllm` alone, though that imports neither of the two.
+"""Register our classes with transformers' Auto classes on `import mmllm`, without importing either of the two.
 
-The library keeps its Auto classes in modules of their own. Each of ours that registers itself there (as the library
-documents, by `AutoConfig.register` and the like) is imported as soon as the library's module has been.
+The library keeps its Auto classes in separate modules. Each of our modules that registers itself there (as documented,
+by `AutoConfig.register` and the like) is imported as soon as the library's module has been.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ HOMES = {
     "transformers.models.auto.modeling_auto": "mmllm.model.modeling",
     "transformers.models.auto.processing_auto": "mmllm.processing.processor",
 }
-"""{module of the library: ours that registers itself there}."""
+"""{module of the library: our module that registers itself there}."""
 
 
 class _Loader(importlib.abc.Loader):
-    """Loads a module of the library as it would be, then imports ours."""
+    """Loads a module of the library as usual, then imports ours."""
 
     def __init__(self, loader: importlib.abc.Loader, ours: str) -> None:
         self.loader, self.ours = loader, ours
@@ -38,7 +38,7 @@ class _Loader(importlib.abc.Loader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the library's modules of `HOMES` where Python does, with a loader of ours."""
+    """Finds the library's modules in `HOMES` where Python does, but with our loader."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -53,7 +53,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def register_auto_classes() -> None:
-    """Register now what the library has loaded already, the rest once it is."""
+    """Register what the library has already loaded now, and the rest when it is loaded."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     for theirs, ours in HOMES.items():

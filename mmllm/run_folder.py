@@ -1,4 +1,4 @@
-"""The run folder: what was asked, where it stands, what came out."""
+"""The run folder: what was requested, its progress, and its results."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from mmllm.contract.files import append_lines, read_record, write_json, write_te
 from mmllm.progress import say
 
 COMMAND = "command.txt"
-"""File that is the first in a run folder: a folder without it is no run of ours."""
+"""The file written first into a run folder: a folder without it is not one of our runs."""
 FILES = ("recipe.yaml", "status.json", "log.jsonl", "environment.json", "curves.png")
 COMPLETE = "complete"
-"""File that is written last into a checkpoint; one without it is not used."""
+"""The file written last into a checkpoint; a checkpoint without it is not used."""
 MODELS = ("model", "model.new", "model.old")
-"""Folders of the trained model: in place, being written, and being replaced."""
+"""Folders of the trained model: in use, being written, and being replaced."""
 
 
 class RunFolder:
     """`runs/NAME/` of a training run.
 
     Args:
-        path: the folder; made if absent.
+        path: the folder; created if missing.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -42,11 +42,11 @@ class RunFolder:
         self.model = self.path / "model"
 
     def check(self, recipe: Recipe, seed: int) -> None:
-        """See that the folder is free, or holds this very run; writes nothing.
+        """Check that the folder is free, or holds this very run; writes nothing.
 
         Raises:
-            UserError: it holds a run of another recipe or seed, of which something is trained (names the keys that
-                differ), or a model that is of no run.
+            UserError: it holds a run of another recipe or seed with something trained (names the keys that differ), or
+                a model that belongs to no run.
         """
         known = self.path / "recipe.yaml"
         if not (self.path / COMMAND).is_file():
@@ -62,14 +62,14 @@ class RunFolder:
             raise UserError(self.path, f"holds a run of another recipe; these differ: {keys}", hint="another --out")
 
     def _kept(self) -> bool:
-        """Whether anything has been trained here: a stage, or a part of one."""
+        """Whether anything has been trained here: a stage, or part of one."""
         return bool(self.status["stages"]) or any(self.path.glob(f"stages/*/checkpoint-*/{COMPLETE}"))
 
     def check_precision(self, precision: str) -> None:
-        """See that what was trained so far had the same number format.
+        """Check that everything trained so far used the same number format.
 
         Raises:
-            UserError: it was another.
+            UserError: it was a different one.
         """
         before = self._environment().get("precision", precision)
         if before != precision and self._kept():
@@ -77,15 +77,16 @@ class RunFolder:
             raise UserError(self.path, what, hint=hint)
 
     def begin(self, recipe: Recipe, seed: int, threads: int | None = None, precision: str = "float32") -> None:
-        """Write what is asked for. What an earlier recipe logged here before it had trained anything is dropped.
+        """Write what was requested. Logs of an earlier recipe that had not trained anything yet are dropped.
 
         Args:
-            threads: of each process on the CPU. precision: number format of the forward.
+            threads: CPU threads of each process.
+            precision: number format of the forward.
 
         Raises:
             UserError: the folder cannot be written to.
         """
-        append_lines(self.path / COMMAND, [shlex.join(sys.argv)])  # first: it says that the folder is a run's
+        append_lines(self.path / COMMAND, [shlex.join(sys.argv)])  # first: it marks the folder as a run's
         record, known = _plain({**recipe.data, "seed": seed}), self.path / "recipe.yaml"
         if known.is_file() and differences(read_yaml(known), record):
             (self.path / "log.jsonl").unlink(missing_ok=True)
@@ -95,7 +96,7 @@ class RunFolder:
 
     @property
     def threads(self) -> int | None:
-        """How many threads each process had on the CPU so far; None where nothing says so."""
+        """Number of CPU threads per process so far; None if it was not recorded."""
         path = f"{self.path / 'environment.json'}:threads"
         return parse(self._environment().get("threads"), Count | None, path)
 
@@ -104,7 +105,7 @@ class RunFolder:
         return read_record(path) if path.is_file() else {}
 
     def recover_model(self) -> None:
-        """Put `model/` back where a kill fell between two renames.
+        """Restore `model/` after a kill between two renames.
 
         Raises:
             UserError: stages are finished but their weights are gone.
@@ -131,7 +132,7 @@ class RunFolder:
         write_json(self.path / "status.json", status)
 
     def add_seconds(self, step: str, seconds: float) -> None:
-        """Count time of a step, over all the times it was continued."""
+        """Add to the time of a step, over all its continuations."""
         add_seconds(self.path, step, seconds)
 
     def log(self, record: dict[str, Any]) -> None:
@@ -139,15 +140,15 @@ class RunFolder:
         append_lines(self.path / "log.jsonl", [json.dumps({"time": round(time.time(), 3), **record})])
 
     def log_event(self, stage: str, text: str) -> None:
-        """Say something on stderr and in events.txt."""
+        """Report something on stderr and in events.txt."""
         say(f"{stage}: {text}\n")
         append_lines(self.path / "events.txt", [f"{stage}: {text}"])
 
     def save_model(self, model: Any, processor: Any, recipe: Recipe, state: dict[str, Any] | None = None) -> None:
-        """`model/`: a folder for `from_pretrained`, complete or absent; `state` where the weights are sharded.
+        """Write `model/`: a folder for `from_pretrained`, complete or not at all; `state` if the weights are sharded.
 
         Raises:
-            UserError: the disk is full, or may not be written to.
+            UserError: the disk is full, or writing is not permitted.
         """
         fresh, old = self.path / "model.new", self.path / "model.old"
         for path in (fresh, old):
@@ -176,7 +177,7 @@ def read_seconds(run: Path) -> dict[str, float]:
 
 
 def _number(path: Path) -> float:
-    """What a file of seconds says; 0 where it is absent, or lost what it said: times are for information."""
+    """The number in a file of seconds; 0 if it is missing or damaged: times are only informative."""
     try:
         return float(path.read_text())
     except (FileNotFoundError, ValueError):
@@ -184,7 +185,7 @@ def _number(path: Path) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: tuples as lists."""
+    """As in JSON: tuples become lists."""
     return json.loads(json.dumps(value))
 
 

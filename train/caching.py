@@ -1,4 +1,4 @@
-"""What a stage keeps between epochs: decoded frames, and what its frozen encoders made of them."""
+"""What a stage keeps between epochs: decoded frames, and the tokens of its frozen encoders."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mmllm.data.media.loading import Caches, MediaLoader, layout
 def attach_caches(
     model: Any, processor: Any, reader: GuardedReader | None, caches: Caches | None, precision: str
 ) -> None:
-    """Let a model's reading and its frozen encoders use the caches; None: neither does.
+    """Let a model's reader and its frozen encoders use the caches; None: neither does.
 
-    Only encoders without a trainable weight take part, under a digest of their weights: called anew for each stage.
+    Only encoders without a trainable weight take part, under a digest of their weights, so call this for each stage.
 
     Args:
-        reader: how files are read; None = as the processor does so far.
-        precision: of the forward; tokens of another precision are other tokens.
+        reader: how files are read; None = as the processor already does.
+        precision: of the forward; tokens are kept per precision.
     """
     bank, plan = model.model.front_end.bank, model.model.front_end.plan
     bank.keep = None
@@ -44,20 +44,20 @@ def attach_caches(
 
 
 class LookUps:
-    """How often a stage found what it looked for, over all loader workers; each batch brings its own share."""
+    """Cache hits and misses of a stage over all loader workers; each batch brings its own counts."""
 
     def __init__(self) -> None:
         self.rates: dict[str, Rate] = {}
 
     def add(self, counts: dict[str, tuple[int, int]]) -> None:
-        """Add what one batch looked up: {cache: (hits, misses)}."""
+        """Add one batch's counts: {cache: (hits, misses)}."""
         for name, (hits, misses) in counts.items():
             rate = self.rates.setdefault(name, Rate())
             rate.hits += hits
             rate.misses += misses
 
     def facts(self) -> dict[str, str]:
-        """For the progress line and the log."""
+        """Hit rates for the progress line and the log."""
         return {f"{name} cached": str(rate) for name, rate in self.rates.items()}
 
 
@@ -68,7 +68,7 @@ def snapshot(caches: Caches | None) -> dict[str, tuple[int, int]]:
 
 
 def delta(before: dict[str, tuple[int, int]], caches: Caches | None) -> dict[str, tuple[int, int]]:
-    """What was looked up since `before` was taken."""
+    """The hits and misses since `before` was taken."""
     return {
         name: (hits - before[name][0], misses - before[name][1]) for name, (hits, misses) in snapshot(caches).items()
     }

@@ -1,4 +1,4 @@
-"""Checkpoints of a stage: whole or not used, deleted only where this program wrote them, refused by name if damaged."""
+"""Checkpoints of a stage: used only if complete, deleted only if this program wrote them, named if damaged."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from mmllm.contract.files import read_record, write_json, writing
 from mmllm.run_folder import COMPLETE
 
 OURS = "written_by_mmllm"
-"""File that is the first in a checkpoint: a folder without it is never deleted."""
+"""The file written first into a checkpoint: a folder without it is never deleted."""
 OBJECTIVE = "objective.safetensors"
-"""File that holds the weights of an objective that has some."""
+"""The weights of an objective that has some."""
 LOSSES = "losses.json"
-"""File that holds the losses since the last line of the log, so that the next line averages all of them."""
+"""The losses since the last line of the log, so that the next line averages all of them."""
 DATA = "data.json"
-"""File of a stage that says what its data files held when it began."""
+"""A stage's record of what its data files held when it began."""
 KEPT = 2
-"""How many checkpoints of a stage stay."""
-HINT = "delete this checkpoint, and the one before it is used"
+"""Number of checkpoints kept per stage."""
+HINT = "delete this checkpoint to continue from the one before it"
 
 
 def start(folder: Path) -> None:
-    """Mark a folder as ours and as not complete, before anything is written into it.
+    """Mark a folder as ours and as incomplete, before anything is written into it.
 
     Raises:
-        UserError: the folder is there and is not ours, or cannot be made.
+        UserError: the folder exists and is not ours, or cannot be made.
     """
     if folder.is_dir() and not _is_ours(folder):
-        raise UserError(folder, "is there, and no checkpoint of this run", hint="move it away")
+        raise UserError(folder, "exists, but is not a checkpoint of this run", hint="move it away")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / OURS).touch()
@@ -44,11 +44,11 @@ def start(folder: Path) -> None:
 
 
 def finish(folder: Path) -> None:
-    """Mark a checkpoint as complete, and let the oldest go."""
+    """Mark a checkpoint as complete, and delete the oldest."""
     with writing(folder):
         (folder / COMPLETE).touch()
     for path in checkpoints(folder.parent)[:-KEPT]:
-        (path / COMPLETE).unlink()  # a kill meanwhile leaves no half checkpoint that looks whole
+        (path / COMPLETE).unlink()  # if killed in between, no partial checkpoint looks complete
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -58,7 +58,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a stage; half-written ones of ours are removed."""
+    """The newest complete checkpoint of a stage; our incomplete ones are removed."""
     for path in _folders(folder):
         if _is_ours(path) and not (path / COMPLETE).is_file():
             shutil.rmtree(path, ignore_errors=True)
@@ -75,14 +75,15 @@ def _is_ours(folder: Path) -> bool:
 
 
 def check_checkpoint(folder: Path, processes: int, sharded: bool, scaled: bool) -> None:
-    """See that a checkpoint has all that continuing needs: the library goes on without a word where state is absent.
+    """Check that a checkpoint has all that continuing needs: the library silently goes on where state is missing.
 
     Args:
-        processes: how many go on; each has a generator of its own. sharded: whether DeepSpeed keeps the optimizer.
+        processes: how many continue; each has its own random generator state.
+        sharded: whether DeepSpeed keeps the optimizer.
         scaled: whether the loss is scaled, as float16 needs it.
 
     Raises:
-        UserError: names what is absent, or with how many processes it was written.
+        UserError: names what is missing, or with how many processes it was written.
     """
     generators = ["rng_state.pth"] if processes == 1 else [f"rng_state_{index}.pth" for index in range(processes)]
     written = len(list(folder.glob("rng_state*.pth")))
@@ -98,17 +99,17 @@ def check_checkpoint(folder: Path, processes: int, sharded: bool, scaled: bool) 
     needed += [] if sharded else ["optimizer.pt", "scheduler.pt", *(["scaler.pt"] if scaled else [])]
     for name in needed:
         if not (folder / name).is_file():
-            raise UserError(folder / name, "absent, so that training cannot go on as it was", hint=HINT)
+            raise UserError(folder / name, "missing, so training cannot continue exactly", hint=HINT)
 
 
 def check_data(folder: Path, checkpoint: Path | None, files: list[Path], main: bool) -> None:
-    """See that a stage goes on with the data that it began with: samples are drawn by their number.
+    """Check that a stage continues with the data it began with: samples are drawn by index.
 
     Args:
         folder: the stage's.
-        checkpoint: what it goes on from; None where it begins.
-        files: all that its samples are in; their media are not.
-        main: whether this process writes down what a stage begins with.
+        checkpoint: the one it continues from; None where it begins.
+        files: all files that its samples are in, without their media.
+        main: whether this process records what a stage begins with.
 
     Raises:
         UserError: names what has changed.
@@ -124,18 +125,18 @@ def check_data(folder: Path, checkpoint: Path | None, files: list[Path], main: b
     before = read_record(record)
     if list(before.values()) != list(now.values()):
         changed = [name for name, value in now.items() if before.get(name) != value] or list(before)
-        what = "not the data that this stage began with"
-        raise UserError(changed[0], what, hint=f"the file as it was, or another --out than {folder.parent.parent}")
+        what = "differs from the data this stage began with"
+        raise UserError(changed[0], what, hint=f"restore the file, or use an --out other than {folder.parent.parent}")
 
 
 def digest(path: Path) -> str:
-    """Of a file's bytes."""
+    """A digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def losses_of(folder: Path, state: TrainerState) -> tuple[float, int]:
-    """(sum of the losses that no line of the log has yet, step of the last line) of a checkpoint."""
+    """(sum of the losses that are not in the log yet, step of the last log line) of a checkpoint."""
     path = folder / LOSSES
     if not path.is_file():  # a checkpoint of a version that did not keep them
         return 0.0, state.global_step
@@ -145,7 +146,7 @@ def losses_of(folder: Path, state: TrainerState) -> tuple[float, int]:
 
 @contextlib.contextmanager
 def naming(folder: str | Path | None, hint: str = HINT) -> Iterator[None]:
-    """Name the checkpoint in what the libraries say of a damaged file.
+    """Name the checkpoint in what the libraries report about a damaged file.
 
     Raises:
         UserError: something in it cannot be read.

@@ -1,4 +1,4 @@
-"""What the pieces of a training hand on to each other: how it runs, and the stage that runs."""
+"""What the pieces of a training run pass to each other: how it runs, and the current stage."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ class RunOptions:
     """How to run, as opposed to what: nothing here is part of a recipe.
 
     Attributes:
-        seed: of weights, order and every draw.
-        jobs: loader processes. threads: of this process on the CPU; None = as many as there are free cores.
+        seed: of weights, order and every random draw.
+        jobs: loader processes.
+        threads: CPU threads of this process; None = as many as there are free cores.
         device: "cpu" keeps off an accelerator; None takes what there is.
-        precision: "float32", "bfloat16" or "float16"; None = bfloat16 where an accelerator has it.
-        deepspeed: zero1, zero2 or a JSON file. report_to: tensorboard, wandb or none.
-        save_steps, log_steps: steps between checkpoints and between lines of log.jsonl.
-        cache: where shared stages are kept, and media. keep: what is kept of media, among "frames" and "features".
-        keep_bytes: how much of each. reader: how media files are read; None = as the processor does by itself.
-        skip_bad: put the next sample in the place of one that cannot be read, instead of stopping.
+        precision: "float32", "bfloat16" or "float16"; None = bfloat16 where the accelerator supports it.
+        deepspeed: zero1, zero2 or a JSON file.
+        report_to: tensorboard, wandb or none.
+        save_steps: steps between checkpoints.
+        log_steps: steps between lines of log.jsonl.
+        cache: where shared stages and media are kept.
+        keep: what is kept of media, among "frames" and "features".
+        keep_bytes: size limit of each.
+        reader: how media files are read; None = the processor's default.
+        skip_bad: replace a sample that cannot be read by the next one instead of stopping.
     """
 
     seed: int = 0
@@ -47,23 +52,23 @@ class RunOptions:
     quiet: bool = False
 
     def caches(self) -> Caches | None:
-        """The media caches that are asked for, or None."""
+        """The requested media caches, or None."""
         return Caches.open(self.cache.expanduser() / "media", self.keep, self.keep_bytes) if self.keep else None
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """A stage that runs, and all that it needs.
+    """A running stage and all that it needs.
 
     Attributes:
         name: in the recipe.
-        number: its place among the recipe's stages, from 1.
-        stage: what the recipe says of it.
-        recipe: the whole.
+        number: its position among the recipe's stages, from 1.
+        stage: its settings in the recipe.
+        recipe: the whole recipe.
         model: trained in place.
-        processor: of the model.
+        processor: the model's.
         run: the run folder.
-        options: how the run runs.
+        options: how the run is executed.
     """
 
     name: str
@@ -77,16 +82,16 @@ class StageContext:
 
     @property
     def folder(self) -> Path:
-        """Where its checkpoints lie."""
+        """The folder of its checkpoints."""
         return self.run.path / "stages" / f"{self.number}-{self.name}"
 
     def where(self, key: str) -> str:
-        """A key of the stage in the recipe's file, for errors."""
+        """The path of one of the stage's keys in the recipe file, for errors."""
         return self.recipe.where(f"stages.{self.name}.{key}")
 
 
 class Stopped(Exception):
-    """The run was asked to stop and has saved; `signal` says by which signal."""
+    """The run was asked to stop and has saved; `signal` is the signal's number."""
 
     def __init__(self, signal: int, checkpoint: Path | None) -> None:
         super().__init__(f"stopped, saved {checkpoint}")

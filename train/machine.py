@@ -61,13 +61,13 @@ def training_arguments(context: StageContext) -> TrainingArguments:
         deepspeed=deepspeed_config(options.deepspeed, stage),
         disable_tqdm=True,
     )
-    # One process, one device: several are torchrun's business (the library would else wrap the model in DataParallel).
+    # One process, one device: several are torchrun's job (the library would otherwise wrap the model in DataParallel).
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
 def precision(options: RunOptions) -> str:
-    """The number format of the forward: the one asked for, else bfloat16 where an accelerator has it."""
+    """The number format of the forward: the one asked for, otherwise bfloat16 where the accelerator supports it."""
     import torch
 
     bfloat16 = _accelerated(options) and torch.cuda.is_bf16_supported()
@@ -81,7 +81,7 @@ def _accelerated(options: RunOptions) -> bool:
 
 
 def join(options: RunOptions) -> PartialState:
-    """The processes of this run, joined: what torchrun has started would else train side by side in one folder.
+    """Join the processes of this run; without this, torchrun's processes would each train alone in the same folder.
 
     Without an accelerator they join on the CPU.
 
@@ -94,22 +94,22 @@ def join(options: RunOptions) -> PartialState:
     if options.device is not None and not options.device.endswith(":0") and ":" in options.device:
         kind, _, index = options.device.partition(":")
         hint = f"CUDA_VISIBLE_DEVICES={index} and --device {kind}"
-        raise UserError(f"--device {options.device}", "training takes the first device that it sees", hint=hint)
+        raise UserError(f"--device {options.device}", "training uses the first visible device", hint=hint)
     hint = "torchrun --nproc-per-node N -m mmllm train ..., or unset WORLD_SIZE"
     for name in ("RANK", "LOCAL_RANK"):
         parse(os.environ.get(name) or 0, Number, name)
     started = parse(os.environ.get("WORLD_SIZE") or 1, Count, "WORLD_SIZE")
     if started > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError("WORLD_SIZE", f"{started} processes are to train, and nothing says how they meet", hint=hint)
+        raise UserError("WORLD_SIZE", f"{started} processes are to train, but MASTER_ADDR is not set", hint=hint)
     state = PartialState(cpu=not _accelerated(options))
     if state.num_processes != started:
-        what = f"{started} processes were started together and {state.num_processes} joined"
+        what = f"{started} processes were started together, but {state.num_processes} joined"
         raise UserError("WORLD_SIZE", what, hint=hint)
     return state
 
 
 def from_main(state: PartialState, call: Callable[[], T]) -> T:
-    """What the main process's call returns or refuses, in all processes."""
+    """Give the result or the error of the main process's call in all processes."""
     from accelerate.utils import broadcast_object_list
 
     found: list[Any] = [None, None]
@@ -128,16 +128,16 @@ def deepspeed_config(name: str | None, stage: Stage) -> dict | str | None:
     """`zero1` or `zero2` as DeepSpeed's config, a JSON file as it is.
 
     Raises:
-        UserError: DeepSpeed is not installed, no such file, zero3, or an optimizer that cannot be sharded.
+        UserError: DeepSpeed is not installed, the file does not exist, zero3, or an optimizer that cannot be sharded.
     """
     if name is None:
         return None
     if stage.optimizer == "muon":
-        raise UserError(f"--deepspeed {name}", "Muon needs whole matrices", hint="stages.NAME.optimizer=adamw")
+        raise UserError(f"--deepspeed {name}", "Muon needs unsharded matrices", hint="stages.NAME.optimizer=adamw")
     given = _deepspeed_file(name)
     if name == "zero3" or given.get("zero_optimization", {}).get("stage") == 3:
-        # parameters are gathered part by part: processes whose media differ in kind or number would wait for ever
-        what = "processes with unequal media do not run the same parts yet, and sharded parameters need that"
+        # parameters are gathered part by part: processes whose media differ in kind or number would wait forever
+        what = "processes with unequal media run different parts, which sharded parameters do not allow yet"
         raise UserError(f"--deepspeed {name}", what, hint="--deepspeed zero2")
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"--deepspeed {name}", "DeepSpeed is not installed", hint="pip install 'mmllm[deepspeed]'")
@@ -154,10 +154,10 @@ def deepspeed_config(name: str | None, stage: Stage) -> dict | str | None:
 
 
 def plan(name: str, stage: Stage, recipe: Recipe, options: RunOptions, processes: int) -> tuple[int, int]:
-    """(samples of one forward, accumulation steps) of a stage, once all that it needs is there.
+    """(samples per forward, accumulation steps) of a stage, once all that it needs is in place.
 
     Raises:
-        UserError: the batch, the DeepSpeed config, a data file or what it starts from does not fit or is absent.
+        UserError: the batch, the DeepSpeed config, a data file or an initial model does not fit or is missing.
     """
     data_files(stage, recipe)
     resolve_init(name, stage, recipe)
@@ -166,7 +166,7 @@ def plan(name: str, stage: Stage, recipe: Recipe, options: RunOptions, processes
 
 
 def _deepspeed_file(name: str) -> dict[str, Any]:
-    """What a JSON file of DeepSpeed says; nothing for a config of ours, by its name."""
+    """The content of a DeepSpeed JSON file; empty for the name of one of our configs."""
     if name in ("zero1", "zero2", "zero3"):
         return {}
     where = f"--deepspeed {name}"
@@ -180,10 +180,10 @@ def _deepspeed_file(name: str) -> dict[str, Any]:
 
 
 def split_batch(name: str, stage: Stage, recipe: Recipe, processes: int) -> tuple[int, int]:
-    """(samples of one forward, accumulation steps): a recipe's batch is global, whatever the machine.
+    """(samples per forward, accumulation steps): a recipe's batch is global, whatever the machine.
 
     Raises:
-        UserError: the batch cannot be divided so.
+        UserError: the batch cannot be divided this way.
     """
     where = recipe.where(f"stages.{name}")
     if stage.batch % processes:
@@ -196,7 +196,7 @@ def split_batch(name: str, stage: Stage, recipe: Recipe, processes: int) -> tupl
 
 
 def set_gradient_checkpointing(model: nn.Module, wanted: bool) -> None:
-    """Whether the backward pass computes the layers' inner values again, or the forward keeps them."""
+    """Set whether the backward pass recomputes the layers' activations or the forward keeps them."""
     for name in ("activation_checkpointing", "gradient_checkpointing"):  # renamed by the library after 5.23
         if switch := getattr(model, f"{name}_{'enable' if wanted else 'disable'}", None):
             return switch()

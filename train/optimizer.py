@@ -19,9 +19,10 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         matrices: two-dimensional parameters for Muon.
         groups: AdamW groups for the rest.
-        lr: of AdamW. muon_lr: of Muon.
+        lr: of AdamW.
+        muon_lr: of Muon.
         betas: of AdamW.
-        weight_decay: on the matrices.
+        weight_decay: of the matrices.
     """
 
     def __init__(
@@ -44,11 +45,11 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """The groups are the very dicts of the inner optimizers, so that a scheduler reaches them."""
+        """Share the inner optimizers' own group dicts, so that a scheduler reaches them."""
         self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
 
     def step(self, closure: Any = None) -> None:
-        """One step of both."""
+        """One step of both optimizers."""
         for optimizer in self.inner:
             optimizer.step()
 
@@ -57,7 +58,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return {"inner": [optimizer.state_dict() for optimizer in self.inner]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Both states back."""
+        """Restore both states."""
         for optimizer, state in zip(self.inner, state_dict["inner"], strict=True):
             optimizer.load_state_dict(state)
         self._share()
@@ -66,7 +67,7 @@ class MuonAdamW(torch.optim.Optimizer):
 def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters as (hidden matrices, other matrices, the rest).
 
-    Embeddings, heads, convolutions and raw parameters are no hidden matrices: orthogonalising them is not meant.
+    Embeddings, heads, convolutions and raw parameters are not hidden matrices: they are not meant to be orthogonalised.
     """
     hidden: dict[int, nn.Parameter] = {}
     heads = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}

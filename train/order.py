@@ -9,14 +9,14 @@ from torch.utils.data import Sampler
 
 
 class EpochOrder(Sampler[int]):
-    """Sample numbers of an epoch: shuffled by seed and epoch, cut to whole batches.
+    """Sample indices of an epoch: shuffled by seed and epoch, cut to whole batches.
 
-    The cut comes after the shuffle, so that no sample is left out for good. The length is the same for every
-    micro-batch and number of processes, and so are the steps of an epoch.
+    The cut comes after the shuffle, so no sample is left out for good. The length, and so the number of steps in an
+    epoch, is the same for every micro-batch size and number of processes.
 
     Args:
-        samples: how many there are; fewer than a batch make one small batch.
-        batch: samples of one step over all processes.
+        samples: their number; fewer than a batch make one small batch.
+        batch: samples per step over all processes.
     """
 
     def __init__(self, samples: int, batch: int, seed: int) -> None:
@@ -24,7 +24,7 @@ class EpochOrder(Sampler[int]):
         self.length = samples // batch * batch or samples
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch is asked for next."""
+        """Set the epoch that is iterated next."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""From sample numbers to a batch, in a loader worker."""
+"""From sample indices to a batch, in a loader worker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmllm.data.records.conversations import Sample
 from mmllm.train.caching import delta, snapshot
 
 TRIES = 20
-"""So many samples in a row may be bad before the data are at fault, not a sample."""
+"""After this many bad samples in a row the data are at fault, not a sample."""
 
 
 class _Plugins:
@@ -41,10 +41,10 @@ def _loaded(paths: list[Path]) -> _Plugins:
 
 @lru_cache(maxsize=1)
 def _shield() -> None:
-    """In a loader worker: pass over the first signal to end.
+    """In a loader worker: ignore the first termination signal.
 
-    Whoever stops a job signals all of its processes, and the training process saves first, for which it may need its
-    workers. It asks them to end in its turn (`ending_workers`).
+    Whoever stops a job signals all of its processes, but the training process saves first and may need its workers
+    for that. It later asks them to end itself (`ending_workers`).
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, lambda *_: os._exit(0)))
@@ -52,7 +52,7 @@ def _shield() -> None:
 
 @contextmanager
 def ending_workers() -> Iterator[None]:
-    """Let the loader workers that start meanwhile end with it: each is sent the signal that it passes over."""
+    """End the loader workers started in this context when it exits: they get the one signal that they ignore."""
     before = set(active_children())
     try:
         yield
@@ -62,26 +62,26 @@ def ending_workers() -> Iterator[None]:
 
 
 class Preparer:
-    """Sample numbers to a batch; what is wrong with the data comes back as part of the batch.
+    """Sample indices to a batch; what is wrong with the data comes back as part of the batch.
 
-    An exception of a worker would reach the trainer as text with a traceback; this way it arrives as itself.
+    A worker's exception would reach the trainer as text with a traceback; this way the exception itself arrives.
 
     Args:
-        skip_bad: put the next sample that can be read in the place of one that cannot.
+        skip_bad: replace a sample that cannot be read by the next one that can.
     """
 
     def __init__(self, data: Sequence[Sample], objective: Objective, processor: Any, skip_bad: bool = False) -> None:
         self.data, self.objective, self.processor, self.skip_bad = data, objective, processor, skip_bad
 
     def __getstate__(self) -> dict[str, Any]:
-        """A spawned worker has an empty registry: the plug-ins travel before what may be theirs."""
+        """A spawned worker has an empty registry: the plug-ins are sent before anything that may need them."""
         return {"plugins": _Plugins(plugins()), **vars(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({name: value for name, value in state.items() if name != "plugins"})
 
     def __call__(self, numbers: list[int]) -> dict[str, Any]:
-        """The batch of some samples, or `{"error": ...}`; `skipped` says what was left out and why."""
+        """The batch of some samples, or `{"error": ...}`; `skipped` lists what was left out and why."""
         if get_worker_info() is not None:
             _shield()
         caches = self.processor.loader.caches
@@ -103,10 +103,10 @@ class Preparer:
         return {**self._prepared(good), "skipped": skipped}
 
     def _next_good(self, number: int, skipped: list[str]) -> int:
-        """The first number from this one on whose sample can be read.
+        """The first index from this one on whose sample can be read.
 
         Raises:
-            UserError: the last of so many bad ones in a row.
+            UserError: too many bad samples in a row.
         """
         for step in range(TRIES):
             candidate = (number + step) % len(self.data)

@@ -19,10 +19,10 @@ class StageProgress(TrainerCallback):
     """Progress line, log.jsonl and curves.png of one stage.
 
     Args:
-        run: where the log goes.
+        run: receives the log.
         stage: its name.
         samples_per_step: global batch, for samples/s.
-        quiet: no lines on stderr.
+        quiet: print nothing on stderr.
     """
 
     def __init__(self, run: RunFolder, stage: str, samples_per_step: int, quiet: bool) -> None:
@@ -32,12 +32,12 @@ class StageProgress(TrainerCallback):
         self.skipped = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock at the step it continues from."""
+        """Start the clock at the step that training continues from."""
         self.bar = Progress(self.stage, state.max_steps, start=state.global_step, quiet=self.quiet)
         self.began, self.first = time.perf_counter(), state.global_step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """One more step."""
+        """Count one more step."""
         seconds = time.perf_counter() - self.began
         done = state.global_step - self.first
         facts = {"samples/s": f"{done * self.batch / max(seconds, 1e-9):.1f}"}
@@ -49,14 +49,14 @@ class StageProgress(TrainerCallback):
         self.bar.update(state.global_step, {**facts, **skipped, **self.trainer.looked_up.facts()})
 
     def _say_skipped(self) -> None:
-        """Each bad sample once in events.txt, whichever process met it."""
+        """Record each bad sample once in events.txt, whichever process met it."""
         for reason in self.trainer.skipped:
             self.run.log_event(self.stage, f"skipped {reason}")
         self.skipped += len(self.trainer.skipped)
         self.trainer.skipped.clear()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        """A record of the trainer, as one JSON line."""
+        """Write a record of the trainer as one JSON line."""
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         self.loss = logs["loss"]
@@ -65,7 +65,7 @@ class StageProgress(TrainerCallback):
         self.run.log({"stage": self.stage, "step": state.global_step, **known, **self._statistics()})
 
     def _statistics(self) -> dict[str, float]:
-        """What the parts say of their last forward."""
+        """Statistics of the parts' last forward."""
         parts = self.trainer.accelerator.unwrap_model(self.trainer.model).model.front_end.parts
         return {
             f"{node}.{name}": float(value) for node, part in parts.items() for name, value in part.statistics().items()
@@ -81,7 +81,7 @@ class StageProgress(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM end the run after this step with a checkpoint; a second one stops at once."""
+    """Ctrl-C and SIGTERM end the run after the current step with a checkpoint; a second signal stops at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -107,7 +107,7 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before.clear()
@@ -119,13 +119,13 @@ class StopOnSignal(TrainerCallback):
 
 
 def draw_curves(run: Path) -> None:
-    """curves.png out of log.jsonl: the loss of every stage over its steps."""
+    """Draw curves.png from log.jsonl: the loss of every stage over its steps."""
     from matplotlib.figure import Figure
 
     stages: dict[str, dict[int, float]] = {}
     log = run / "log.jsonl"
     for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill, or not of ours
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a kill, or not ours
             record = json.loads(line)
             stages.setdefault(str(record["stage"]), {})[int(record["step"])] = float(record["loss"])
     if not stages:
@@ -135,7 +135,7 @@ def draw_curves(run: Path) -> None:
         axes.plot(list(losses), list(losses.values()), linewidth=1)
         axes.set(title=name, xlabel="step", ylabel="loss", yscale="log")
         axes.grid(alpha=0.3)
-    try:  # a picture is not worth a training
+    try:  # never fail a training run for a picture
         figure.savefig(run / "curves.png", dpi=110)
     except OSError as error:
-        say(f"warning: {run / 'curves.png'} is not drawn ({error.strerror})\n")
+        say(f"warning: {run / 'curves.png'} was not drawn ({error.strerror})\n")

@@ -1,4 +1,4 @@
-"""A recipe's stages, one after the other, from nothing or from where a run stopped."""
+"""A recipe's stages, one after the other, from scratch or from where a run stopped."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mmllm.train.weights import validate_module_names
 
 
 def train(recipe: Recipe, out: str | Path, options: RunOptions, stages: list[str] | None = None) -> RunFolder:
-    """Run the recipe's stages (or those named) into a run folder; finished ones are not run again.
+    """Run the recipe's stages (or the named ones) into a run folder; finished ones are skipped.
 
     Raises:
         UserError: something in the recipe, the data or the folder does not fit.
@@ -53,7 +53,7 @@ def train(recipe: Recipe, out: str | Path, options: RunOptions, stages: list[str
 
 @contextmanager
 def _held(state: PartialState, folder: Path) -> Iterator[None]:
-    """Hold the run folder through the main process; all of them hear of it where another run has it."""
+    """Hold the run folder through the main process; if another run holds it, all processes get the error."""
     with ExitStack() as stack:
         from_main(state, lambda: stack.enter_context(held(folder)))
         yield
@@ -70,14 +70,14 @@ def _train_stages(
     if options.deepspeed:
         todo = dict(list(todo.items())[:1])
     set_seed(options.seed)
-    for name, stage in todo.items():  # and so is a name that the model does not have
+    for name, stage in todo.items():  # likewise a name that the model does not have
         validate_module_names(blueprint.plan, stage, recipe.where(f"stages.{name}"))
     model, processor = _model(blueprint, run)
     from_main(state, lambda: run.check_precision(precision(options)))
     threads = _use_threads(run, options, state)
     from_main(state, lambda: run.begin(recipe, options.seed, threads, precision(options)))
     if options.deepspeed and others and state.is_main_process:
-        run.log_event(*todo, f"DeepSpeed serves one stage per process; the same command goes on with {others[0]}")
+        run.log_event(*todo, f"DeepSpeed runs one stage per process; run the same command again for {others[0]}")
     order = {name: index for index, name in enumerate(recipe.stages, start=1)}
     for name, stage in todo.items():
         start = time.perf_counter()
@@ -91,7 +91,7 @@ def _train_stages(
 def _model(blueprint: Blueprint, run: RunFolder) -> tuple[MMLLMForConditionalGeneration, MMLLMProcessor]:
     """The model and processor of the finished stages, or fresh ones.
 
-    Weights are float32 whatever they were saved in: what an optimizer adds to smaller numbers is lost in rounding.
+    Weights are float32 whatever they were saved in: an optimizer's updates to smaller formats are lost in rounding.
     """
     if run.status["stages"]:
         return load(run.model, dtype="float32")
@@ -103,7 +103,7 @@ def _model(blueprint: Blueprint, run: RunFolder) -> tuple[MMLLMForConditionalGen
 
 
 def _use_threads(run: RunFolder, options: RunOptions, state: PartialState) -> int | None:
-    """Set how many threads compute on the CPU, and say so; None on an accelerator, which leaves the CPU to others."""
+    """Set and log the number of CPU threads; None on an accelerator, which leaves the CPU to others."""
     if state.device.type != "cpu":
         return None
     threads, why = choose_threads(options.threads, run.threads)
@@ -117,7 +117,7 @@ def _use_threads(run: RunFolder, options: RunOptions, state: PartialState) -> in
 def check(
     recipe: Recipe, out: str | Path, options: RunOptions, stages: list[str] | None = None, processes: int = 1
 ) -> dict[str, Any]:
-    """All that can be said before the first step: shapes, tokenizer, data, first samples, the batch; no weights.
+    """Check all that can be checked before the first step: shapes, tokenizer, data, first samples, batch; no weights.
 
     Args:
         processes: how many the run will have.

@@ -1,4 +1,4 @@
-"""Stages that many recipes share: what they trained is kept under a hash of all that it depends on."""
+"""Stages that many recipes share: their trained weights are kept under a hash of everything they depend on."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mmllm.train.data import data_files
 from mmllm.train.machine import precision
 
 VERSION = 1
-"""Of what training computes: a higher one makes every shared stage anew. Raise it where weights come out otherwise."""
+"""Version of what training computes; raise it where weights come out differently: every shared stage is retrained."""
 
 
 class SharedStage:
     """The kept weights of a stage that trains the LLM alone.
 
     The hash covers the LLM's config and source, the tokenizer, the seed, the number format, a version of the training,
-    and data and settings of this stage and of those before it; not the front end, which such stages never run.
+    and data and settings of this stage and the ones before it; not the front end, which such stages never run.
     """
 
     def __init__(self, context: StageContext) -> None:
@@ -48,17 +48,18 @@ class SharedStage:
             "precision": precision(options),
             "version": VERSION,
         }
-        if plugins():  # an objective may be theirs
+        if plugins():  # the objective may come from one
             facts["plugins"] = [digest(path) for path in plugins()]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.file = options.cache.expanduser() / "stages" / f"{key}.safetensors"
 
     @contextmanager
     def turn(self, processes: Any, waiting: Callable[[], None]) -> Iterator[None]:
-        """Keep other runs from training this stage meanwhile; all processes of this one wait together.
+        """Keep other runs from training this stage in the meantime; all processes of this one wait together.
 
         Args:
-            processes: accelerate's state of this run. waiting: called once if another run is at it.
+            processes: accelerate's state of this run.
+            waiting: called once if another run is training it.
         """
         from filelock import FileLock
 
@@ -67,7 +68,7 @@ class SharedStage:
         mine = processes.is_main_process and _locked(lock, 0.0)
         if processes.is_main_process and not mine:
             waiting()
-        while not _from_main(mine):  # in short turns: processes that wait long for each other are given up
+        while not _from_main(mine):  # poll: a long collective wait would time out
             mine = processes.is_main_process and _locked(lock, 30.0)
         try:
             yield
@@ -75,7 +76,7 @@ class SharedStage:
             lock.release()
 
     def kept(self) -> bool:
-        """Whether there are weights to take, the same answer in all processes. A damaged file is removed, and said."""
+        """Whether there are weights to take, agreed by all processes. A damaged file is removed and reported."""
         return _from_main(self.file.is_file() and self._is_whole())
 
     def _is_whole(self) -> bool:
@@ -90,17 +91,17 @@ class SharedStage:
             return False
 
     def load(self, model: Any) -> None:
-        """Put the kept weights into the model."""
+        """Load the kept weights into the model."""
         from safetensors.torch import load_file
 
-        with naming(self.file, "delete this file, and the stage is trained again"):
+        with naming(self.file, "delete this file to train the stage again"):
             state = load_file(self.file)
             for prefix, module in _modules(model).items():
                 own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
                 module.load_state_dict(own)
 
     def save(self, model: Any, whole: dict[str, Any]) -> None:
-        """Keep the model's LLM out of its `whole` state; complete or absent."""
+        """Keep the model's LLM from its `whole` state; the file is complete or does not exist."""
         from safetensors.torch import save_file
 
         names = {id(module): name for name, module in model.named_modules()}
@@ -124,7 +125,7 @@ def _locked(lock: Any, seconds: float) -> bool:
 
 
 def _from_main(value: bool) -> bool:
-    """What the main process says."""
+    """The main process's value."""
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
@@ -132,7 +133,7 @@ def _from_main(value: bool) -> bool:
 
 def _stage_facts(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     facts = {**asdict(stage), "micro_batch": None, "data": [digest(path) for path in data_files(stage, recipe)]}
-    del facts["checkpointing"]  # like micro_batch it says how, not what; out, so that digests stay what they were
+    del facts["checkpointing"]  # like micro_batch it says how, not what; excluded so that digests stay the same
     return facts
 
 

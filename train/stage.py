@@ -23,7 +23,7 @@ from mmllm.train.weights import freeze, load_init, resolve_init
 
 
 def run_stage(context: StageContext) -> None:
-    """Train a stage, or take what an equal one has trained, and put the model into the run folder.
+    """Train a stage, or take the weights of an equal one, and put the model into the run folder.
 
     Raises:
         Stopped: a signal came; the same command continues.
@@ -32,14 +32,14 @@ def run_stage(context: StageContext) -> None:
     for part, folder in resolve_init(context.name, stage, recipe):
         load_init(model, part, folder, context.where("init"))
     freeze(model, stage.trains, context.where("trains"))
-    # Kept weights are those after exactly the stages before: a run that took another way neither gives nor takes any.
+    # Kept weights follow exactly the earlier stages: a run that took another path neither stores nor takes any.
     usual = list(run.status["stages"]) == list(recipe.stages)[: context.number - 1]
     shared = SharedStage(context) if stage.share and usual else None
     processes = join(context.options)
     state, stopped, main = None, None, processes.is_main_process
     alone = nullcontext()
     if shared is not None and not shared.kept():
-        what = "waits for a run that trains an equal stage"
+        what = "waiting for a run that trains an equal stage"
         alone = shared.turn(processes, lambda: run.log_event(context.name, what))
     with alone:
         if shared is not None and shared.kept():
@@ -55,15 +55,15 @@ def run_stage(context: StageContext) -> None:
         run.save_model(model, context.processor, recipe, state)
         run.finish_stage(context.name, steps=stage.steps, epochs=stage.epochs)
     processes.wait_for_everyone()
-    if stopped is not None:  # it came in the last step: the stage is finished, the next ones wait
+    if stopped is not None:  # it came in the last step: the stage is finished, later ones are not started
         raise Stopped(stopped, run.model)
 
 
 def _train_stage(context: StageContext) -> tuple[dict[str, Tensor], int | None]:
-    """The whole model's weights, and the signal that came in the last step.
+    """The whole model's weights, and the signal that came in the last step, if any.
 
     Raises:
-        Stopped: a signal came before it.
+        Stopped: a signal came earlier.
     """
     trainer, stopper, checkpoint = make_trainer(context)
     try:
@@ -80,7 +80,7 @@ def _train_stage(context: StageContext) -> tuple[dict[str, Tensor], int | None]:
 
 
 def make_trainer(context: StageContext) -> tuple[StageTrainer, StopOnSignal, Path | None]:
-    """The trainer of a stage, what stops it, and the checkpoint it continues from."""
+    """The trainer of a stage, the callback that stops it, and the checkpoint it continues from."""
     stage, options, model, processor = context.stage, context.options, context.model, context.processor
     objective = build_objective(stage.objective, context.where("objective"))
     data, processes, folder = load_data(stage, context.recipe), join(options), context.folder
@@ -88,7 +88,7 @@ def make_trainer(context: StageContext) -> tuple[StageTrainer, StopOnSignal, Pat
     progress, stopper = StageProgress(context.run, context.name, stage.batch, quiet), StopOnSignal()
     attach_caches(model, processor, options.reader, options.caches(), f"{precision(options)} {options.deepspeed}")
     if any(True for _ in objective.parameters()):
-        model.objective = objective  # its weights train with the model's, and leave it with the stage
+        model.objective = objective  # its weights train with the model's and are removed after the stage
     set_gradient_checkpointing(model, stage.checkpointing)
     trainer = StageTrainer(
         model=model,
@@ -114,14 +114,14 @@ def make_trainer(context: StageContext) -> tuple[StageTrainer, StopOnSignal, Pat
 
 
 def _drop_printer(trainer: StageTrainer) -> None:
-    """The library prints every log record to stdout, which is for results."""
+    """Remove the callback that prints every log record to stdout, which is for results."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
 
 
 def build_objective(section: str | dict, where: str) -> Objective:
-    """An objective out of its part of a recipe: a name, or a map with `type` and arguments."""
+    """An objective from its section of a recipe: a name, or a map with `type` and arguments."""
     section = {"type": section} if isinstance(section, str) else section
     cls = find("objective", section.get("type", ""), where)
     return cls(**bind(cls, {key: value for key, value in section.items() if key != "type"}, where))

@@ -23,12 +23,12 @@ from mmllm.train.order import EpochOrder
 
 
 class StageTrainer(Trainer):
-    """`transformers.Trainer` with four things of ours: the objective, its denominators, the order, whole checkpoints.
+    """`transformers.Trainer` with four changes: the objective, its denominators, the order, complete checkpoints.
 
     Args:
         objective: what the stage optimises; called inside the model's forward.
         stage: name of the stage, for messages.
-        batch: samples of one step over all processes: an epoch is whole batches.
+        batch: samples per step over all processes; an epoch is made of whole batches.
         muon_lr: peak learning rate of Muon; None = AdamW alone.
     """
 
@@ -51,7 +51,7 @@ class StageTrainer(Trainer):
         self.order = EpochOrder(0, 1, 0)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The library's optimizer, or Muon beside it where the stage asks for that."""
+        """The library's optimizer, or Muon beside it where the stage asks for it."""
         if self.muon_lr is None:
             return super().create_optimizer(model)
         if self.optimizer is None:
@@ -61,18 +61,18 @@ class StageTrainer(Trainer):
         return self.optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Matrices alone, as in Muon's groups: the library goes by names, and a part's vectors have any."""
+        """Matrices only, as in Muon's groups: the library goes by names, but a part's vectors can have any name."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        """Another order in each epoch, which depends on the seed alone."""
+        """A different order in each epoch, which depends on the seed alone."""
         self.order = EpochOrder(len(train_dataset or self.train_dataset), self.batch, self.args.seed)
         return self.order
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """An epoch, or what a checkpoint left of it; none where the checkpoint was the stage's last.
+        """Run an epoch, or what a checkpoint left of it; nothing where the checkpoint was the stage's last.
 
-        The library looks whether it is done after a step, so it would make one too many.
+        The library checks whether it is done only after a step, so it would make one step too many.
         """
         if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
             loss, self._globalstep_last_logged = losses_of(Path(kwargs["resume_from_checkpoint"]), self.state)
@@ -80,17 +80,17 @@ class StageTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        # Where processes share the samples and an epoch is continued, the library's own call does not reach the order.
+        # When several processes continue an epoch, the library's own `set_epoch` call does not reach the order.
         self.order.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, dict[str, Tensor]]:
-        """The micro-batches of one step and each term's denominator over all of them and all processes.
+        """The micro-batches of one step, and each term's denominator over all of them and all processes.
 
         Raises:
-            UserError: a sample cannot be read; a checkpoint is saved before.
+            UserError: a sample cannot be read; a checkpoint is saved first.
         """
         start = time.perf_counter()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -110,8 +110,8 @@ class StageTrainer(Trainer):
         return batches, counts
 
     def _keep_before(self, error: UserError) -> None:
-        """Save what was trained, then say what is wrong with the data."""
-        if self.args.world_size == 1 and self.state.global_step:  # saving is collective, and others know nothing
+        """Save what was trained, then report what is wrong with the data."""
+        if self.args.world_size == 1 and self.state.global_step:  # saving is collective, the others know nothing
             self._save_checkpoint(self.model, None)
         raise error
 
@@ -125,12 +125,12 @@ class StageTrainer(Trainer):
         """The weighted sum of the objective's terms, each over its global count.
 
         Raises:
-            UserError: the loss is not a number; names the samples and the last good checkpoint.
+            UserError: the loss is not finite; names the samples and the last good checkpoint.
         """
         names = inputs.pop("names", [])
         terms = model(**inputs, objective=self.objective)
         counts = num_items_in_batch or {}
-        # A term of nothing (no answer that counts, no pair) is 0, not 0 / 0.
+        # A term with nothing to score (no answer that counts, no pair) is 0, not 0 / 0.
         totals = {name: max(1, counts.get(name, term.count)) for name, term in terms.items()}
         loss = sum(term.weight * term.sum / totals[name] for name, term in terms.items())
         if not math.isfinite(loss.item()):
@@ -139,7 +139,7 @@ class StageTrainer(Trainer):
                 f"the loss is {loss.item()}; {self._kept()}",
                 hint=f"stages.{self.stage}.lr={self.args.learning_rate / 10:g}",
             )
-        # Gradients are averaged over processes; the denominators already are the sums.
+        # Gradients are averaged over processes, but the denominators are sums over them.
         loss = loss * self.accelerator.num_processes
         return (loss, terms) if return_outputs else loss
 
@@ -167,7 +167,7 @@ class StageTrainer(Trainer):
         self.checkpoint = folder
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Weights and processor only: the arguments are in the run folder, as text."""
+        """Save weights and processor only: the arguments are in the run folder, as text."""
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
             if hasattr(model, "objective"):
@@ -198,7 +198,7 @@ class StageTrainer(Trainer):
 
 
 def split_objective(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state as (the model's own, what the objective hung beside it); the model is saved without the latter."""
+    """A state as (the model's own, what the objective added); the model is saved without the latter."""
     prefix = "objective."
     own = {key.removeprefix(prefix): value.contiguous() for key, value in state.items() if key.startswith(prefix)}
     return {key: value for key, value in state.items() if not key.startswith(prefix)}, own

@@ -15,7 +15,7 @@ from mmllm.model.front_end_plan import FrontEndPlan
 
 
 def freeze_names(plan: FrontEndPlan, trains: tuple[str, ...], where: str) -> dict[str, list[nn.Module]]:
-    """{name that `trains` may give: modules}, the LLM left out; refuses unknown names.
+    """{name that `trains` may give: modules}, without the LLM; refuses unknown names.
 
     Raises:
         UserError: a name that the model does not have.
@@ -48,7 +48,7 @@ def _below(name: str, known: dict[str, list[nn.Module]], where: str) -> nn.Modul
 
 
 def freeze(model: nn.Module, trains: tuple[str, ...], where: str) -> None:
-    """Gradients reach what `trains` names and nothing else.
+    """Let gradients reach what `trains` names and nothing else.
 
     Raises:
         UserError: a name that the model does not have.
@@ -61,7 +61,7 @@ def freeze(model: nn.Module, trains: tuple[str, ...], where: str) -> None:
 
 
 def resolve_init(name: str, stage: Stage, recipe: Recipe) -> list[tuple[str | None, Path]]:
-    """(part or None for the whole model, model folder) of what a stage starts from.
+    """[(part or None for the whole model, model folder)] of what a stage starts from.
 
     Raises:
         UserError: a folder without a model.
@@ -80,7 +80,7 @@ def resolve_init(name: str, stage: Stage, recipe: Recipe) -> list[tuple[str | No
 
 
 def validate_module_names(plan: FrontEndPlan, stage: Stage, where: str) -> None:
-    """Refuse names in `trains` and `init` that the model does not have; `where` the stage stands, for the error.
+    """Refuse names in `trains` and `init` that the model does not have; `where` is the stage's key path, for the error.
 
     Raises:
         UserError: names the key.
@@ -90,10 +90,10 @@ def validate_module_names(plan: FrontEndPlan, stage: Stage, where: str) -> None:
 
 
 def load_init(model: nn.Module, part: str | None, folder: Path, where: str) -> None:
-    """The weights of another run into the model, or into what `part` names, as `trains` does.
+    """Load the weights of another run into the model, or into what `part` names, as in `trains`.
 
     Raises:
-        UserError: a name that the model does not have, or weights that are not exactly those of the part.
+        UserError: a name that the model does not have, or weights that are not exactly the part's.
     """
     load_weights(model, folder, None if part is None else _modules(model, (part,), where)[part])
 

@@ -1,6 +1,6 @@
-"""Visual tokens that know the question: BridgeTower's cross-modal stack beside a plain connector, for clips.
+"""Question-aware visual tokens: BridgeTower's cross-modal stack beside a plain connector, for clips.
 
-Source of the stack: Xu et al. 2023, arXiv 2206.08657. The use in front of an LLM is ours: see
+Source of the stack: Xu et al. 2023, arXiv 2206.08657. Its use in front of an LLM is ours: see
 docs/methods/bridgetower.md.
 """
 
@@ -26,28 +26,28 @@ POST_NORMS = ("post_layernorm", "ln_post", "final_layer_norm", "ln_final", "laye
 
 @register("connector", "bridge")
 class Bridge(Part):
-    """Adds to plain tokens what a cross-modal stack makes of the encoder's layers and the prompt's.
+    """Adds to plain tokens what a cross-modal stack computes from the encoder's layers and the prompt's.
 
     tokens = plain + gate * W(Y + mean of X), with the stack's image stream Y and its text stream X. The gate starts
     at zero, so a fresh bridge changes nothing; a clip without a prompt keeps its plain tokens. Within the stack a frame
     attends to itself and to the prompt, and the prompt to all frames.
 
-    The first input is the encoder, the last one the plain tokens (`in: [clip, mlp]`); with one input alone the
-    encoder's own tokens are the plain ones. The output has the plain tokens' grid and width. `relevance` [B, N] is
-    written beside it: how much the prompt looks at each token, in sum 1.
+    The first input is the encoder, the last the plain tokens (`in: [clip, mlp]`); with a single input the encoder's
+    own tokens are the plain ones. The output has the plain tokens' grid and width, and the extra `relevance` [B, N]:
+    how much the prompt attends to each token, summing to 1.
 
     Args:
         depth, width, heads, feed_forward: of the stack; feed_forward None = 4 * width.
-        bridge: how a tower's state joins the layer below; "none" = METER.
-        levels: layers of the encoder that enter, the lowest first; None = the last `depth`. Empty: its tokens as they
+        bridge: how a tower's state is merged with the layer below; "none" = METER.
+        levels: layers of the encoder to read, lowest first; None = the last `depth`. Empty: its tokens as they
             are, before every layer, for an encoder that gives no layers.
-        text_levels: the same of the text source.
-        norm, text_norm: bring the towers' layers through a norm first, copied from the towers' own norm after the last
+        text_levels: likewise for the text source.
+        norm, text_norm: first pass the towers' layers through a norm, copied from the towers' own norm after the last
             block; for towers that normalise before their blocks (CLIP, SigLIP).
         tower: the encoder whose norm is copied; None = the only one of its width.
-        gate: start of the gate.
-        relevance: build the last text layer, whose mean joins the tokens and whose attention is the relevance.
-        drop: share of prompts that are left out in training.
+        gate: initial value of the gate.
+        relevance: build the last text layer, whose mean is added to the tokens and whose attention is the relevance.
+        drop: share of prompts left out in training.
         dropout: within the stack, in training.
         std: of the fresh weights.
     """
@@ -87,7 +87,7 @@ class Bridge(Part):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The stack as its authors start it; no moments yet, and the gate where it is said to start."""
+        """Initialise the stack as its authors do and the gate as requested; the embedding of times starts at zero."""
         from transformers import initialization as init
 
         self.stack.reset_parameters(self.std)
@@ -97,10 +97,10 @@ class Bridge(Part):
         init.constant_(self.gate, self.start)
 
     def initialise(self, sources: dict[str, nn.Module]) -> None:
-        """The towers' own norms after their last block, where they have one.
+        """Copy the towers' own norms after their last block, where they have one.
 
         Raises:
-            UserError: several encoders, or text sources, could be meant.
+            UserError: several encoders or text sources match.
         """
         named = {name: source for name, source in sources.items() if self.tower in (None, name)}
         _copy_norm(self.norm, named, Encoder, "tower: one of them")
@@ -114,7 +114,7 @@ class Bridge(Part):
         """The plain tokens' shape, and the relevance.
 
         Raises:
-            ValueError: the encoder's tokens have no grid, or the plain tokens are not the same ones.
+            ValueError: the encoder's tokens have no grid, or the plain tokens do not lie on it.
         """
         seen, plain = inputs[0], inputs[-1]
         if len(inputs) > 2:
@@ -158,14 +158,14 @@ class Bridge(Part):
         image = image if self.levels else image * count
         text = self.text_norm(prompt.hidden_states).unbind(2)
         frames = seen.grid.t
-        # the seconds of the grid's rows: behind a pooling these are not the frames'
+        # the seconds of the grid's rows: after a pooling these differ from the frames'
         seconds = seen.positions[..., 0].unflatten(1, (frames, -1)).mean(-1)
         moments = self.moment(_waves(seconds, self.moment.in_features).to(image[0].dtype))
         moments = moments.repeat_interleave(image[0].shape[1] // frames, dim=1)
         return self.stack(text, image, prompt.mask, frames=frames, places=moments, weigh=self.relevance)
 
     def _present(self, prompt: PromptFeatures, batch: int) -> Tensor:
-        """[B], whose prompt is used."""
+        """[B], true where the prompt is used."""
         present = prompt.present
         if present is None:
             present = torch.ones(batch, dtype=torch.bool, device=prompt.mask.device)
@@ -175,7 +175,7 @@ class Bridge(Part):
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[TokenSpec, ...]]]:
-        """On the encoder's tokens and on a connector's, a clip and an image, with and without layers of the encoder."""
+        """On the encoder's tokens and on a connector's, a clip and an image, with and without the encoder's layers."""
         small = {"width": 8, "heads": 2, "gate": 0.5, "std": 0.3}
         clip = TokenSpec(MediaSpec("video", 3), 12, 6, Grid(3, 2, 2))
         yield small, (clip,)
@@ -186,7 +186,7 @@ class Bridge(Part):
 
 
 def _chosen(levels: tuple[int, ...] | None, count: int, name: str, empty: bool = False) -> tuple[int, ...]:
-    """Which layers enter: those that were asked for, or the last ones."""
+    """The layers to read: the requested ones, or the last ones."""
     if levels is None:
         return tuple(range(-count, 0))
     if len(levels) != count and not (empty and not levels):
@@ -203,9 +203,9 @@ def _waves(times: Tensor, width: int) -> Tensor:
 
 
 def _copy_norm(norm: nn.Module, sources: dict[str, nn.Module], kind: type[Tower], hint: str) -> None:
-    """Into `norm` the norm of its width after the tower's last block, where there is one.
+    """Copy into `norm` the norm of its width that follows the tower's last block, where there is one.
 
-    Heads and adapters have norms of such names too; the tower's own lies above theirs.
+    Heads and adapters have norms of such names too; the tower's own is less deeply nested than theirs.
     """
     if not isinstance(norm, nn.LayerNorm):
         return
@@ -216,6 +216,6 @@ def _copy_norm(norm: nn.Module, sources: dict[str, nn.Module], kind: type[Tower]
         if norms and isinstance(source, kind):
             found[name] = norms[min(reversed(norms), key=lambda path: path.count("."))]
     if len(found) > 1:
-        raise UserError("connector bridge", f"the norm of {' or of '.join(found)}: they have one width", hint=hint)
+        raise UserError("connector bridge", f"the norm of {' or of '.join(found)}: their widths are equal", hint=hint)
     for chosen in found.values():
         norm.load_state_dict(chosen.state_dict())

@@ -1,8 +1,8 @@
 """BridgeTower's cross-modal stack: two streams of layers, and a bridge from each tower before every layer.
 
 Layer l of a stream reads the layer below it and, through a bridge, the hidden state of its own tower at layer
-L - K + l. Both layers l read what entered the other one, not what it gives. Source: Xu et al. 2023, arXiv 2206.08657,
-section 3.
+L - K + l. Each layer l reads what enters the other stream's layer l, not what leaves it. Source: Xu et al. 2023,
+arXiv 2206.08657, section 3.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ScaledAdd(AddNorm):
 
 
 class Interpolate(ScaledAdd):
-    """A learned share for the layer below, the rest for the tower's state."""
+    """A learned share of the layer below; the rest comes from the tower's state."""
 
     START = 0.5
 
@@ -51,7 +51,7 @@ class Interpolate(ScaledAdd):
 
 
 class Gated(AddNorm):
-    """A share for each place and channel, read off both states (paper, table 1)."""
+    """A share per token and channel, computed from both states (paper, table 1)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__(width, eps)
@@ -78,10 +78,15 @@ class Sizes:
     """The shape of a stack.
 
     Attributes:
-        width, heads, feed_forward: of a layer. depth: layers of each stream.
-        bridge: one of `BRIDGES`. eps: of the bridges' norms. layer_eps: of the norms within the layers.
-        dropout: on attention and on what joins a residual, in training.
-        shared: one projection from a tower for all layers, as in the paper, or one for each.
+        width: of a layer.
+        heads: of a layer's attention.
+        feed_forward: inner width of a layer's feed-forward block.
+        depth: layers of each stream.
+        bridge: one of `BRIDGES`.
+        eps: of the bridges' norms.
+        layer_eps: of the norms within the layers.
+        dropout: on attention weights and before each residual sum, in training.
+        shared: whether all layers share one projection from a tower, as in the paper.
     """
 
     width: int = 768
@@ -96,12 +101,12 @@ class Sizes:
 
     @property
     def levels(self) -> int:
-        """How many hidden states of a tower are read."""
+        """Number of a tower's hidden states that are read."""
         return self.depth if BRIDGES[self.bridge] else 1
 
 
 class StackAttention(nn.Module):
-    """Multi-head attention, its residual and the norm after both."""
+    """Multi-head attention, its residual connection and the norm after both."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -119,7 +124,8 @@ class StackAttention(nn.Module):
         """Queries [B, M, D] over a context [B, S, D].
 
         Args:
-            mask: [B, S], which of the context is real. weigh: also return the weights [B, heads, M, S], in float32.
+            mask: [B, S], which context rows are real.
+            weigh: also return the weights [B, heads, M, S], in float32.
         """
         query, key, value = self._split(self.query(hidden)), self.key(context), self.value(context)
         key, value = self._split(key), self._split(value)
@@ -141,7 +147,7 @@ class StackAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a GELU, their residual and the norm after both."""
+    """Two linear layers with a GELU, their residual connection and the norm after both."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -155,7 +161,7 @@ class FeedForward(nn.Module):
 
 
 class CrossModalLayer(nn.Module):
-    """Self-attention, attention to the other stream, feed-forward; the norm comes after each, as in BERT."""
+    """Self-attention, attention to the other stream, feed-forward; a norm follows each, as in BERT."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -175,7 +181,7 @@ class CrossModalLayer(nn.Module):
 
         Args:
             own_mask, other_mask: [B, M] and [B, S], which rows are real.
-            frames: the rows are so many frames, and self-attention stays within each of them.
+            frames: the rows belong to this many frames, and self-attention stays within each of them.
         """
         batch = hidden.shape[0]
         hidden = hidden.unflatten(1, (frames, -1)).flatten(0, 1)
@@ -186,10 +192,11 @@ class CrossModalLayer(nn.Module):
 
 
 class TowerStream(nn.Module):
-    """One modality: the way in from its tower (projection, type embedding, bridges) and its layers.
+    """One modality: the entry from its tower (projection, type embedding, bridges) and its layers.
 
     Args:
-        tower_width: of the tower's hidden states. layers: how many layers it has; default: all.
+        tower_width: of the tower's hidden states.
+        layers: number of layers; default: all.
     """
 
     def __init__(self, tower_width: int, sizes: Sizes, layers: int | None = None) -> None:
@@ -207,7 +214,7 @@ class TowerStream(nn.Module):
     def forward(
         self, index: int, states: Sequence[Tensor], before: Tensor | None, places: Tensor | None = None
     ) -> Tensor:
-        """What enters layer `index`: the tower's state there, [B, N, tower width], joined with the layer below."""
+        """The input of layer `index`: the tower's state there, [B, N, tower width], merged with the layer below."""
         if index > len(self.bridges):
             return before
         own = self.enter(index, states[index])
@@ -221,9 +228,9 @@ class TowerStream(nn.Module):
 
 @dataclass
 class Fused:
-    """What a stack gives: both streams [B, L, D] and [B, N, D], and [B, N] how much the text looks at each token.
+    """What a stack gives: both streams [B, L, D] and [B, N, D], and [B, N], how much the text attends to each token.
 
-    `text` is the last one computed: where the stack has no last text layer, what entered it.
+    `text` is the last text state computed: where the stack has no last text layer, that layer's input.
     """
 
     text: Tensor
@@ -239,7 +246,7 @@ class CrossModalStack(nn.Module):
         last_text: whether the last text layer exists; nothing but its own output depends on it.
 
     Raises:
-        ValueError: sizes that do not fit.
+        ValueError: the sizes do not fit.
     """
 
     def __init__(self, text_width: int, image_width: int, sizes: Sizes, last_text: bool = True) -> None:
@@ -251,7 +258,7 @@ class CrossModalStack(nn.Module):
         self.image = TowerStream(image_width, sizes)
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Normal weights, zero biases, plain norms (authors' code); written through the library, as loading needs."""
+        """Normal weights, zero biases, identity norms (authors' code); set through the library, as loading needs."""
         from transformers import initialization as init
 
         for module in self.modules():
@@ -281,9 +288,9 @@ class CrossModalStack(nn.Module):
         Args:
             text, image: `sizes.levels` states each, [B, L, C] and [B, N, C'], the lowest first.
             mask: [B, L], which text tokens are real; at least one per row.
-            frames: the N image tokens are so many frames; frames see one another only through the text.
-            places: [B, N, D], added to every image state that enters.
-            weigh: also give the relevance of each image token to the text, from the last text layer.
+            frames: the N image tokens belong to this many frames; frames see one another only through the text.
+            places: [B, N, D], position embeddings added to every image state that enters.
+            weigh: also return the relevance of each image token to the text, from the last text layer.
         """
         words = below = relevance = None
         for index in range(self.sizes.depth):
@@ -299,7 +306,7 @@ class CrossModalStack(nn.Module):
 
 
 def masked_mean(rows: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean [B, C] of the real ones among the rows [B, L, C], in float32."""
+    """The mean [B, C] over the real ones among the rows [B, L, C], in float32."""
     if mask is None:
         return rows.float().mean(1)
     real = mask.to(torch.float32)[..., None]

@@ -18,7 +18,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.library import pretrained
 
 LINKS = {"add": "add_norm", "scaled_add": "scaled_add", "interpolate": "interpolate"}
-"""Names of the bridges in transformers, and here."""
+"""Names of the bridges in transformers -> our names."""
 TASKS = {
     "features": "BridgeTowerModel",
     "matching": "BridgeTowerForImageAndTextRetrieval",
@@ -34,7 +34,7 @@ HEADS = {
 
 @dataclass
 class Features:
-    """The features of image-text pairs: [B, L, D], [B, N, D] and, of both first tokens, [B, 2 D]."""
+    """The features of image-text pairs: [B, L, D], [B, N, D] and, from both first tokens, [B, 2 D]."""
 
     text: Tensor
     image: Tensor
@@ -42,7 +42,7 @@ class Features:
 
 
 class PooledStack(nn.Module):
-    """The stack and the two poolers: all of BridgeTower but its towers and heads."""
+    """The stack and the two poolers: all of BridgeTower except its towers and heads."""
 
     def __init__(self, text_width: int, image_width: int, sizes: Sizes) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class PooledStack(nn.Module):
         self.text_pooler, self.image_pooler = nn.Linear(sizes.width, sizes.width), nn.Linear(sizes.width, sizes.width)
 
     def forward(self, text: Sequence[Tensor], image: Sequence[Tensor], mask: Tensor | None = None) -> Features:
-        """As the stack's; an image's first token is its class token."""
+        """As the stack's `forward`; an image's first token is its class token."""
         fused = self.stack(text, image, mask)
         firsts = self.text_pooler(fused.text[:, 0]), self.image_pooler(fused.image[:, 0])
         return Features(fused.text, fused.image, torch.cat(firsts, dim=-1).tanh())
@@ -74,16 +74,16 @@ WITHIN = {
         "output.LayerNorm.": "feed_forward.norm.",
     },
 }
-"""{group of names in transformers: {how the rest of a name starts there: how it starts here}}."""
+"""{group of names in transformers: {prefix of the rest of a name there: prefix here}}."""
 
 
 def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a BridgeTower class of transformers (or of the authors' model) under the names of a `PooledStack`.
 
-    Weights of the towers and of the heads are left out.
+    Weights of the towers and the heads are left out.
 
     Raises:
-        UserError: a weight of the cross-modal part that ours has no place for.
+        UserError: a weight of the cross-modal part with no counterpart in ours.
     """
     ours: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -121,10 +121,10 @@ def _our_name(name: str) -> str:
 
 
 def sizes_of(config: Any) -> Sizes:
-    """The stack of a `BridgeTowerConfig`; transformers builds its layers by the text tower's config.
+    """The stack of a `BridgeTowerConfig`; transformers builds its layers from the text tower's config.
 
     Raises:
-        UserError: a stack that ours cannot be.
+        UserError: ours cannot represent this stack.
     """
     text = config.text_config
     if text.hidden_size != config.hidden_size:
@@ -151,10 +151,10 @@ class ImageTextModel(nn.Module):
     """A BridgeTower model of transformers with its cross-modal part replaced by ours; towers and heads stay its own.
 
     Args:
-        model: of one of the classes in `TASKS`, with random or with loaded weights; its modules are used, not copied.
+        model: an instance of a class in `TASKS`, with random or loaded weights; its modules are used, not copied.
 
     Raises:
-        UserError: its cross-modal part is one that ours cannot be.
+        UserError: ours cannot represent its cross-modal part.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -177,7 +177,8 @@ class ImageTextModel(nn.Module):
         """A hub id or a folder.
 
         Args:
-            task: which heads to load. options: of the library's `from_pretrained` (`dtype`, `revision`).
+            task: which heads to load.
+            options: for the library's `from_pretrained` (`dtype`, `revision`).
 
         Raises:
             UserError: there is no such checkpoint, or it lacks what the task needs.
@@ -199,11 +200,11 @@ class ImageTextModel(nn.Module):
         return self.fusion(*self._states(input_ids, attention_mask, pixel_values), attention_mask)
 
     def match(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Tensor:
-        """Logits [B, 2] of each pair: not of one another, of one another."""
+        """Logits [B, 2] per pair: (does not match, matches)."""
         return self._head("matching")(self(input_ids, attention_mask, pixel_values).pooled)
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> dict[str, Tensor]:
-        """`text`, `image` and `cross` [B, J] of length 1: from either tower alone, and from the pair.
+        """Unit-length `text`, `image` and `cross` [B, J]: from either tower alone, and from the pair.
 
         The image's class token passes the stack's projection and type embedding first, as in transformers (the
         authors' own heads read the tower).

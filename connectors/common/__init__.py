@@ -1,1 +1,1 @@
-"""Parts of no single paper: projectors, pooling, separators, windows."""
+"""Parts that belong to no single paper: projectors, pooling, separators, windows."""

@@ -29,17 +29,17 @@ class Newline(Part):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal, scaled by the width as LLaVA does."""
+        """Normal, scaled by the width as in LLaVA."""
         from transformers import initialization as init
 
         if self.at != "none":
             init.normal_(self.embedding, std=self.embedding.shape[0] ** -0.5)
 
     def output_spec(self, *inputs: TokenSpec) -> TokenSpec:
-        """The tokens and one more for each separator, without a grid.
+        """The tokens plus one per separator, without a grid.
 
         Raises:
-            ValueError: frames or rows are asked for and the input has no such grid.
+            ValueError: frames or rows are requested but the input has no such grid.
         """
         spec = inputs[0]
         if self.at == "none":
@@ -61,17 +61,17 @@ class Newline(Part):
         return VisualTokens(values, tokens.media, None, tokens.positions[:, before], sizes, tokens.times)
 
     def _ends(self, grid: Grid | None, count: int) -> list[int]:
-        """After how many tokens a separator follows."""
+        """Token counts after which a separator follows."""
         if self.at == "one":
             return [count]
         if grid is None or (self.at == "row" and not grid.raster):
-            raise ValueError(f"a separator a {self.at} needs a grid")
+            raise ValueError(f"a separator per {self.at} needs a grid")
         step = grid.w if self.at == "row" else grid.h * grid.w
         return list(range(step, count + 1, step))
 
     @staticmethod
     def _index(ends: list[int], count: int, device: torch.device) -> Tensor:
-        """[N + separators]: which token stands there, `count` = the separator."""
+        """[N + separators]: which token goes there, `count` = the separator."""
         index, start = [], 0
         for end in ends:
             index += [*range(start, end), count]
@@ -80,7 +80,7 @@ class Newline(Part):
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[TokenSpec, ...]]]:
-        """Each place of the separator."""
+        """Each position of the separator."""
         clip = TokenSpec(MediaSpec("video", 2), 12, 6, Grid(2, 2, 3))
         for at in ("none", "one", "frame", "row"):
             yield {"at": at}, (clip,)

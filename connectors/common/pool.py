@@ -1,4 +1,4 @@
-"""Pooling on the grid: average by kernel, average to a size, bilinear resize."""
+"""Pooling on the grid: average by kernel, average to a size, bilinear resizing."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Size = tuple[int, int, int]
 class Pool(Part):
     """Fewer tokens by pooling time, rows and columns, each axis on its own.
 
-    The three axes are separable in every mode, so a pooling is three small matrices; positions and sizes move with
-    the same matrices as the values.
+    Every mode is separable, so a pooling is three small matrices; positions and sizes are pooled with the same
+    matrices as the values.
 
     Args:
         grid: output grid (t, rows, columns); windows of axis i are [floor(i n / m), ceil((i + 1) n / m)).
-        kernel: instead of `grid`: divide each axis by this much; the output has ceil(n / k) cells.
+        kernel: instead of `grid`: divide each axis by this factor; the output has ceil(n / k) cells.
         mode: "average" (cells of `kernel` do not overlap; the last is smaller) or "bilinear" (each frame resized
             without antialiasing, as LLaVA-OneVision does; time is averaged).
         still_grid, still_kernel: the same for images; default: `grid` or `kernel` with one frame.
@@ -124,7 +124,7 @@ def _bilinear(size: int, cells: int, kernel: int | None, device: torch.device) -
 def _apply(values: Tensor, axes: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     """[B, t, h, w, C] by the matrices of the three axes -> [B, t' h' w', C]; small axes first in float32."""
     time, rows, columns = axes
-    # In float32 under autocast too: positions are seconds and places.
+    # In float32 even under autocast: positions are seconds and coordinates.
     with without_autocast(values):
         return _matrices(values.float(), time, rows, columns).to(dtype)
 

@@ -1,4 +1,4 @@
-"""Where numbers have to be float32 whatever the run is computed in."""
+"""Where computations have to be in float32 whatever the run's precision."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from torch import Tensor
 
 
 def without_autocast(values: Tensor) -> AbstractContextManager:
-    """Products inside keep the format of what they multiply. The meta device knows no autocast."""
+    """Products inside keep the dtype of their operands. The meta device has no autocast."""
     return nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False)

@@ -43,8 +43,8 @@ class Linear(Projector):
 
     Args:
         width: output width, a number or "llm".
-        bias: whether it has one.
-        activation: "gelu" or none.
+        bias: whether the layer has one.
+        activation: "gelu" or None.
     """
 
     def __init__(

@@ -20,18 +20,18 @@ AXES = ("time", "rows", "columns")
 
 @dataclass(frozen=True)
 class Windows:
-    """Where the windows of each axis (time, rows, columns) start and end; a window is a product of three."""
+    """Where the windows of each axis (time, rows, columns) start and end; a window is the product of one per axis."""
 
     starts: Ends
     ends: Ends
 
     @property
     def grid(self) -> Size:
-        """How many windows there are along each axis."""
+        """Number of windows along each axis."""
         return tuple(len(starts) for starts in self.starts)
 
     def places(self, axis: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """[windows, longest] tokens of each window of an axis, and which of them are in it (short ones repeat)."""
+        """[windows, longest] token indices of each window of an axis, and which are in it (short windows repeat)."""
         starts = torch.tensor(self.starts[axis], device=device)[:, None]
         ends = torch.tensor(self.ends[axis], device=device)[:, None]
         longest = max(end - start for start, end in zip(self.starts[axis], self.ends[axis], strict=True))
@@ -39,13 +39,13 @@ class Windows:
         return places.minimum(ends - 1), places < ends
 
     def inside(self, device: torch.device) -> Tensor:
-        """[t, h, w, K] bool: which of the K places of a window hold a token of it."""
+        """[t, h, w, K] bool: which of the K slots of a window hold a token of it."""
         time, rows, columns = (self.places(axis, device)[1] for axis in range(3))
         both = rows[:, None, :, None] & columns[None, :, None, :]
         return (time[:, None, None, :, None, None] & both[None, :, :, None]).flatten(3)
 
     def coverage(self, size: Size, device: torch.device) -> Tensor:
-        """[T, H, W]: in how many windows each token is, at least 1."""
+        """[T, H, W]: the number of windows that contain each token, at least 1."""
         counts = []
         for axis, length in enumerate(size):
             places, inside = self.places(axis, device)
@@ -62,15 +62,15 @@ def resolve_windows(
     *,
     reference: bool = False,
 ) -> Windows:
-    """The windows over a grid of `size` (t, rows, columns), out of one or two of the other three.
+    """The windows over a grid of `size` (t, rows, columns), from one or two of the other three.
 
     `grid` alone: adaptive windows [floor(i n / o), ceil((i + 1) n / o)), any size. `kernel` and `stride`: from the
     first token on; the last window is cut at the end, so nothing is lost and one frame is enough. `grid` with `kernel`
-    or `stride`: the third by arithmetic.
+    or `stride`: the third follows by arithmetic.
 
     Args:
-        reference: the authors' windows: all of equal length and inside, so that `grid` alone overlaps and `kernel` with
-            `stride` drops what is left over.
+        reference: the authors' windows: all of equal length, within the axis: `grid` alone overlaps and `kernel`
+            with `stride` drops the remainder.
 
     Raises:
         ValueError: another combination, or windows that do not fit; names the axis and its numbers.
@@ -88,10 +88,10 @@ def resolve_windows(
 
 
 def arithmetic(size: int, cells: int | None, kernel: int | None, stride: int | None, name: str) -> tuple[int, int, int]:
-    """(cells, kernel, stride) of one axis, all windows of equal length and inside.
+    """(cells, kernel, stride) of one axis, all windows of equal length and within the axis.
 
     Raises:
-        ValueError: not one of the four combinations, or it does not fit; says so of the axis called `name`.
+        ValueError: not one of the four combinations, or the windows do not fit; names the axis by `name`.
     """
     given = {"size": size, "grid": cells, "kernel": kernel, "stride": stride}
     match (cells, kernel, stride):
@@ -128,7 +128,7 @@ def _covering(size: int, cells: None, kernel: int, stride: int, name: str) -> li
 
 
 def _ours(*asked: int | None) -> Callable[..., list[tuple[int, int]]]:
-    """How the windows of an axis are laid where these of (grid, kernel, stride) are given."""
+    """How the windows of an axis are laid out when these of (grid, kernel, stride) are given."""
     given = tuple(value is not None for value in asked)
     return {(True, False, False): _adaptive, (False, True, True): _covering}.get(given, _equal)
 
@@ -174,6 +174,6 @@ def windowed_softmax_pool(values: Tensor, scores: Tensor | None, windows: Window
 
 
 def distance_from_mean(weights: Tensor, windows: Windows) -> Tensor:
-    """Total-variation distance of weights [B, t, h, w, K] from the plain mean, averaged over windows: 0 = the mean."""
+    """Total variation distance of weights [B, t, h, w, K] from the plain mean, averaged over windows: 0 = the mean."""
     inside = windows.inside(weights.device)
     return (weights - inside / inside.sum(-1, keepdim=True)).abs().sum(-1).mean() / 2

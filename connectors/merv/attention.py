@@ -1,4 +1,4 @@
-"""The weights of MERV's cross-attentive fusion, in the exact cheap form and in the authors'.
+"""The weights of MERV's cross-attentive fusion, in an exact cheap form and in the authors' form.
 
 With the learned query q = W_q Q + b_q and keys W_k m_e + b_k of the streams' mean tokens m_e, the logits are
 <q, W_k m_e + b_k> / sqrt(a). b_k moves all of them alike, so softmax over e is that of <u, m_e> with one vector
@@ -16,15 +16,18 @@ from torch import Tensor, nn
 
 
 class CollapsedAttention(nn.Module):
-    """Softmax over streams of <u, mean token>; no copy of the streams is made.
+    """Softmax over streams of <u, mean token>; the streams are not copied.
 
     Args:
-        width: of the streams. streams: how many. attn_dim: of the authors' module, or None (see the part).
-        positions: one learned logit a stream. tokens: of a stream, where all of them are the key; None = their mean.
+        width: of the streams.
+        streams: their number.
+        attn_dim: of the authors' module, or None (see the part).
+        positions: one learned logit per stream.
+        tokens: per stream, where all of them form the key; None = their mean.
 
     Attributes:
         query: [d], or [T, d] for flat keys: u, or Q where `attn_dim` is None.
-        scale: what the products are multiplied by.
+        scale: factor on the products.
     """
 
     def __init__(self, width: int, streams: int, attn_dim: int | None, positions: bool, tokens: int | None) -> None:
@@ -35,7 +38,7 @@ class CollapsedAttention(nn.Module):
         self.scale = 1.0 if attn_dim else self.query.numel() ** -0.5
 
     def reset_parameters(self) -> None:
-        """u with the variance that it has when the authors' module starts; Q Xavier-uniform, as [1, d]."""
+        """u with the variance that it has when the authors' module is initialised; Q Xavier-uniform, as [1, d]."""
         from transformers import initialization as init
 
         keys = self.query.numel()
@@ -48,7 +51,7 @@ class CollapsedAttention(nn.Module):
             init.zeros_(self.bias)
 
     def load_authors(self, weights: Mapping[str, Tensor]) -> None:
-        """The authors' weights, collapsed."""
+        """Load the authors' weights, collapsed."""
         vector, bias = collapse(weights)
         states = {"query": vector.view_as(self.query) / self.scale}
         self.load_state_dict(states if bias is None else {**states, "bias": bias})
@@ -65,15 +68,15 @@ class CollapsedAttention(nn.Module):
         return blend(streams, weights), weights
 
     def multiply_adds(self, streams: int) -> int:
-        """Of the products of query and keys."""
+        """Those of the products of query and keys."""
         return streams * self.query.numel()
 
 
 class Mixture(torch.autograd.Function):
     """`blend` by softmax_e(<u, mean token of e> + own_e), and both gradients of a stream written at once.
 
-    A stream reaches the output twice, as a summand and through its mean. Written as two gradients of its size and then
-    added, as autograd does it, they would cost more time than all the rest.
+    A stream reaches the output twice, as a summand and through its mean. Computing two gradients of its size and adding
+    them, as autograd does, would cost more time than all the rest.
     """
 
     @staticmethod
@@ -88,7 +91,7 @@ class Mixture(torch.autograd.Function):
     def backward(ctx: Any, of_sum: Tensor, of_weights: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the same."""
         query, means, weights, *streams = ctx.saved_tensors
-        # Token by token first: a single sum over T d products would lose digits that the softmax then magnifies.
+        # Token by token first: a single sum over T d products would lose digits, and the softmax magnifies the error.
         products = [torch.linalg.vecdot(of_sum, stream).float().sum(1) for stream in streams]
         of_weights = of_weights + torch.stack(products, dim=1)
         of_logits = weights * (of_weights - (weights * of_weights).sum(1, keepdim=True))
@@ -104,7 +107,7 @@ class Mixture(torch.autograd.Function):
 class AuthorsAttention(nn.Module):
     """The authors' module, with their names: `Q`, `attention` (whose values and output are thrown away), `pe`.
 
-    Args: as of `CollapsedAttention`.
+    Args: as for `CollapsedAttention`.
     """
 
     def __init__(self, width: int, streams: int, attn_dim: int, positions: bool, tokens: int | None) -> None:
@@ -115,7 +118,7 @@ class AuthorsAttention(nn.Module):
         self.pe = nn.Parameter(torch.empty(streams, keys)) if positions else None
 
     def reset_parameters(self) -> None:
-        """Matrices Xavier-uniform, biases zero; the output matrix as torch starts a linear layer."""
+        """Matrices Xavier-uniform, biases zero; the output matrix as torch initialises a linear layer."""
         from transformers import initialization as init
 
         for name, parameter in self.named_parameters():
@@ -127,7 +130,7 @@ class AuthorsAttention(nn.Module):
                 init.xavier_uniform_(parameter)
 
     def load_authors(self, weights: Mapping[str, Tensor]) -> None:
-        """The authors' weights as they are."""
+        """Load the authors' weights as they are."""
         self.load_state_dict(dict(weights))
 
     def forward(self, streams: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -139,7 +142,7 @@ class AuthorsAttention(nn.Module):
         return (weights @ stacked.flatten(2)).view_as(streams[0]), weights[:, 0].float()
 
     def multiply_adds(self, streams: int) -> int:
-        """Of the projections: query, keys and values, output; and of both products."""
+        """Those of the projections (query, keys and values, output) and of both products."""
         width, keys = self.attention.embed_dim, self.attention.kdim
         return 2 * width * width + 2 * streams * keys * width + 2 * streams * width
 
@@ -154,7 +157,7 @@ def blend(streams: list[Tensor], weights: Tensor) -> Tensor:
 
 
 def collapse(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The authors' weights -> u [key width], and with positions the logit [E] of each stream's own, <u, P_e>.
+    """The authors' weights -> u [key width] and, with positions, each stream's own logit <u, P_e> in [E].
 
     Args:
         weights: `Q`, `attention.*` and, with positions, `pe`.
@@ -174,6 +177,6 @@ def collapse(weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
 def start_variance(size: int, keys: int) -> float:
     """Variance of the elements of u when Q, W_q and W_k start Xavier-uniform."""
     query = 2 / (1 + size)
-    if size == keys:  # torch keeps the three matrices in one, and starts it as one
+    if size == keys:  # torch keeps the three matrices in one and initialises it as one
         return query * (1 / (2 * size)) / 2
     return query * 2 / (size + keys)

@@ -1,7 +1,7 @@
 """MERV's fusion: streams of several encoders on one grid become one stream (Chung et al. 2025, section 3.3).
 
-The alternatives that the paper compares it with stand beside it: channels joined, sequences joined, static weights, a
-mean. What every weighted sum weighed is in the extras of its tokens: `fusion` [B, E], a weight per clip and stream.
+Beside it are the alternatives that the paper compares it with: channels joined, sequences joined, static weights, a
+mean. Every weighted sum writes its weights to the extras of its tokens: `fusion` [B, E], a weight per clip and stream.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mmllm.contract.types import Grid, MediaSpec, TokenSpec, VisualTokens
 
 
 class Aligned(Part):
-    """A part that reads streams on one grid and of one width; a stream of one token stands for all places."""
+    """A part that reads streams on one grid and of one width; a stream of one token is repeated at all positions."""
 
     def aligned(self, inputs: list[TokenSpec]) -> int:
-        """Which stream says where the tokens are: the first of more than one token.
+        """The stream that determines the grid: the first with more than one token.
 
         Raises:
             ValueError: a stream has another width, another grid or another number of tokens.
@@ -38,7 +38,7 @@ class Aligned(Part):
         return lead
 
     def common(self, inputs: list[TokenSpec]) -> TokenSpec:
-        """The stream that comes out; its places are a raster where those of all streams are."""
+        """The spec of the output stream; it is a raster where all streams are."""
         lead = inputs[self.aligned(inputs)]
         grid = lead.grid
         if grid is not None:
@@ -78,13 +78,13 @@ class WeightedSum(Aligned):
         raise NotImplementedError
 
     def forward(self, *inputs: VisualTokens) -> VisualTokens:
-        """E token sets [B, T, d] -> [B, T, d]; places, sizes and times are those of the leading stream."""
+        """E token sets [B, T, d] -> [B, T, d]; positions, sizes and times are those of the leading stream."""
         lead, streams = self.lead(inputs)
         values, weights = self.mix(streams)
         return replace(lead, values=values, extras={"fusion": weights})
 
     def multiply_adds(self, *inputs: TokenSpec) -> int:
-        """One for each number of each stream."""
+        """One per number in each stream."""
         spec = self.common(list(inputs))
         return len(inputs) * spec.tokens * spec.width
 
@@ -93,14 +93,14 @@ class WeightedSum(Aligned):
 class CrossAttentiveFusion(WeightedSum):
     """A learned query looks at each stream's mean token; the softmax over streams is the clip's own mixture.
 
-    By default the exact cheap form: only the direction u that the means are multiplied by is stored, and the streams
-    are not copied. `reference` builds the authors' module, with the projections that do nothing.
+    By default an exact cheap form: only the direction u that the means are multiplied by is stored, and the streams
+    are not copied. `reference` builds the authors' module, including the projections that have no effect.
 
     Args:
         attn_dim: width of the authors' attention; None = the paper's formula, softmax(<Q, mean> / sqrt(d)).
-        positions: add what a stream is worth whatever it shows (P_e; in the cheap form one number a stream).
-        keys: what the query looks at: the "mean" token of a stream, or all its tokens in a row ("flat").
-        tokens: of a stream; only for flat keys, whose weights are for that many.
+        positions: add what a stream is worth whatever it shows (P_e; in the cheap form one number per stream).
+        keys: what the query attends to: the "mean" token of a stream, or all its tokens concatenated ("flat").
+        tokens: per stream; only for flat keys, whose weights depend on their number.
         reference: the authors' module, for their checkpoints.
     """
 
@@ -116,7 +116,7 @@ class CrossAttentiveFusion(WeightedSum):
     ) -> None:
         super().__init__(site)
         if (tokens is None) != (keys == "mean"):
-            raise ValueError("tokens: how many a stream has, where keys are flat")
+            raise ValueError("tokens: set this (tokens per stream) with flat keys, and only then")
         if positions and keys == "flat":
             raise ValueError("positions: they are added to mean keys only")
         if reference and attn_dim is None:
@@ -131,7 +131,7 @@ class CrossAttentiveFusion(WeightedSum):
         self.attention.reset_parameters()
 
     def load_authors(self, weights: Mapping[str, Tensor]) -> None:
-        """Weights of the authors' module (`Q`, `attention.*`, `pe`) into either form."""
+        """Load weights of the authors' module (`Q`, `attention.*`, `pe`) into either form."""
         self.attention.load_authors(weights)
 
     def output_spec(self, *inputs: TokenSpec) -> TokenSpec:
@@ -150,7 +150,7 @@ class CrossAttentiveFusion(WeightedSum):
         return self.attention(streams)
 
     def multiply_adds(self, *inputs: TokenSpec) -> int:
-        """Means and sum, the query's products, and the authors' projections where they are there."""
+        """Those of means and sum, the query's products, and the authors' projections where they exist."""
         projected = self.attention.multiply_adds(len(inputs))
         return 2 * super().multiply_adds(*inputs) + projected
 
@@ -175,7 +175,7 @@ class StaticFusion(WeightedSum):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Standard normal, as the authors' are."""
+        """Standard normal, as in the authors' code."""
         from transformers import initialization as init
 
         init.normal_(self.logits)
@@ -234,10 +234,10 @@ class ChannelConcat(Aligned):
 
 @register("connector", "sequence_concat")
 class SequenceConcat(Part):
-    """The tokens of the first stream, then those of the second, and so on; the streams need the same width only."""
+    """The tokens of the first stream, then those of the second, and so on; only the widths have to match."""
 
     def output_spec(self, *inputs: TokenSpec) -> TokenSpec:
-        """The tokens of all; no grid.
+        """The tokens of all streams; no grid.
 
         Raises:
             ValueError: a stream has another width.
@@ -255,7 +255,7 @@ class SequenceConcat(Part):
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[TokenSpec, ...]]]:
-        """Streams of different lengths, and one alone."""
+        """Streams of different lengths, and a single one."""
         yield {}, _streams(Grid(2, 2, 3), Grid(1, 1, 1), Grid(3, 1, 2))
         yield {}, _streams(Grid(2, 2, 3))
 

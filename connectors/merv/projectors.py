@@ -1,4 +1,4 @@
-"""MERV's projectors before the fusion: an encoder's grid to the common one by convolution or by attention.
+"""MERV's projectors before the fusion: from an encoder's grid to the common one, by convolution or attention.
 
 The default, an average and a linear layer, is `pool` and `linear`. Whatever brings the tokens to the grid, a `linear`,
 an `mlp` or a `fused_mlp` follows it. Sources: Chung et al. 2025, appendix; the C-abstractor is that of Cha et al. 2024.
@@ -20,7 +20,7 @@ from mmllm.contract.registry import register
 from mmllm.contract.types import Grid, MediaSpec, TokenSpec, VisualTokens
 
 EXPAND = 4
-"""How much wider than its input the inner layer of an MLP is."""
+"""Factor by which the inner layer of an MLP is wider than its input."""
 
 
 @register("connector", "fused_mlp")
@@ -53,7 +53,8 @@ class Conv3dPool(Part):
     """A 3 x 3 x 3 convolution over time, rows and columns, then an average over adaptive windows.
 
     Args:
-        grid: output grid (t, rows, columns). still_grid: the same for images; default: one frame.
+        grid: output grid (t, rows, columns).
+        still_grid: the same for images; default: one frame.
         width: output width, a number or "llm".
     """
 
@@ -91,7 +92,7 @@ class Conv3dPool(Part):
 
 
 class FrameResampler(Part):
-    """A part that brings the tokens of each frame, on its own, to a grid of rows and columns."""
+    """A part that resamples the tokens of each frame, on its own, to a grid of rows and columns."""
 
     def __init__(self, site: Site, grid: tuple[int, int]) -> None:
         super().__init__(site)
@@ -100,7 +101,7 @@ class FrameResampler(Part):
         self.grid = grid
 
     def pool_of(self, spec: TokenSpec) -> Pool:
-        """The average over adaptive windows of each frame of such tokens.
+        """The average over adaptive windows of each frame of these tokens.
 
         Raises:
             ValueError: they have no raster grid.
@@ -116,9 +117,9 @@ class CAbstractor(FrameResampler):
     """Convolutional blocks, an average over adaptive windows, and blocks again, frame by frame.
 
     Args:
-        grid: rows and columns of a frame of the output.
+        grid: rows and columns of an output frame.
         width: output width, a number or "llm".
-        depth: how many blocks before the average, and after it.
+        depth: number of blocks before the average, and as many after it.
     """
 
     def __init__(self, site: Site, *, grid: tuple[int, int], width: int | str = "llm", depth: int = 3) -> None:
@@ -144,7 +145,7 @@ class CAbstractor(FrameResampler):
         maps = self.before(tokens.as_grid().flatten(0, 1).movedim(-1, 1))
         maps = self.after(nn.functional.adaptive_avg_pool2d(maps, self.grid))
         values = maps.flatten(2).transpose(1, 2).unflatten(0, (-1, tokens.grid.t)).flatten(1, 2)
-        # The values are pooled as maps; positions and sizes, which need the tokens, by the same windows.
+        # The values are pooled as maps; positions and sizes, which exist per token, by the same windows.
         places = self.pool_of(tokens.spec)(tokens.with_values(tokens.values[..., :1]))
         return places.with_values(values)
 
@@ -157,7 +158,7 @@ class CAbstractor(FrameResampler):
 
 
 class Bottleneck(nn.Module):
-    """One block of the C-abstractor: widen, look around, weigh the channels, merge, add what came in.
+    """One block of the C-abstractor: widen, depthwise convolution, reweigh the channels, project, add the input.
 
     Args:
         before, after: channels.
@@ -183,7 +184,7 @@ class Bottleneck(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, then a layer norm over the channels of each place."""
+    """A convolution without bias, then a layer norm over the channels of each cell."""
 
     def __init__(self, before: int, after: int, kernel: int, groups: int = 1) -> None:
         super().__init__()
@@ -197,13 +198,13 @@ class ConvNorm(nn.Module):
 
 @register("connector", "attentive_pool")
 class AttentivePool(FrameResampler):
-    """Learned queries look at the tokens of each frame; the width stays.
+    """Learned queries attend to the tokens of each frame; the width stays.
 
-    The tokens of a frame are a set: each query finds its own place, so a token's position is the mean of its frame.
+    The tokens of a frame are a set: each query learns where to look, so a token's position is the mean of its frame.
 
     Args:
         grid: rows and columns that the queries stand for.
-        heads: of the attention; they divide the width.
+        heads: of the attention; must divide the width.
     """
 
     def __init__(self, site: Site, *, grid: tuple[int, int], heads: int = 8) -> None:
@@ -220,7 +221,7 @@ class AttentivePool(FrameResampler):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal; what adds to the queries starts smaller by the root of two."""
+        """Truncated normal; layers that feed a residual sum start smaller by a factor of root two."""
         from transformers import initialization as init
 
         init.trunc_normal_(self.queries, std=0.02)
@@ -230,7 +231,7 @@ class AttentivePool(FrameResampler):
             init.zeros_(layer.bias)
 
     def output_spec(self, *inputs: TokenSpec) -> TokenSpec:
-        """The same frames with `grid` tokens each, a set.
+        """The same frames with `grid` tokens each, as a set.
 
         Raises:
             ValueError: the input has no grid.

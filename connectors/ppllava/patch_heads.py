@@ -1,6 +1,6 @@
-"""How a patch enters the space that an image tower shares with its text tower; CLIP trains this for pooled images only.
+"""How patches enter the space that an image tower shares with its text tower; CLIP trains this for pooled images only.
 
-Source: PPLLaVA (Liu et al. 2024, arXiv 2411.02327), for the towers of CLIP and SigLIP.
+Source: PPLLaVA (Liu et al. 2024, arXiv 2411.02327), for CLIP and SigLIP towers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from mmllm.contract.registry import register
 
 
 class ClipPatchHead(nn.Module):
-    """CLIP's last norm and projection, which were made for the CLS token, over every patch: v = W LN(x).
+    """CLIP's last norm and projection, made for the CLS token, applied to every patch: v = W LN(x).
 
     Args:
-        width: of the tokens. joint: of the space shared with the text tower.
+        width: of the tokens.
+        joint: width of the space shared with the text tower.
     """
 
     def __init__(self, width: int, joint: int) -> None:
@@ -35,7 +36,7 @@ class ClipPatchHead(nn.Module):
         return self.projection(self.norm(values))
 
     def load_from(self, pair: nn.Module) -> None:
-        """Weights out of a CLIP model."""
+        """Copy the weights of a CLIP model."""
         self.norm.load_state_dict(pair.vision_model.post_layernorm.state_dict())
         self.projection.load_state_dict(pair.visual_projection.state_dict())
 
@@ -48,7 +49,7 @@ class ClipHead(Projector):
 
     Args:
         width: of the joint space, a number or "llm".
-        weights: hub id or folder of the CLIP model whose head it starts from; None = at random.
+        weights: hub id or folder of the CLIP model whose head initialises it; None = random.
     """
 
     def __init__(self, site: Site, *, width: int | str = "llm", weights: str | None = None) -> None:
@@ -57,7 +58,7 @@ class ClipHead(Projector):
         self.head = ClipPatchHead(site.inputs[0].width, self.out_width)
 
     def load_weights(self) -> None:
-        """The head of the model that `weights` names.
+        """Load the head of the model that `weights` names.
 
         Raises:
             UserError: it cannot be loaded, or has another head.
@@ -75,9 +76,10 @@ class SiglipPatchHead(nn.Module):
 
     Args:
         width: of the tokens, and of the space shared with the text tower.
-        hidden: of the head's MLP. heads: of its attention.
-        probe: build the probe too, for `attention`.
-        reference: without the attention's output projection, as the authors have it.
+        hidden: of the head's MLP.
+        heads: of its attention.
+        probe: also build the probe, for `attention`.
+        reference: without the attention's output projection, as in the authors' code.
     """
 
     def __init__(self, width: int, hidden: int, heads: int, *, probe: bool = False, reference: bool = False) -> None:
@@ -98,7 +100,7 @@ class SiglipPatchHead(nn.Module):
         return values + self.mlp(self.mlp_norm(values))
 
     def attention(self, values: Tensor) -> Tensor:
-        """Patches [..., N, C] of a frame -> [..., heads, N] float32, how much of the probe's attention each gets."""
+        """Patches [..., N, C] of a frame -> [..., heads, N] float32, each one's share of the probe's attention."""
         keys = self.key(self.norm(values)).unflatten(-1, (self.heads, -1))
         query = self.query(self.probe).unflatten(-1, (self.heads, -1))
         with without_autocast(values):
@@ -106,7 +108,7 @@ class SiglipPatchHead(nn.Module):
         return logits.softmax(-1)
 
     def load_from(self, pair: nn.Module) -> None:
-        """Weights out of a SigLIP model."""
+        """Copy the weights of a SigLIP model."""
         head = pair.vision_model.head
         query, key, value = (
             dict(zip(("weight", "bias"), both, strict=True))
@@ -126,10 +128,11 @@ class SiglipPatchHead(nn.Module):
 
 
 def load_head(head: ClipPatchHead | SiglipPatchHead, name: str, where: str) -> Tensor:
-    """The head of an image-text model into `head`; returns the logarithm of its scale [].
+    """Load the head of an image-text model into `head`; returns the logarithm of its scale [].
 
     Args:
-        name: hub id or folder of the model. where: key path for errors.
+        name: hub id or folder of the model.
+        where: key path for errors.
 
     Raises:
         UserError: it cannot be loaded, or has another head.

@@ -34,16 +34,16 @@ from mmllm.contract.types import Grid, MediaSpec, Needs, PromptFeatures, TokenSp
 class PromptRelevance(Part):
     """Scores every token of an encoder against the prompt and writes them as the extra `relevance` [B, N].
 
-    The tokens pass unchanged. Scores of a clip are softmax(scale * cosine) over all of its tokens, so they sum to 1; a
-    clip without a prompt has equal scores.
+    The tokens pass unchanged. A clip's scores are softmax(scale * cosine) over all of its tokens, so they sum to 1;
+    a clip without a prompt has equal scores.
 
     Args:
         head: how a token enters the joint space: "clip" (last norm and projection) or "siglip" (value path of the
             probe head).
-        normalise: "global", or "window" = scale * cosine as it is, for `prompt_pool` to normalise in each window
+        normalise: "global", or "window" = the raw scale * cosine, for `prompt_pool` to normalise in each window
             (there with `temperature: 1`).
-        weights: hub id or folder of the image-text model whose head and scale are taken; None = the head is learnt.
-        scale: of the cosine, where no model says it; it is not learnt.
+        weights: hub id or folder of the image-text model that provides head and scale; None = the head is learned.
+        scale: of the cosine, where no model provides it; it is not learned.
         hidden, heads: of SigLIP's probe head: width of its MLP (default 4 times the tokens') and attention heads.
         probe_attention: also multiply by 1000 times the probe's attention over a frame (SigLIP; the authors' option).
         reference: SigLIP's value path without the output projection of its attention.
@@ -65,7 +65,7 @@ class PromptRelevance(Part):
         super().__init__(site)
         width, joint = site.inputs[0].width, site.prompt_joint
         if joint is None:
-            site.text_width()  # where there is no text source at all, that is what is wrong
+            site.text_width()  # reports a missing text source first
             raise ValueError("the text source has no space that it shares with an image tower")
         if head == "siglip" and joint != width:
             raise ValueError(f"a SigLIP head keeps the width of {width}, the text source's space has {joint}")
@@ -79,11 +79,11 @@ class PromptRelevance(Part):
         else:
             options = {"probe": probe_attention, "reference": reference}
             self.head = SiglipPatchHead(width, hidden or 4 * width, heads, **options)
-        self.register_buffer("logit_scale", torch.empty(()))  # a buffer: it is frozen, and saved
+        self.register_buffer("logit_scale", torch.empty(()))  # a buffer: frozen but saved
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The scale as it was said (CLIP has learnt 100), and the probe."""
+        """The scale as given (CLIP learned 100), and the probe."""
         from transformers import initialization as init
 
         init.constant_(self.logit_scale, math.log(self.scale))
@@ -91,7 +91,7 @@ class PromptRelevance(Part):
             init.normal_(self.head.probe, std=self.head.probe.shape[0] ** -0.5)
 
     def load_weights(self) -> None:
-        """Head and scale out of the image-text model that `weights` names.
+        """Load head and scale from the image-text model that `weights` names.
 
         Raises:
             UserError: it cannot be loaded, or has another head.
@@ -104,10 +104,10 @@ class PromptRelevance(Part):
         return Needs(prompt=("pooled",))
 
     def output_spec(self, *inputs: TokenSpec) -> TokenSpec:
-        """The same tokens, with a score each.
+        """The same tokens, each with a score.
 
         Raises:
-            ValueError: the probe's attention is asked for and the input has no frames.
+            ValueError: the probe's attention is requested but the input has no frames.
         """
         spec = inputs[0]
         if self.probe_attention and spec.grid is None:
@@ -144,19 +144,19 @@ class PromptRelevance(Part):
 
 @register("connector", "prompt_pool")
 class PromptPool(Part):
-    """Fewer tokens: in every window of the grid the mean with weights softmax(relevance / temperature).
+    """Fewer tokens: in every window of the grid, the mean with weights softmax(relevance / temperature).
 
-    Windows along (time, rows, columns), see `resolve_windows`. `kernel` alone strides by itself. Of an image the views
+    Windows along (time, rows, columns), see `resolve_windows`. `kernel` alone is also the stride. The views of an image
     stay apart unless `still_*` says otherwise. Positions move with the weights; the size of a token is that of its
-    window. Weights sum to 1, so pooling before the last linear layer is the same as after it, and cheaper.
+    window. Weights sum to 1, so pooling before the last linear layer is equivalent to pooling after it, and cheaper.
 
     Args:
-        grid: output grid, whatever comes in.
+        grid: output grid, whatever the input.
         kernel, stride: of the windows.
         still_grid, still_kernel, still_stride: the same for images.
-        temperature: of the softmax in a window. Relevance of N tokens is about 1/N each, so that 0.01 leaves all but
-            the most relevant windows flat; "auto" = 0.01 * 18432 / N, as flat for any N as for the paper's 32 frames.
-        reference: the authors' windows, which drop what is left over and overlap where `grid` alone is given.
+        temperature: of the softmax in a window. Relevance over N tokens is about 1/N, so 0.01 leaves all but the most
+            relevant windows flat; "auto" = 0.01 * 18432 / N, as flat for any N as for the paper's 32 frames.
+        reference: the authors' windows, which drop the remainder and overlap where `grid` alone is given.
     """
 
     PAPER = 32 * 24 * 24
@@ -184,7 +184,7 @@ class PromptPool(Part):
         self.last_distance: Tensor | None = None
 
     def needs(self) -> Needs:
-        """A score for every token."""
+        """A score per token."""
         return Needs(extras=("relevance",))
 
     def windows(self, media: MediaSpec, grid: Grid) -> Windows:
@@ -194,7 +194,7 @@ class PromptPool(Part):
             ValueError: they do not fit.
         """
         asked = self.asked[media.kind]
-        if asked == (None, None, None):  # an image where nothing is said of images: as a video, each view alone
+        if asked == (None, None, None):  # an image without settings of its own: as a video, each view alone
             target, *rest = self.asked["video"]
             asked = (target and (grid.t, *target[1:]), *(values and (1, *values[1:]) for values in rest))
         target, kernel, stride = asked
@@ -237,7 +237,7 @@ class PromptPool(Part):
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[TokenSpec, ...]]]:
-        """Windows that divide, are cut or adapt, a clip, one frame, an image of two views."""
+        """Windows that divide evenly, are cut or adapt; a clip, one frame, an image of two views."""
         extras = {"relevance": (60,)}
         clip = TokenSpec(MediaSpec("video", 4), 60, 6, Grid(4, 3, 5), extras)
         yield {"kernel": (2, 3, 3), "temperature": "auto"}, (clip,)

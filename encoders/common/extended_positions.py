@@ -1,4 +1,4 @@
-"""A text tower's table of positions stretched, so that it reads longer prompts than it was trained on.
+"""A text tower's position table, stretched so that it reads longer prompts than it was trained on.
 
 Sources: Long-CLIP (Zhang et al. 2024) and PPLLaVA (Liu et al. 2024, arXiv 2411.02327), "CLIP context extension".
 """
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 KEEP, FACTOR = 20, 4
-"""Rows that stay as they are (most texts end there, so these are well trained), and how far the rest is stretched."""
+"""Rows kept as they are (most texts end there, so these are well trained), and the factor that stretches the rest."""
 
 
 def extended_length(rows: int, keep: int = KEEP, factor: int = FACTOR) -> int:
-    """How many rows a table of `rows` has when it is stretched.
+    """Number of rows of a table of `rows` once it is stretched.
 
     Raises:
         ValueError: nothing is left to stretch.
@@ -26,7 +26,7 @@ def extended_length(rows: int, keep: int = KEEP, factor: int = FACTOR) -> int:
 def extend_positions(table: Tensor, keep: int = KEEP, factor: int = FACTOR) -> Tensor:
     """[n, d] -> [keep + factor * (n - keep), d]: the first rows kept, the others interpolated.
 
-    Old row `keep + m` becomes row `keep + factor * m`; the rows behind the last one are extrapolated.
+    Old row `keep + m` becomes row `keep + factor * m`; the rows after the last of these are extrapolated.
     """
     extended_length(len(table), keep, factor)
     here = table[keep:]
@@ -36,12 +36,14 @@ def extend_positions(table: Tensor, keep: int = KEEP, factor: int = FACTOR) -> T
 
 
 class ExtendedPositions(nn.Embedding):
-    """A stretched table whose first rows never learn; stands where a text tower has its `position_embedding`.
+    """A stretched table whose first rows never learn; it replaces the `position_embedding` of a text tower.
 
-    One table instead of the authors' two of full length: of each of theirs, the other's rows are never read.
+    One table instead of the authors' two full-length ones: half of the rows of each of theirs are never read.
 
     Args:
-        rows: of the stretched table. width: of an embedding. keep: rows that are frozen.
+        rows: number of rows of the stretched table.
+        width: of an embedding.
+        keep: number of frozen rows.
     """
 
     def __init__(self, rows: int, width: int, keep: int = KEEP) -> None:
@@ -54,10 +56,10 @@ class ExtendedPositions(nn.Embedding):
 
 
 def extend_tower(tower: nn.Module, keep: int = KEEP, factor: int = FACTOR) -> nn.Module:
-    """Stretch the positions of a text tower of CLIP or SigLIP of transformers; call it where the tower is built.
+    """Stretch the positions of a CLIP or SigLIP text tower of transformers; call it where the tower is built.
 
-    The tower's config keeps the old length. Weights of an original tower: load them before. Those of a stretched one,
-    whose parameters have the same names: after.
+    The tower's config keeps the old length. Load the weights of an original tower before stretching, and those of a
+    stretched one, whose parameters have the same names, after.
 
     Returns:
         the tower.

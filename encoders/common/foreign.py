@@ -1,9 +1,9 @@
-"""Towers of libraries that know nothing of transformers: how their weights survive it.
+"""Towers from libraries that know nothing of transformers: how their weights survive it.
 
-transformers initialises anew every Linear, Conv and LayerNorm that it does not know to be initialised, and it builds a
-model without memory before it loads a checkpoint. So a tower that was built with memory is marked as initialised; to
-one that was built without, what the checkpoint lacks (above all tables that are never saved) is copied from a fresh
-tower.
+transformers re-initialises every Linear, Conv and LayerNorm that is not marked as initialised, and it builds a model
+on the meta device before it loads a checkpoint. So a tower that was built with memory is marked as initialised; one
+that was built on the meta device gets whatever the checkpoint lacks (above all tables that are never saved) from a
+fresh tower.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from mmllm.contract.errors import UserError
 
 
 def library(name: str, package: str) -> Any:
-    """An optional library.
+    """Import an optional library.
 
     Args:
-        name: module. package: what is installed for it.
+        name: module.
+        package: the package that provides it.
 
     Raises:
         UserError: it is not installed.
@@ -46,7 +47,7 @@ def mark_initialized(tower: nn.Module) -> nn.Module:
 
 
 def write_missing(tower: nn.Module, create: Callable[[], nn.Module]) -> None:
-    """Write what no checkpoint brought to a tower that was built without memory.
+    """Fill in what no checkpoint brought to a tower that was built on the meta device.
 
     Args:
         create: builds such a tower on the current default device.
@@ -57,7 +58,7 @@ def write_missing(tower: nn.Module, create: Callable[[], nn.Module]) -> None:
     missing = {name: value for name, value in tensors.items() if not getattr(value, "_is_hf_initialized", False)}
     if tower.in_memory or not missing or any(value.is_meta for value in missing.values()):
         return
-    # Tables alone are the common case: their tower needs no memory for weights then.
+    # Usually only tables are missing: then the fresh tower needs no memory for weights.
     tables = not missing.keys() & tower.state_dict().keys()
     with torch.device(next(iter(missing.values())).device), _without_parameters() if tables else nullcontext():
         fresh = _tensors(create())
@@ -66,10 +67,10 @@ def write_missing(tower: nn.Module, create: Callable[[], nn.Module]) -> None:
 
 
 def load_states(tower: nn.Module, states: dict[str, Tensor], where: str) -> None:
-    """Weights into a tower, all of them.
+    """Load weights into a tower, all of them.
 
     Raises:
-        UserError: some are missing or left over, or are of another size.
+        UserError: some are missing, left over or of another size.
     """
     own = tower.state_dict()
     for key in {**own, **states}:

@@ -1,7 +1,7 @@
-"""Encoders whose tokens are layers of a tower: what those of every library have in common.
+"""Encoders whose tokens are layers of a tower: what they have in common, whatever the library.
 
 A library's class says how its tower is built (`create`), read (`read`) and loaded. The shapes of all layers come from
-one forward without memory when the encoder is built, so no table of models has to know them.
+one forward on the meta device when the encoder is built, so no table of models has to list them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from mmllm.encoders.common.tokens import frame_tokens
 from mmllm.encoders.common.transform import Transform
 
 KEYS = ("k_proj", "key")
-"""What the libraries call the key projection of an attention layer, where it has one of its own."""
+"""What the libraries call an attention layer's key projection, where it is a module of its own."""
 CLS = ("cls_token", "class_token", "class_embedding")
-"""What they call the CLS token; without one, what stands before the patches are registers alone."""
+"""What they call the CLS token; a tower without one has only registers before its patches."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class State:
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer of one input: a view of (t, h, w) patches of this width, and how many tokens stand before them."""
+    """A layer of one input: a grid of (t, h, w) patches of this width, and the number of tokens before them."""
 
     view: tuple[int, int, int]
     width: int
@@ -58,14 +58,14 @@ class LayeredEncoder(Encoder):
 
     Args:
         transform: how its pixels are resized and normalised.
-        layer: which layer the tokens are, or several, joined along the width.
+        layer: which layer gives the tokens, or several, joined along the width.
         cls: keep the CLS token of every frame; the tokens then have no grid.
         frames: how many frames of a clip to read, evenly spaced; None = all.
     """
 
     tower: nn.Module
     reads_frames: ClassVar[bool] = True
-    """Whether an input of the tower is a frame, and not a clip."""
+    """Whether an input of the tower is a single frame rather than a clip."""
 
     def __init__(
         self, site: Site, transform: Transform, *, layer: int | tuple[int, ...], cls: bool, frames: int | None
@@ -88,7 +88,7 @@ class LayeredEncoder(Encoder):
         raise NotImplementedError
 
     def inputs(self, pixels: Tensor, media: MediaSpec) -> Tensor:
-        """Pixels [B, F, 3, h, w] as the inputs of the tower [M, ...], those of a clip together."""
+        """Pixels [B, F, 3, h, w] as the inputs of the tower [M, ...]; those of a clip are adjacent."""
         return pixels.flatten(0, 1)
 
     def inputs_of(self, media: MediaSpec) -> int:
@@ -103,7 +103,7 @@ class LayeredEncoder(Encoder):
         """Build the tower and learn the shapes of its layers.
 
         Raises:
-            ValueError: it cannot read such pixels, or has no such layer or CLS token.
+            ValueError: the tower cannot read such pixels, or has no such layer or CLS token.
         """
         self.tower = self.create()
         self.shapes, self.key_shapes = self._measure()
@@ -154,7 +154,7 @@ class LayeredEncoder(Encoder):
         return self.has_cls and shape.before > 0
 
     def output_spec(self, media: MediaSpec) -> TokenSpec:
-        """One token per patch of every frame it reads, and the CLS token where that is asked for."""
+        """One token per patch of every frame it reads, plus the CLS token where it is asked for."""
         rows, columns = self.view[1:]
         grid = Grid(self.inputs_of(media) * self.view[0], rows, columns)
         if self.cls:
@@ -198,7 +198,7 @@ class LayeredEncoder(Encoder):
         return _one({shape[-1] for shape in shapes}, f"keys {list(layers)}")
 
     def _block(self, layer: int) -> int:
-        """The attention layer whose output is layer `layer`; the first layer may be what enters the first of them."""
+        """The attention layer whose output is layer `layer`; the lowest layer may be the input of the first block."""
         first = len(self.shapes) - len(self.key_shapes)
         if first not in (0, 1):
             raise ValueError("gives no keys: this tower has no key projection per layer")
@@ -241,7 +241,7 @@ class LayeredEncoder(Encoder):
 
 
 class _Reader(nn.Module):
-    """A tower's reading as a module's forward, so that its weights can be swapped for shapes."""
+    """A tower's `read` as a module's forward, so that its weights can be swapped for meta tensors."""
 
     def __init__(self, tower: nn.Module, read: Callable) -> None:
         super().__init__()
@@ -253,13 +253,13 @@ class _Reader(nn.Module):
 
 
 def key_projections(tower: nn.Module) -> list[nn.Module]:
-    """The key projections of a tower's attention layers, in order; empty where queries, keys and values are one."""
+    """The key projections of a tower's attention layers, in order; empty where fused with queries and values."""
     return [module for name, module in tower.named_modules() if name.rpartition(".")[2] in KEYS]
 
 
 @contextmanager
 def recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """The outputs of modules during a forward, in the order of the modules (one that stands twice gives it twice)."""
+    """The outputs of modules during a forward, in the order of the modules (a module listed twice gives it twice)."""
     outputs: list[Tensor] = [torch.empty(0)] * len(modules)
 
     def keep(place: int) -> Callable:

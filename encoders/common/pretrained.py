@@ -1,4 +1,4 @@
-"""Towers of transformers: their config, their own pixel transform, their layers and their weights."""
+"""Towers of transformers: config, pixel transform, layers and weights."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.library import check_attention, pretrained
 
 NOT_SHAPES = ("architectures", "id2label", "label2id", "transformers_version", "dtype", "_name_or_path")
-"""Keys of a config that do not say how the tower is built."""
+"""Config keys that say nothing about how the tower is built."""
 
 
 def tower_config(config: dict[str, Any], model_type: str | None = None) -> Any:
-    """A config object out of a recipe's inline config.
+    """A config object from a recipe's inline config.
 
     Args:
-        model_type: of a preset; None = the config's own `model_type`.
+        model_type: the preset's; None = the config's own `model_type`.
 
     Raises:
-        ValueError: no such model type, or a value that it does not take.
+        ValueError: no such model type, or a value that it does not accept.
     """
     from transformers import AutoConfig
 
@@ -33,12 +33,12 @@ def tower_config(config: dict[str, Any], model_type: str | None = None) -> Any:
     values = {key: value for key, value in config.items() if key not in ("model_type", *NOT_SHAPES)}
     try:
         return AutoConfig.for_model(kind, **values)
-    except Exception as error:  # the library checks values in its own ways, with errors of many types
+    except Exception as error:  # the library checks values its own way and raises many error types
         raise ValueError(f"config of a {kind}: {' '.join(str(error).split())[:200]}") from error
 
 
 def fetch_config(name: str, part: str) -> dict[str, Any]:
-    """The config of a hub id or a folder, as plain values; of its `part` (vision_config, text_config) if it has one.
+    """The config of a hub id or a folder as plain values, or its `part` (vision_config, text_config) if it has one.
 
     Raises:
         UserError: there is none.
@@ -55,13 +55,13 @@ def fetch_config(name: str, part: str) -> dict[str, Any]:
 
 
 def fetch_transform(name: str, size: int | None) -> dict[str, Any]:
-    """Transform arguments out of the image processor of a hub id or a folder.
+    """Transform arguments from the image processor of a hub id or a folder.
 
     Args:
-        size: another side than the processor's; the short side before a crop grows with it.
+        size: a side other than the processor's; the short side before a crop is scaled with it.
 
     Raises:
-        UserError: it has none, or does what a geometry cannot say.
+        UserError: there is none, or it does something that a geometry cannot express.
     """
     from transformers import AutoImageProcessor
 
@@ -72,7 +72,7 @@ def fetch_transform(name: str, size: int | None) -> dict[str, Any]:
         raise UserError(name, f"no image processor ({error.__class__.__name__})", hint=hint) from error
     factor = getattr(processor, "rescale_factor", 1 / 255) if getattr(processor, "do_rescale", True) else 1.0
     if abs(factor * 255 - 1) > 1e-6 or not getattr(processor, "do_normalize", True):
-        raise UserError(name, "its image processor scales pixels in a way of its own", hint="give mean and std")
+        raise UserError(name, "its image processor scales pixels in an unusual way", hint="give mean and std")
     own, short = _own_size(processor, name)
     side = size or own
     names = {0: "nearest", 2: "bilinear", 3: "bicubic"}
@@ -93,7 +93,7 @@ def _own_size(processor: Any, name: str) -> tuple[int, int | None]:
     size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
     cropped, short = bool(getattr(processor, "do_center_crop", False)), size.get("shortest_edge")
     zoom = getattr(processor, "crop_pct", None)
-    if zoom and short:  # ConvNeXt's own rule: small sizes are zoomed and cropped, from 384 on squashed
+    if zoom and short:  # ConvNeXt's own rule: below 384 zoom and crop, from 384 on squash
         return (short, int(short / zoom)) if short < 384 else (short, None)
     if cropped and short and crop.get("height") == crop.get("width"):
         return crop["height"], short
@@ -104,7 +104,7 @@ def _own_size(processor: Any, name: str) -> tuple[int, int | None]:
 
 
 def build_tower(config: Any) -> nn.Module:
-    """A tower with random weights, without the pooling layer that no layer's tokens go through.
+    """A tower with random weights, without its pooling layer, which no layer's tokens pass through.
 
     Raises:
         ValueError: the library has no model for such a config.
@@ -114,7 +114,7 @@ def build_tower(config: Any) -> nn.Module:
     try:
         cls = MODEL_MAPPING[type(config)]
     except KeyError as error:
-        raise ValueError(f"config.model_type: no tower is a {config.model_type}") from error
+        raise ValueError(f"config.model_type: no tower of type {config.model_type}") from error
     cls = cls[0] if isinstance(cls, tuple | list) else cls
     options = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(cls).parameters else {}
     return AutoModel.from_config(config, **options)
@@ -124,10 +124,10 @@ def hidden_states(call: Callable, layers: Iterable[int] | None, norm: bool, coun
     """{layer: hidden state} of one forward; layer 0 enters the first block.
 
     Args:
-        call: runs the tower, with `output_hidden_states` and what else is needed.
+        call: runs the tower with `output_hidden_states` and any other options.
         layers: None = all.
-        norm: the last layer is the tower's last hidden state, after its last norm.
-        count: how many layers there are; only read where `layers` are given.
+        norm: take the tower's last hidden state, after its last norm, as the last layer.
+        count: number of layers; only read where `layers` is given.
 
     Raises:
         ValueError: the tower has no hidden states, or no norm after the last of them.
@@ -149,7 +149,7 @@ def hidden_states(call: Callable, layers: Iterable[int] | None, norm: bool, coun
 
 
 def load_tower(tower: nn.Module, name: str) -> None:
-    """Weights of a hub id or a folder into a tower; of the part that is such a tower, where it is one of several.
+    """Load the weights of a hub id or a folder into a tower; of a model with several towers, those of the matching one.
 
     Raises:
         UserError: they cannot be loaded, lack something, or are of another size than the recipe's config.
@@ -167,10 +167,10 @@ def load_tower(tower: nn.Module, name: str) -> None:
 
 
 def _published(tower: nn.Module, name: str) -> tuple[dict[str, Tensor], set[str]]:
-    """Weights under the names that they have in the tower, and the names of those that are random."""
+    """Weights under the tower's own names, and the names of those that are random."""
     from transformers import AutoConfig, AutoModel
 
-    # A tower alone is loaded as itself; one of several with its neighbours, or the library would list all of them.
+    # A lone tower is loaded as itself; one of several with its neighbours, or the library would list all of them.
     alone = pretrained(AutoConfig, name).model_type == tower.config.model_type
     options = {"dtype": next(tower.parameters()).dtype, "output_loading_info": True}
     loaded, info = pretrained(type(tower) if alone else AutoModel, name, **options)
@@ -180,7 +180,7 @@ def _published(tower: nn.Module, name: str) -> tuple[dict[str, Tensor], set[str]
 
 
 def square_side(value: Any) -> int | None:
-    """The side of a square that a config gives as a number or as a pair; None where it gives none.
+    """The side of a square that a config gives as a number or a pair; None where it gives none.
 
     Raises:
         ValueError: not a square.

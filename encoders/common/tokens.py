@@ -9,7 +9,7 @@ from mmllm.contract.types import Grid, MediaSpec, VisualTokens
 
 
 def frame_tokens(values: Tensor, media: MediaSpec, grid: Grid | None, frames: int) -> VisualTokens:
-    """Tokens [B, N, C] of `frames` frames whose times are not known yet (zero): the bank fills them in."""
+    """Tokens [B, N, C] of `frames` frames whose times are not known yet (zero): the encoder bank fills them in."""
     batch, count = values.shape[:2]
     times = torch.zeros(batch, frames, device=values.device)
     sizes = torch.ones(batch, count, device=values.device)
@@ -20,7 +20,7 @@ def frame_tokens(values: Tensor, media: MediaSpec, grid: Grid | None, frames: in
 def at_times(tokens: VisualTokens, times: Tensor) -> VisualTokens:
     """The tokens of frames at `times` [B, F] seconds: positions are (seconds, y, x) of each token's centre.
 
-    A row of the grid need not be a frame: see `row_times`. `times` of the result are those of its rows [B, T].
+    A row of the grid need not be a frame: see `row_times`. The `times` of the result are those of its rows [B, T].
     """
     if tokens.grid is not None:
         times = row_times(times, tokens.grid.t)
@@ -39,7 +39,7 @@ def at_times(tokens: VisualTokens, times: Tensor) -> VisualTokens:
 def row_times(times: Tensor, rows: int) -> Tensor:
     """Seconds of frames [B, F] -> of a grid's rows [B, T].
 
-    Several frames to a row (tubelets): their mean. Several rows to a frame (a still that a video encoder reads as a
+    Several frames per row (tubelets): their mean. Several rows per frame (a still that a video encoder reads as a
     clip): its own time.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How the pixels of a frame become the input of a tower: size, fit, interpolation, mean and standard deviation."""
+"""How the pixels of a frame become a tower's input: size, fit, interpolation, mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ CLIP: tuple[Colour, Colour] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954,
 HALF: tuple[Colour, Colour] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 PILLOW: dict[str, Any] = {"resampler": "pillow", "centre": "even"}
-"""How torchvision's transforms treat pictures of Pillow; timm and open_clip use them."""
+"""How torchvision transforms Pillow images; timm and open_clip use these settings."""
 
 
 class CropArguments(TypedDict, total=False):
-    """What a recipe may say of how frames are brought to the size of a tower; see `Geometry`."""
+    """What a recipe may set about how frames are brought to a tower's size; see `Geometry`."""
 
     fit: Fit | None
     short: int | None
@@ -30,7 +30,7 @@ class CropArguments(TypedDict, total=False):
 
 
 class PixelArguments(CropArguments, total=False):
-    """The same, and what the pixels are normalised by."""
+    """The same, plus the normalisation of the pixels."""
 
     mean: Colour | None
     std: Colour | None
@@ -41,9 +41,15 @@ class Transform:
     """A square input.
 
     Attributes:
-        mean, std: of pixels in 0..1, per channel.
+        mean: per channel, of pixels in 0..1.
+        std: per channel, of pixels in 0..1.
         size: side in pixels.
-        fit, interpolation, short, fill, resampler, centre: as in `Geometry`.
+        fit: as in `Geometry`.
+        interpolation: as in `Geometry`.
+        short: as in `Geometry`.
+        fill: as in `Geometry`.
+        resampler: as in `Geometry`.
+        centre: as in `Geometry`.
     """
 
     mean: Colour
@@ -58,14 +64,14 @@ class Transform:
 
     @property
     def geometry(self) -> Geometry:
-        """What the frames are resized by."""
-        centre = self.centre if self.fit == "crop" else "down"  # equal geometries share their frames
+        """How frames are resized."""
+        centre = self.centre if self.fit == "crop" else "down"  # equal geometries share frames
         return Geometry(
             self.size, self.size, self.fit, self.interpolation, self.short, self.fill, self.resampler, centre
         )
 
     def override(self, **given: Any) -> Transform:
-        """With the arguments that a recipe gives (not None) in place of these.
+        """A copy in which the arguments that a recipe gives (not None) replace these.
 
         Raises:
             ValueError: `short` without a crop, or shorter than the crop.

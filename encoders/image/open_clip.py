@@ -19,24 +19,24 @@ from mmllm.encoders.common.transform import PILLOW, PixelArguments, Transform
 
 PACKAGE = "'mmllm[towers]'"
 NO_TEXT = {"width": 8, "heads": 1, "layers": 1, "vocab_size": 1, "context_length": 1}
-"""A text tower of nothing beside an image tower: open_clip builds towers in pairs."""
+"""An empty text tower to go with an image tower: open_clip builds towers in pairs."""
 
 
 @register("encoder", "open_clip")
 class OpenClipEncoder(LayeredEncoder):
-    """The image tower of an open_clip model over every frame of a clip (ViT, ResNet, or a timm model inside).
+    """The image tower of an open_clip model, applied to every frame of a clip (ViT, ResNet, or a wrapped timm model).
 
     Args:
-        name: open_clip's name of the model, `hf-hub:` and an id, or `local-dir:` and a folder; None = `config` alone.
-        weights: None = random; else a tag of the name, a local file, or "pretrained" for those of an id or a folder.
-        config: the model's config as open_clip writes it (embed_dim, vision_cfg, ...), inline; filled in for a name.
-        layer: which block's output the tokens are, counted from 0, or a list whose outputs are joined along the
+        name: open_clip's model name, `hf-hub:` and an id, or `local-dir:` and a folder; None = `config` alone.
+        weights: None = random; otherwise a tag of the name, a local file, or "pretrained" with an id or a folder.
+        config: the model's inline config as open_clip writes it (embed_dim, vision_cfg, ...); filled in for a name.
+        layer: which block's output gives the tokens, counted from 0, or a list whose outputs are joined along the
             width; -2 = the last but one, as everywhere.
         cls: keep the CLS token of every frame; the tokens then have no grid.
-        norm: the tower's last norm over the outputs.
+        norm: apply the tower's last norm to the outputs.
         frames: how many frames of a clip to read, evenly spaced; None = all.
-        size: side of the input in pixels; another than the model's own makes open_clip resample the positions of the
-            weights when they are loaded.
+        size: side of the input in pixels; for a size other than the model's own, open_clip resamples the positions when
+            it loads the weights.
         mean, std, fit, short, interpolation: pixel transform, as in `Geometry`; the default is that of the weights.
     """
 
@@ -58,13 +58,13 @@ class OpenClipEncoder(LayeredEncoder):
     ) -> None:
         parsed = config or model_config(name)
         if weights is not None and name is None:
-            raise ValueError("weights: of which model? name: missing")
+            raise ValueError("weights: given without a name")
         own = parsed["vision_cfg"].get("image_size", 224)
         if size is None and not isinstance(own, int):
             raise ValueError(f"reads {own} pixels, give size: a square")
-        if all(pixels.get(key) is not None for key in ("mean", "std", "fit", "interpolation")):  # as it is resolved
+        if all(pixels.get(key) is not None for key in ("mean", "std", "fit", "interpolation")):  # already resolved
             base = Transform(pixels["mean"], pixels["std"], size or own)
-        else:  # the library knows
+        else:  # look it up in the library
             base = own_transform(name, weights, size or own)
         super().__init__(site, base.override(**pixels), layer=layer, cls=cls, frames=frames)
         self.name, self.weights, self.config, self.norm = name, weights, parsed, norm
@@ -113,14 +113,14 @@ class OpenClipEncoder(LayeredEncoder):
         return {layer: State(patches.permute(0, 2, 3, 1)[:, None], prefix) for layer, patches, prefix in pairs}
 
     def reset_parameters(self) -> None:
-        """What a checkpoint lacks."""
+        """Initialise what a checkpoint lacks."""
         write_missing(self.tower, self.create)
 
     def load_weights(self) -> None:
-        """The weights that the arguments name, resampled to this size by open_clip where that is needed.
+        """Load the weights that the arguments name; open_clip resamples them to this size where needed.
 
         Raises:
-            UserError: they cannot be loaded, or are not those of the config.
+            UserError: they cannot be loaded, or do not match the config.
         """
         if self.weights is None:
             return
@@ -129,7 +129,7 @@ class OpenClipEncoder(LayeredEncoder):
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[MediaSpec, ...]]]:
-        """A tiny ViT with and without its CLS token, a ResNet, and a timm model inside."""
+        """A tiny ViT with and without its CLS token, a ResNet, and a wrapped timm model."""
         vit = {"image_size": 28, "layers": 3, "width": 32, "head_width": 8, "patch_size": 14}
         config = {"embed_dim": 16, "vision_cfg": vit, "quick_gelu": True}
         yield {"config": config}, (MediaSpec("video", 2),)
@@ -141,7 +141,7 @@ class OpenClipEncoder(LayeredEncoder):
 
 
 def model_config(name: str | None) -> dict[str, Any]:
-    """open_clip's config of a model by name, id or folder.
+    """open_clip's config of a model, by name, id or folder.
 
     Raises:
         UserError: there is none.
@@ -159,7 +159,7 @@ def model_config(name: str | None) -> dict[str, Any]:
 
 
 def build_pair(config: dict[str, Any], **towers: dict[str, Any]) -> nn.Module:
-    """open_clip's two towers with random weights, one of them put in place of the config's own.
+    """open_clip's two towers with random weights, one of them replacing the config's own.
 
     Raises:
         ValueError: the config does not fit.
@@ -176,7 +176,7 @@ def load_pair(name: str, weights: str, config: dict[str, Any], size: int | None)
     """A whole open_clip model with pretrained weights.
 
     Raises:
-        UserError: they cannot be loaded, or were trained with another activation than the config's.
+        UserError: they cannot be loaded, or were trained with an activation other than the config's.
     """
     clip = library("open_clip", PACKAGE)
     plain = name.replace("/", "-")
@@ -198,7 +198,7 @@ def own_transform(name: str | None, weights: str | None, size: int) -> Transform
     """open_clip's evaluation transform for these weights.
 
     Raises:
-        UserError: the id or folder says nothing of it.
+        UserError: the id or folder does not say.
     """
     clip = library("open_clip", PACKAGE)
     if name and ":" in name:
@@ -219,7 +219,7 @@ def own_transform(name: str | None, weights: str | None, size: int) -> Transform
 
 
 def _published(name: str) -> dict[str, Any]:
-    """The json that lies beside the weights of an id or in a folder."""
+    """The JSON config beside the weights of an id or in a folder."""
     kind, _, place = name.partition(":")
     try:
         if kind == "hf-hub":

@@ -19,8 +19,8 @@ from mmllm.encoders.image.huggingface import SMALL, HuggingFaceEncoder
 class Siglip2Encoder(HuggingFaceEncoder):
     """SigLIP 2 NaFlex, the frame squashed to a square of `size`; see `huggingface` for the arguments.
 
-    Default size: the square of as many patches as its table of positions has. The tower resizes the table to any
-    other grid by itself. SigLIP 2 checkpoints of a fixed resolution are of kind `siglip`.
+    Default size: the square with as many patches as its position table has rows. The tower itself resizes the table to
+    any other grid. SigLIP 2 checkpoints of a fixed resolution are of kind `siglip`.
     """
 
     model_type = "siglip2_vision_model"
@@ -37,7 +37,7 @@ class Siglip2Encoder(HuggingFaceEncoder):
         side = self.geometry.height // self.patch
         tiles = inputs.unflatten(3, (side, self.patch)).unflatten(2, (side, self.patch))
         patches = tiles.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        # The tower looks at these numbers, also where nothing else has memory, and moves what it makes of them itself.
+        # The tower reads these numbers even on the meta device, and moves what it makes of them itself.
         shapes = torch.tensor([[side, side]], device="cpu")
         return tower(patches, None, shapes.expand(len(inputs), -1), **options)
 

@@ -1,4 +1,4 @@
-"""Image towers of timm, frame by frame: every model that gives its intermediate features."""
+"""Image towers of timm, frame by frame: every model that exposes its intermediate features."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ PACKAGE = "'mmllm[towers]'"
 
 @register("encoder", "timm")
 class TimmEncoder(LayeredEncoder):
-    """A timm model with `forward_intermediates` over every frame of a clip (ViT, DINOv2, SigLIP, EVA, ConvNeXt, ...).
+    """A timm model with `forward_intermediates` on every frame of a clip (ViT, DINOv2, SigLIP, EVA, ConvNeXt, ...).
 
     Args:
-        name: timm's name of the model, with or without a tag of weights, or `hf-hub:` and an id, or `local-dir:` and
+        name: timm's model name, with or without a tag of weights, or `hf-hub:` and an id, or `local-dir:` and
             a folder.
-        weights: None = random; "pretrained" = those that belong to the name; else a local .safetensors, .bin or .pth
+        weights: None = random; "pretrained" = those of the name; otherwise a local .safetensors, .bin or .pth
             file (tensors only).
-        architecture: timm's name of the model; filled in for an id or a folder.
-        layer: which block's (or stage's) output the tokens are, counted from 0, or a list whose outputs are joined
+        architecture: timm's model name; filled in for an id or a folder.
+        layer: which block's (or stage's) output gives the tokens, counted from 0, or a list whose outputs are joined
             along the width; -2 = the last but one, as everywhere.
         cls: keep the CLS token of every frame; the tokens then have no grid.
-        norm: timm's last norm over the outputs, where the model knows how.
+        norm: apply timm's last norm to the outputs, where the model supports that.
         frames: how many frames of a clip to read, evenly spaced; None = all.
-        size: side of the input in pixels; another than the model's own makes timm resample the positions of the
-            weights when they are loaded.
+        size: side of the input in pixels; for a size other than the model's own, timm resamples the positions when it
+            loads the weights.
         model_args: further arguments of timm's constructor.
         mean, std, fit, short, interpolation: pixel transform, as in `Geometry`; the default is timm's own, with its
             crop percentage.
@@ -61,14 +61,14 @@ class TimmEncoder(LayeredEncoder):
     ) -> None:
         architecture = architecture or name
         if ":" in architecture:
-            raise ValueError(f"architecture: missing, that of {name} is filled in when its recipe is resolved")
+            raise ValueError(f"architecture: missing; that of {name} is filled in when the recipe is resolved")
         config = registered_config(architecture)
         transform = own_transform(config, size, pixels.get("fit"), architecture)
         super().__init__(site, transform.override(**pixels), layer=layer, cls=cls, frames=frames)
         self.name, self.weights, self.architecture, self.norm = name, weights, architecture, norm
         self.model_args = {**(model_args or {}), "num_classes": 0}
         if "img_size" in self.model_args:
-            raise ValueError("model_args.img_size: say size instead")
+            raise ValueError("model_args.img_size: use size instead")
         if config.get("fixed_input_size"):
             self.model_args["img_size"] = transform.size
         self.build_tower()
@@ -110,14 +110,14 @@ class TimmEncoder(LayeredEncoder):
         return dict(zip(range(len(states)) if layers is None else layers, states, strict=True))
 
     def reset_parameters(self) -> None:
-        """Tables that no checkpoint holds (rotary positions, relative positions), and what else one lacks."""
+        """Initialise tables that no checkpoint holds (rotary and relative positions) and whatever else one lacks."""
         write_missing(self.tower, self.create)
 
     def load_weights(self) -> None:
-        """The weights that the arguments name, resampled to this size by timm where that is needed.
+        """Load the weights that the arguments name; timm resamples them to this size where needed.
 
         Raises:
-            UserError: they cannot be loaded, or are not those of the architecture.
+            UserError: they cannot be loaded, or do not match the architecture.
         """
         if self.weights is None:
             return
@@ -126,7 +126,7 @@ class TimmEncoder(LayeredEncoder):
         heads = registered_config(self.architecture).get("classifier") or ()
         for head in (heads,) if isinstance(heads, str) else heads:
             states = {key: value for key, value in states.items() if key not in (f"{head}.weight", f"{head}.bias")}
-        # timm's own loading, for its renaming and resampling; told that there is no classifier, it insists on the rest.
+        # timm's own loading, for its renaming and resampling; told of no classifier, it requires all the rest.
         overlay = {"state_dict": states, "classifier": None}
         options = {"pretrained": True, "pretrained_cfg_overlay": overlay, **self.model_args}
         try:
@@ -186,7 +186,7 @@ def model_source(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
         config, architecture, model_args = readers[kind](place)
     except (OSError, RuntimeError) as error:
         raise UserError(name, f"no such model ({error.__class__.__name__})") from error
-    decided = ("img_size", "num_classes")  # by the size, and there is no classifier
+    decided = ("img_size", "num_classes")  # by `size`, and by having no classifier
     model_args = {key: value for key, value in (model_args or {}).items() if key not in decided}
     return architecture, {**registered_config(architecture), **dict(config)}, model_args
 
@@ -211,10 +211,10 @@ def own_transform(config: dict[str, Any], size: int | None, fit: str | None, whe
     """timm's evaluation transform: frames are enlarged by the crop percentage, then the centre is cut out.
 
     Args:
-        fit: what the recipe says; another fit than timm's own is not timm's business.
+        fit: what the recipe says; only timm's own fit implies the rest of timm's transform.
 
     Raises:
-        UserError: the transform is one that a geometry cannot say.
+        UserError: the transform is one that a geometry cannot express.
     """
     data = library("timm.data", PACKAGE).resolve_data_config(pretrained_cfg=config or {"input_size": (3, 224, 224)})
     own, mean, std = data["input_size"][1:], tuple(data["mean"]), tuple(data["std"])

@@ -1,1 +1,1 @@
-"""Small encoders that learn NanoWorld from nothing."""
+"""Small encoders that learn NanoWorld from scratch."""

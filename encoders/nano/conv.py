@@ -1,4 +1,4 @@
-"""A small convolutional encoder that learns NanoWorld from nothing in minutes on two CPU cores."""
+"""A small convolutional encoder that learns NanoWorld from scratch in minutes on two CPU cores."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mmllm.encoders.common.tokens import frame_tokens
 
 @register("encoder", "nano_conv")
 class NanoConv(Encoder):
-    """Strided convolutions to a small grid, frame by frame, plus a learned table of places.
+    """Strided convolutions to a small grid, frame by frame, plus a learned position table.
 
     Args:
         size: side of the input in pixels.
-        channels: width after each convolution; every convolution halves the side, the last ones as far as `grid` asks.
-        grid: tokens of a frame, (rows, columns).
-        motion: also read the difference to the frame before (zero at the first), so that motion is visible locally.
+        channels: width after each convolution; each one halves the side, except the last ones once `grid` is reached.
+        grid: tokens per frame, (rows, columns).
+        motion: also read the difference from the previous frame (zero at the first), so that motion is visible locally.
         frames: how many frames of a clip to read, evenly spaced; None = all.
     """
 
@@ -55,7 +55,7 @@ class NanoConv(Encoder):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kaiming convolutions (the library's default init is far too small for these), a small table of places."""
+        """Kaiming convolutions (the library's default init is far too small for these), a small position table."""
         from transformers import initialization as init
 
         for conv in self.convs:
@@ -64,7 +64,7 @@ class NanoConv(Encoder):
         init.normal_(self.places, std=0.02)
 
     def output_spec(self, media: MediaSpec) -> TokenSpec:
-        """`grid` tokens for every frame it reads."""
+        """`grid` tokens per frame it reads."""
         grid = Grid(self.frames_of(media), *self.grid)
         return TokenSpec(media, grid.tokens, self.places.shape[0], grid)
 

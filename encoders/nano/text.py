@@ -1,4 +1,4 @@
-"""A small text tower that learns NanoWorld's language from nothing in minutes, beside the nano encoder."""
+"""A small text tower that learns NanoWorld's language from scratch in minutes, beside the nano encoder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mmllm.encoders.text.huggingface import TransformersText, attend_to_all, pad
 
 @register("text", "nano_text")
 class NanoText(TransformersText):
-    """A few layers of BERT with random weights; pooled as the mean of the words, projected.
+    """A few layers of BERT with random weights; the pooled feature is the projected mean over the words.
 
     Args:
         tokenizer: hub id or folder; "llm" = that of the LLM.
         width, depth, heads: of the tower.
-        joint: width of the space shared with an image tower; None = there is none.
-        length: most tokens of a prompt that are read; all questions of a NanoWorld conversation have up to 150.
-        vocabulary: rows of the table of embeddings, at least as many as the tokenizer has entries.
+        joint: width of the space shared with an image tower; None = no such space.
+        length: most tokens of a prompt that are read; all questions of a NanoWorld conversation take up to 150.
+        vocabulary: rows of the embedding table, at least as many as the tokenizer has entries.
     """
 
     model_type = "bert"
@@ -42,7 +42,7 @@ class NanoText(TransformersText):
         if width % heads:
             raise ValueError(f"{heads} heads do not divide a width of {width}")
         if length < 3:
-            raise ValueError(f"length: a token between the two that the tower puts around a text, not {length}")
+            raise ValueError(f"length {length}: leaves no room for a token between the start and the end")
         config = {
             "vocab_size": vocabulary,
             "hidden_size": width,
@@ -65,7 +65,7 @@ class NanoText(TransformersText):
         return BertModel(self.config, add_pooling_layer=False)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one prompt between a start and an end (the tokenizer's own; the end twice where it has no start).
+        """Ids of one prompt between a start and an end token (the tokenizer's own; two ends where it has no start).
 
         Raises:
             UserError: the tokenizer has more entries than the tower.
@@ -84,7 +84,7 @@ class NanoText(TransformersText):
         return pad(rows, 0, max([1, *map(len, rows)]))
 
     def run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-        """Attention both ways over the real tokens."""
+        """Bidirectional attention over the real tokens."""
         output = attend_to_all(self.tower, ids, mask, **options)
         real = mask[..., None].to(output.last_hidden_state.dtype)
         output.pooler_output = (output.last_hidden_state * real).sum(1) / real.sum(1)

@@ -1,4 +1,4 @@
-"""Small encoders that each see one thing only, for studies of several encoders in one bank."""
+"""Small encoders that each see a single cue, for studies of several encoders in one bank."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mmllm.contract.types import MediaSpec
 from mmllm.encoders.nano.conv import NanoConv
 
 CONTRAST = 2.0
-"""How fast a difference counts as one: an edge is as strong between dark colours as between bright ones, and what the
-compression of a video leaves behind counts for little."""
+"""How steeply a difference saturates at one: an edge between dark colours counts as much as one between bright ones,
+and compression artefacts of a video count for little."""
 
 
 @register("encoder", "nano_view")
@@ -24,8 +24,8 @@ class NanoView(NanoConv):
 
     Args:
         sees: "colour" (the mean colour of each cell of the grid), "shape" (where neighbouring pixels differ in any
-            channel) or "motion" (where neighbouring frames do: before, after, both; nothing in a still).
-        size, channels, grid, frames: as of `nano_conv`.
+            channel) or "motion" (where neighbouring frames do: before, after, both; blank for a still).
+        size, channels, grid, frames: as for `nano_conv`.
     """
 
     def __init__(
@@ -54,23 +54,23 @@ class NanoView(NanoConv):
 
 
 def _colour(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Every pixel has the mean colour of its cell."""
+    """Every pixel takes the mean colour of its cell."""
     frames = pixels.flatten(0, 1)
     cells = nn.functional.adaptive_avg_pool2d(frames, grid)
     return nn.functional.interpolate(cells, frames.shape[-2:], mode="nearest").view_as(pixels)
 
 
 def _shape(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Edges, in three equal channels: the largest difference of any channel to the pixel above and to the left."""
+    """Edges, in three equal channels: the largest difference, over channels, from the pixel above and to the left."""
     down = nn.functional.pad(pixels.diff(dim=-2).abs(), (0, 0, 1, 0))
     across = nn.functional.pad(pixels.diff(dim=-1).abs(), (1, 0, 0, 0))
     return _centred(_seen(torch.maximum(down, across))).expand_as(pixels)
 
 
 def _motion(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """What changed since the frame before, what will have changed at the next one, and where both are so.
+    """What changed since the previous frame, what will change by the next one, and where both happen.
 
-    From the first to the second is the direction of a motion: no colour is needed to tell it.
+    The direction of a motion is from the first to the second: no colour is needed to tell it.
     """
     changed = _seen(pixels.diff(dim=1).abs())
     none = torch.zeros_like(pixels[:, :1, :1])
@@ -79,12 +79,12 @@ def _motion(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _seen(difference: Tensor) -> Tensor:
-    """[B, F, 3, h, w] -> [B, F, 1, h, w] in 0..1, whatever the colours."""
+    """[B, F, 3, h, w] -> [B, F, 1, h, w] in 0..1, independent of the colours."""
     return (CONTRAST * difference.amax(2, keepdim=True)).square().tanh()
 
 
 def _centred(view: Tensor) -> Tensor:
-    """0..1 -> -1..1: where there is nothing to see, the layers would else norm zeros, whose gradients explode."""
+    """0..1 -> -1..1: otherwise, where there is nothing to see, the norms would get zeros, whose gradients explode."""
     return 2 * view - 1
 
 

@@ -1,4 +1,4 @@
-"""Text towers of transformers as sources of prompt features: those of CLIP and SigLIP.
+"""Text towers of transformers as sources of prompt features: CLIP's and SigLIP's.
 
 Sources: CLIP (Radford et al. 2021), SigLIP (Zhai et al. 2023).
 """
@@ -27,9 +27,9 @@ class TransformersText(TextSource):
 
     Args:
         name: hub id or folder of the weights; None = random weights (for tests and for loading a whole model).
-        config: the tower's config, inline; filled in for a name.
+        config: the tower's inline config; filled in for a name.
         tokenizer: hub id or folder of the tokenizer; None = `name`.
-        length: most tokens of a prompt that are read, start and end among them; a longer one is cut and keeps its
+        length: most tokens of a prompt that are read, including start and end; a longer prompt is cut but keeps its
             end. None = as many as the tower has positions; more are refused.
         extended: stretch the tower's positions, 77 to 248 and 64 to 196 (see `extended_positions`).
     """
@@ -72,7 +72,7 @@ class TransformersText(TextSource):
         return arguments
 
     def position_count(self) -> int:
-        """How many tokens the tower has positions for."""
+        """Number of tokens that the tower has positions for."""
         return self.config.max_position_embeddings
 
     def build(self) -> nn.Module:
@@ -80,7 +80,7 @@ class TransformersText(TextSource):
         raise NotImplementedError
 
     def pooled(self, output: Any) -> Tensor | None:
-        """[B, J] out of the tower's output; None without a joint space."""
+        """[B, J] from the tower's output; None without a joint space."""
         raise NotImplementedError
 
     @property
@@ -107,7 +107,7 @@ class TransformersText(TextSource):
         return self.tokenizer(text, truncation=True, max_length=self.length)["input_ids"]
 
     def forward(self, ids: Tensor, mask: Tensor, needs: Needs, embed_tokens: nn.Module | None = None) -> PromptFeatures:
-        """tokens [B, L, C] after the last norm, pooled [B, J] in the joint space, hidden states before that norm."""
+        """Tokens [B, L, C] after the last norm, pooled [B, J] in the joint space, hidden states before that norm."""
         layers = needs.prompt_hidden_states
         count = self.config.num_hidden_layers + 1
         if any(not -count <= layer < count for layer in layers):
@@ -130,7 +130,7 @@ class TransformersText(TextSource):
         raise NotImplementedError
 
     def load_weights(self) -> None:
-        """Weights of `name` into the tower.
+        """Load the weights of `name` into the tower.
 
         Raises:
             UserError: they cannot be loaded, or are of another size than the recipe's config.
@@ -163,7 +163,7 @@ class ClipText(TransformersText):
         return pad(rows, 0, max([1, *map(len, rows)]))
 
     def run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-        """Causal attention: padding comes after all that is real, so no mask is needed, nor its values read."""
+        """Causal attention: padding comes after all real tokens, so it needs no mask and its values are never read."""
         return self.tower(input_ids=ids, **options)
 
     def pooled(self, output: Any) -> Tensor:
@@ -183,9 +183,9 @@ class ClipText(TransformersText):
 
 @register("text", "siglip_text")
 class SiglipText(TransformersText):
-    """SigLIP's text tower (and SigLIP 2's): attention both ways over a fixed length, padding included.
+    """SigLIP's text tower (and SigLIP 2's): bidirectional attention over a fixed length, padding included.
 
-    Pooled at the last position, as it was trained, so every prompt is padded to the tower's own number of positions.
+    It was trained to pool at the last position, so every prompt is padded to the tower's own number of positions.
     """
 
     model_type = "siglip_text_model"
@@ -204,7 +204,7 @@ class SiglipText(TransformersText):
 
     def collate(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Padded to the tower's positions, with the tokenizer's padding where there is a tokenizer."""
-        # a prompt in which nothing is said needs no tokenizer
+        # an empty prompt needs no tokenizer
         known = any(rows) and (self.tokenizer_name is not None or "_tokenizer" in self.__dict__)
         padding = self.tokenizer.pad_token_id if known else self.config.pad_token_id
         return pad(rows, padding, self.positions)
@@ -219,7 +219,7 @@ class SiglipText(TransformersText):
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[list[int], ...]]]:
-        """Rows of ids that end with an end; both generations."""
+        """Rows of ids that finish with an end token; both generations."""
         config = {**SMALL, "vocab_size": 99, "max_position_embeddings": 8, "projection_size": 24}
         rows = ([5, 6, 1], [7, 1], [8, 9, 10, 11, 1])
         yield {"config": config}, rows
@@ -227,8 +227,8 @@ class SiglipText(TransformersText):
 
 
 def attend_to_all(tower: nn.Module, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-    """The output of a tower whose tokens look at all real ones, before and after them."""
-    seen = mask.bool()[:, None, None].expand(-1, 1, ids.shape[1], -1)  # the library reads no value of such a mask
+    """The output of a tower in which every token attends to all real ones, before and after it."""
+    seen = mask.bool()[:, None, None].expand(-1, 1, ids.shape[1], -1)  # the library never inspects such a mask
     return tower(input_ids=ids, attention_mask=seen, **options)
 
 

@@ -1,4 +1,4 @@
-"""The LLM's own table of embeddings as a source of prompt features (AlignGPT)."""
+"""The LLM's own embedding table as a source of prompt features (AlignGPT)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmllm.encoders.text.huggingface import pad
 
 @register("text", "llm_embedding")
 class LLMEmbedding(TextSource):
-    """Rows of the LLM's table of embeddings for the words of a prompt, without start and end; no space for images.
+    """Rows of the LLM's embedding table for the words of a prompt, without start and end; no space shared with images.
 
     Args:
         length: most tokens of a prompt that are read.
@@ -30,10 +30,10 @@ class LLMEmbedding(TextSource):
         self.width, self.length = site.llm_width, length
 
     def encode(self, text: str) -> list[int]:
-        """Ids of one prompt, at most `length`; a single one twice, which leaves the mean as it is."""
+        """Ids of one prompt, at most `length`; a single id is repeated, which leaves the mean unchanged."""
         tokenizer = self.__dict__.get("_tokenizer")
         if tokenizer is None:
-            raise UserError("text llm_embedding", "reads the LLM's tokenizer, and has been given none")
+            raise UserError("text llm_embedding", "needs the LLM's tokenizer, but got none")
         ids = tokenizer(text, add_special_tokens=False)["input_ids"][: self.length]
         return ids * 2 if len(ids) == 1 else ids
 

@@ -17,7 +17,7 @@ from mmllm.encoders.image.open_clip import PACKAGE, build_pair, load_pair, model
 from mmllm.encoders.text.huggingface import pad
 
 NO_IMAGE = {"layers": 1, "width": 8, "head_width": 8, "patch_size": 8, "image_size": 8}
-"""An image tower of nothing beside a text tower: open_clip builds towers in pairs."""
+"""An empty image tower to go with a text tower: open_clip builds towers in pairs."""
 
 
 @register("text", "open_clip_text")
@@ -25,8 +25,8 @@ class OpenClipText(TextSource):
     """The text tower of an open_clip model. Every prompt is padded to the tower's own number of positions.
 
     Args:
-        name, weights, config: as of the encoder `open_clip`; of the config, text_cfg is read.
-        length: most tokens of a prompt that are read, start and end among them; a longer one is cut and keeps its
+        name, weights, config: as for the encoder `open_clip`; of the config, only text_cfg is read.
+        length: most tokens of a prompt that are read, including start and end; a longer prompt is cut but keeps its
             end. None = as many as the tower has positions; more are refused.
     """
 
@@ -44,7 +44,7 @@ class OpenClipText(TextSource):
         super().__init__(site)
         self.name, self.weights, self.config = name, weights, config or model_config(name)
         if weights is not None and name is None:
-            raise ValueError("weights: of which model? name: missing")
+            raise ValueError("weights: given without a name")
         if self.config["text_cfg"].get("hf_model_name"):
             raise ValueError(f"its text tower is {self.config['text_cfg']['hf_model_name']} of transformers")
         self.tower: nn.Module = self.create()
@@ -92,14 +92,14 @@ class OpenClipText(TextSource):
         return ids[: ids.index(end) + 1] if end in ids else ids
 
     def collate(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Padded to the tower's positions, with the padding that it was trained with."""
+        """Padded to the tower's positions with the padding that it was trained with."""
         padding = self.config["text_cfg"].get("pad_id", 0)
         if self.config["text_cfg"].get("hf_tokenizer_name"):
             padding = self.tokenizer.tokenizer.pad_token_id
         return pad(rows, padding, self.positions)
 
     def forward(self, ids: Tensor, mask: Tensor, needs: Needs, embed_tokens: nn.Module | None = None) -> PromptFeatures:
-        """tokens [B, L, C] after the last norm, pooled [B, J] in the joint space, hidden states by block from 0."""
+        """Tokens [B, L, C] after the last norm, pooled [B, J] in the joint space, hidden states by block from 0."""
         layers = needs.prompt_hidden_states
         count = len(self.tower.transformer.resblocks)
         if any(not -count <= layer < count for layer in layers):
@@ -113,14 +113,14 @@ class OpenClipText(TextSource):
         return PromptFeatures(ids, mask, tokens, pooled, layered, mask.sum(dim=1) > 1)
 
     def reset_parameters(self) -> None:
-        """The causal mask, which no checkpoint holds, and what else one lacks."""
+        """Initialise the causal mask, which no checkpoint holds, and whatever else one lacks."""
         write_missing(self.tower, self.create)
 
     def load_weights(self) -> None:
-        """The weights that the arguments name.
+        """Load the weights that the arguments name.
 
         Raises:
-            UserError: they cannot be loaded, or are not those of the config.
+            UserError: they cannot be loaded, or do not match the config.
         """
         if self.weights is None:
             return

@@ -14,12 +14,12 @@ from mmllm.encoders.text.huggingface import SMALL, TransformersText, attend_to_a
 
 @register("text", "roberta_text")
 class RobertaText(TransformersText):
-    """RoBERTa's layers (Liu et al. 2019, arXiv 1907.11692), attention both ways, without a space shared with images.
+    """RoBERTa's layers (Liu et al. 2019, arXiv 1907.11692), bidirectional, without a space shared with images.
 
-    Each layer ends with its norm: a part that adds one to the tower's states (`bridge`) is told `text_norm: false`.
+    Each layer ends with its norm: a part that norms the tower's states again (`bridge`) needs `text_norm: false`.
 
     Args:
-        name, config, tokenizer, length: as of `clip_text`.
+        name, config, tokenizer, length: as for `clip_text`.
     """
 
     model_type = "roberta"
@@ -36,7 +36,7 @@ class RobertaText(TransformersText):
         super().__init__(site, name=name, config=config, tokenizer=tokenizer, length=length)
 
     def position_count(self) -> int:
-        """Positions are counted from behind the padding's own."""
+        """Positions are counted from after the padding's own."""
         return self.config.max_position_embeddings - self.config.pad_token_id - 1
 
     def build(self) -> nn.Module:
@@ -46,15 +46,15 @@ class RobertaText(TransformersText):
         return RobertaModel(self.config, add_pooling_layer=False)
 
     def collate(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Padded to the longest; the tower tells positions from the padding's id."""
+        """Padded to the longest; the tower derives positions from the padding id."""
         return pad(rows, self.config.pad_token_id, max([1, *map(len, rows)]))
 
     def run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
-        """Attention both ways over the real tokens."""
+        """Bidirectional attention over the real tokens."""
         return attend_to_all(self.tower, ids, mask, **options)
 
     def pooled(self, output: Any) -> None:
-        """Nothing: there is no joint space."""
+        """None: there is no joint space."""
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[list[int], ...]]]:

@@ -1,7 +1,7 @@
-"""BT-Adapter: a side stream over time beside an image tower that stays as it is (Liu et al. 2023, arXiv 2309.15785).
+"""BT-Adapter: a temporal side stream beside a frozen image tower (Liu et al. 2023, arXiv 2309.15785).
 
-The tower's own stream never reads the side stream, so the adapter is a function of the tower's hidden states: it stands
-beside CLIP's tower (PPLLaVA) and beside EVA's (ST-LLM) alike.
+The tower's own stream never reads the side stream, so the adapter is a function of the tower's hidden states alone: it
+works beside CLIP's tower (PPLLaVA) and EVA's (ST-LLM) alike.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mmllm.encoders.image.huggingface import SMALL, ClipEncoder
 
 
 class SideStream(NamedTuple):
-    """The side stream: one CLS token of a clip [B, C], patches of every frame [B, T, N, C]."""
+    """The side stream: one CLS token per clip [B, C], patches of every frame [B, T, N, C]."""
 
     cls: Tensor
     patches: Tensor
@@ -29,13 +29,15 @@ class SideStream(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """What the adapter's layers are made like: the tower's own blocks.
+    """What the adapter's layers are modelled on: the tower's own blocks.
 
     Attributes:
-        width, hidden, heads: of tokens, of the MLP, of the attention.
-        activation: as transformers calls it.
-        key_bias: EVA's keys have none.
-        eps: of the norms before space and MLP, and of the norm before time.
+        width: of the tokens.
+        hidden: width of the MLP.
+        heads: of the attention.
+        activation: transformers' name of it.
+        key_bias: whether keys have a bias; EVA's have none.
+        eps: of the norms before space attention, MLP and time attention.
     """
 
     width: int
@@ -47,7 +49,7 @@ class Block:
 
 
 class FrameAttention(nn.Module):
-    """Plain attention over the last but one axis."""
+    """Plain attention over the second to last axis."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -66,14 +68,14 @@ class FrameAttention(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: leaves a branch out for whole clips, in training only."""
+    """Stochastic depth: drops a branch for whole clips, in training only."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, *branches: Tensor) -> tuple[Tensor, ...]:
-        """[B, ...] tensors of one branch, each clip kept or left out in all of them."""
+        """Tensors [B, ...] of one branch, each clip kept or dropped in all of them."""
         if not self.training or not self.rate:
             return branches
         keep = torch.rand(branches[0].shape[0], device=branches[0].device) >= self.rate
@@ -96,7 +98,7 @@ class SpaceLayer(nn.Module):
         self.drop = DropPath(drop)
 
     def forward(self, stream: SideStream) -> SideStream:
-        """One block further."""
+        """The stream one block further on."""
         cls, patches = stream
         frames = cls[:, None, None].expand(-1, patches.shape[1], -1, -1)
         mixed = self.attention(self.norm(torch.cat([frames, patches], dim=2)))
@@ -110,7 +112,7 @@ class SpaceLayer(nn.Module):
 
 
 class TimeLayer(nn.Module):
-    """Attention of every patch over the frames, behind a linear layer that starts at zero."""
+    """Attention of every patch over the frames, followed by a linear layer that starts at zero."""
 
     def __init__(self, block: Block, drop: float) -> None:
         super().__init__()
@@ -120,23 +122,23 @@ class TimeLayer(nn.Module):
         self.drop = DropPath(drop)
 
     def forward(self, stream: SideStream) -> SideStream:
-        """The patches one layer further; the CLS token is of the whole clip and stays."""
+        """The patches one layer further on; the CLS token belongs to the whole clip and stays."""
         (moved,) = self.drop(self.attention(self.norm(stream.patches.transpose(1, 2))))
         return SideStream(stream.cls, stream.patches + self.out(moved).transpose(1, 2))
 
 
 class BTAdapter(Part):
-    """The side stream over the tower's last blocks; a part within an encoder, so that it writes its own start.
+    """The side stream over the tower's last blocks; it is a part within an encoder, so it initialises itself.
 
     Args:
-        block: what its layers are made like.
-        layers: how many of them there are: d - 1 for an adapter of depth d over a tower whose last but one state is
+        block: what its layers are modelled on.
+        layers: their number: d - 1 for an adapter of depth d over a tower whose last but one state is
             read (one more would reach nothing).
-        frames: most frames of a clip.
-        drop: rate of stochastic depth in every time layer; in the space layers it grows from 0 to this at the last of
+        frames: most frames per clip.
+        drop: stochastic depth rate of every time layer; in the space layers it grows from 0 to this at the last of
             `depth` layers (default: of those that are built).
-        blend_cls: halve the CLS rows with the side stream's too, as EVA's twin does; else they stay the tower's.
-        spread: standard deviation of the embedding of times at the start; the authors' library has 1.
+        blend_cls: blend the CLS rows with the side stream too, as EVA's version does; otherwise they stay the tower's.
+        spread: initial standard deviation of the time embedding; 1 in the authors' library.
     """
 
     def __init__(
@@ -160,7 +162,7 @@ class BTAdapter(Part):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Nothing through time at the start."""
+        """Start without any effect over time."""
         from transformers import initialization as init
 
         init.normal_(self.cls, std=self.cls.shape[0] ** -0.5)
@@ -173,7 +175,7 @@ class BTAdapter(Part):
         """The stream after each of the tower's last blocks.
 
         Args:
-            states: what these blocks give, [B, T, 1 + N, C] each, CLS first; as many as there are layers, or fewer.
+            states: outputs of these blocks, [B, T, 1 + N, C] each, CLS first; as many as there are layers, or fewer.
             positions: [1 + N, C], the tower's own table.
         """
         streams: list[SideStream] = []
@@ -196,7 +198,7 @@ class BTAdapter(Part):
         return torch.cat([cls, (state[:, :, 1:] + stream.patches) / 2], dim=2)
 
     def copy_blocks(self, blocks: Sequence[nn.Module]) -> None:
-        """Start the space layers from blocks of a CLIP tower of transformers, in order."""
+        """Initialise the space layers from blocks of a CLIP tower of transformers, in order."""
         for layer, block in zip(self.space, blocks, strict=False):
             names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
             for ours, theirs in names.items():
@@ -215,14 +217,14 @@ class BTAdapter(Part):
 class ClipBTAdapterEncoder(ClipEncoder):
     """CLIP's image tower with a BT-Adapter; see `clip` for the tower's arguments.
 
-    Frames of a clip look at each other; the views of an image do not. Layers that lie within the adapter's depth are
-    blended with the side stream; CLS tokens are the tower's own.
+    Frames of a clip attend to each other; the views of an image do not. Layers within the adapter's depth are blended
+    with the side stream; CLS tokens are the tower's own.
 
     Args:
-        depth: how many of the tower's last blocks the side stream accompanies.
-        max_frames: most frames of a clip.
-        drop: rate of stochastic depth in training.
-        reference: the authors' start: a layer that reaches nothing is built too, embeddings of times are N(0, 1).
+        depth: number of the tower's last blocks that the side stream runs beside.
+        max_frames: most frames per clip.
+        drop: stochastic depth rate in training.
+        reference: start as the authors do: also build a layer whose output is never used; time embeddings are N(0, 1).
     """
 
     per_frame = False
@@ -255,7 +257,7 @@ class ClipBTAdapterEncoder(ClipEncoder):
         self.adapter = BTAdapter(block, layers, max_frames, drop=drop, depth=depth, spread=spread)
 
     def load_weights(self) -> None:
-        """The tower's weights, and its last blocks once more as the adapter's space layers."""
+        """Load the tower's weights, and copy its last blocks into the adapter's space layers."""
         super().load_weights()
         self.adapter.copy_blocks(self.tower.encoder.layers[-self.depth :])
 
@@ -263,7 +265,7 @@ class ClipBTAdapterEncoder(ClipEncoder):
         """As without the adapter.
 
         Raises:
-            ValueError: the clip has more frames than the adapter knows times.
+            ValueError: the clip has more frames than the adapter has time embeddings.
         """
         if media.kind == "video" and self.frames_of(media) > self.max_frames:
             raise ValueError(f"reads {self.max_frames} frames of a clip at most, this one has {self.frames_of(media)}")

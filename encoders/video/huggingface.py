@@ -1,4 +1,4 @@
-"""Video towers of transformers: all frames in one call, several to a token.
+"""Video towers of transformers: all frames in one call, several frames per token.
 
 Sources: ViViT (Arnab et al. 2021), VideoMAE (Tong et al. 2022).
 """
@@ -29,20 +29,20 @@ from mmllm.encoders.image.huggingface import SMALL
 
 
 class VideoTower(LayeredEncoder):
-    """A tower that reads `config.num_frames` frames at once and gives a row of tokens for each tubelet of them.
+    """A tower that reads `config.num_frames` frames at once and gives one row of tokens per tubelet.
 
-    A token's time is the mean of the frames of its tubelet. A still (and a clip of one frame, which is the same to an
-    encoder) is its frame, repeated; of an image with several views each is read as a clip of its own. The CLS token
-    of the whole clip is left out.
+    A token's time is the mean over the frames of its tubelet. A still (or a clip of one frame, which is the same to an
+    encoder) is one frame repeated; every view of a tiled image is read as a clip of its own. The CLS token of the
+    whole clip is left out.
 
     Args:
         name: hub id or folder of the weights; None = random weights (for tests and for loading a whole model).
-        config: the tower's config, inline, so that the geometry is known offline; filled in for a name.
-        layer: which hidden state the tokens are (-2 = output of the last but one block), or a list whose states are
+        config: the tower's inline config, so that the geometry is known offline; filled in for a name.
+        layer: which hidden state gives the tokens (-2 = output of the last but one block), or a list whose states are
             joined along the width.
-        norm: layer -1 is the tower's last hidden state, after its last norm.
-        frames: must be the tower's own number of frames; says that they may be picked evenly out of a longer clip,
-            which else is refused.
+        norm: take the tower's last hidden state, after its last norm, as layer -1.
+        frames: must be the tower's own number of frames; allows picking them evenly from a longer clip, which is
+            otherwise refused.
         size: must be the tower's own: the library does not interpolate positions in time and space.
         mean, std, fit, short, interpolation: pixel transform, as in `Geometry`.
     """
@@ -81,7 +81,7 @@ class VideoTower(LayeredEncoder):
 
     @classmethod
     def own_tubelet(cls, config: Any) -> tuple[int, int, int]:
-        """Frames, rows and columns of pixels to a token."""
+        """Frames, rows and columns of pixels per token."""
         raise NotImplementedError
 
     @classmethod
@@ -92,10 +92,10 @@ class VideoTower(LayeredEncoder):
         return arguments
 
     def frames_of(self, media: MediaSpec) -> int:
-        """All of the tower's frames of a clip, each view of an image.
+        """All of the tower's frames for a clip, each view of an image.
 
         Raises:
-            ValueError: a clip of another length, unless `frames` says that they may be picked.
+            ValueError: a clip of another length, unless `frames` allows picking.
         """
         own = self.config.num_frames
         if self._still(media) or media.frames == own:
@@ -110,7 +110,7 @@ class VideoTower(LayeredEncoder):
         return media.kind == "image" or media.frames == 1
 
     def inputs_of(self, media: MediaSpec) -> int:
-        """One input of the tower for a clip, one for each view of an image."""
+        """One input of the tower per clip, one per view of an image."""
         frames = self.frames_of(media)
         return frames if self._still(media) else 1
 
@@ -141,7 +141,7 @@ class VideoTower(LayeredEncoder):
         }
 
     def load_weights(self) -> None:
-        """Weights of `name` into the tower.
+        """Load the weights of `name` into the tower.
 
         Raises:
             UserError: they cannot be loaded, or are of another size than the recipe's config.
@@ -152,13 +152,13 @@ class VideoTower(LayeredEncoder):
 
 @register("encoder", "vivit")
 class VivitEncoder(VideoTower):
-    """ViViT with joint attention over all tubelets of a clip (the model 1 of its paper)."""
+    """ViViT with joint attention over all tubelets of a clip (model 1 of its paper)."""
 
     model_type = "vivit"
 
     @classmethod
     def own_transform(cls, size: int) -> Transform:
-        """Pixels end in -3..1: its processor brings them to -1..1 and then subtracts a half and divides by a half."""
+        """Pixels end up in -3..1: its processor maps them to -1..1, then subtracts a half and divides by a half."""
         short = size * 256 // 224
         return Transform((0.75,) * 3, (0.25,) * 3, size, "crop", "bilinear", short=short, resampler="pillow")
 

@@ -1,6 +1,6 @@
-"""LanguageBind's video tower: CLIP's, and attention over time before each of its blocks.
+"""LanguageBind's video tower: CLIP's, with attention over time before each of its blocks.
 
-Source: Zhu et al. 2024, LanguageBind, arXiv 2310.01852; of MERV's four encoders it is the first.
+Source: Zhu et al. 2024, LanguageBind, arXiv 2310.01852; it is the first of MERV's four encoders.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from mmllm.encoders.common.transform import CLIP, CropArguments, PixelArguments,
 from mmllm.encoders.image.huggingface import SMALL, ClipEncoder
 
 MOST_ROWS = 2**15
-"""Kernels of attention take no more than 65,535 rows, and each place of each group is a row."""
+"""Attention kernels take at most 65,535 rows, and each token position of each group is a row."""
 
 
 class TimeAttention(Part):
-    """Each place looks at itself in the other frames of its group; its modules have the names of the published weights.
+    """Each token attends to itself in the other frames of its group; modules are named as in the published weights.
 
     Args:
-        config: of the tower. group: frames that look at each other.
+        config: of the tower.
+        group: number of frames that attend to each other.
     """
 
     def __init__(self, config: Any, group: int) -> None:
@@ -42,13 +43,13 @@ class TimeAttention(Part):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Small embeddings of times."""
+        """Start with small time embeddings."""
         from transformers import initialization as init
 
         init.normal_(self.temporal_embedding, std=self.temporal_embedding.shape[-1] ** -0.5)
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        """[M, L, C] of M / frames groups -> the same; a shorter group has the first times."""
+        """[M, L, C] of M / frames groups -> the same shape; a shorter group takes the first times."""
         x = x.unflatten(0, (-1, frames)).transpose(1, 2)  # [groups, L, frames, C]
         x = x + self.temporal_embedding[:, :frames]
         rows = self.temporal_layer_norm1(x).flatten(0, 1).split(MOST_ROWS)
@@ -60,14 +61,14 @@ class TimeAttention(Part):
 class LanguageBindEncoder(ClipEncoder):
     """LanguageBind's video tower.
 
-    Frames look at each other in groups that know nothing of one another; the views of an image do not. The authors
-    crop the middle of a frame and mirror every second one at random, in evaluation too: here nothing is mirrored.
+    Frames attend to each other within groups, independently; the views of an image do not. The authors crop
+    the middle of a frame and mirror every second one at random, even in evaluation: here nothing is mirrored.
 
     Args:
-        name, config, layer, frames, size, fit, short, interpolation: as of `clip`; the config's activation is `gelu`
-            where it does not say.
-        group: frames that look at each other, as many as the weights have times; a clip has a multiple of it, or
-            fewer.
+        name, config, layer, frames, size, fit, short, interpolation: as for `clip`; the config's activation defaults to
+            `gelu`.
+        group: number of frames that attend to each other, as many as the weights have times; a clip has a multiple of
+            it, or fewer.
     """
 
     per_frame = False
@@ -91,21 +92,21 @@ class LanguageBindEncoder(ClipEncoder):
 
     @classmethod
     def own_transform(cls, config: Any, size: int | None, given: PixelArguments) -> Transform:
-        """Short side to the size, then the centre; by Pillow, as the encoders beside it in MERV, to share frames."""
+        """Short side to the size, then the centre; by Pillow, like the encoders beside it in MERV, to share frames."""
         return Transform(*CLIP, size or config.image_size, resampler="pillow")
 
     @classmethod
     def resolve(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Its published configs are of a type that the library does not know, so the recipe gives one."""
+        """Its published configs are of a type that the library does not know, so the recipe has to give one."""
         if arguments.get("name") and arguments.get("config") is None:
             raise UserError(arguments["name"], "config: missing", hint="vision_config of the published config.json")
         return arguments
 
     def frames_of(self, media: MediaSpec) -> int:
-        """As many as it is told.
+        """The requested number of frames.
 
         Raises:
-            ValueError: they make no whole groups.
+            ValueError: they do not make whole groups.
         """
         frames = super().frames_of(media)
         if media.kind == "video" and frames > self.group and frames % self.group:
@@ -131,7 +132,7 @@ class LanguageBindEncoder(ClipEncoder):
         return {layer: self._as_state(kept) for layer, kept in states.items()}
 
     def load_weights(self) -> None:
-        """Weights of `name` into the tower and what it has for time.
+        """Load the weights of `name` into the tower and its time attention.
 
         Raises:
             UserError: they cannot be loaded, or are of another size than the recipe's config or group.

@@ -1,1 +1,1 @@
-"""What is checked of a part or a whole recipe, and the summary of its figures."""
+"""Checks of a part or a whole recipe, and the summary of its figures."""

@@ -1,6 +1,6 @@
-"""What every part must keep: declared = real, no garbage from missing weights, gradients reach it, batch = single.
+"""Rules for every part: declared = real, no garbage from missing weights, gradients reach it, batch = single.
 
-One function, called by the tests over all registered parts and by `mmllm recipe check` on a user's own.
+One function, called by the tests on all registered parts and by `mmllm recipe check` on a user's own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROMPT_LENGTH = 4
 
 
 def check_part(kind: str, name: str) -> int:
-    """Check a registered part on each of its own examples; returns how many there are.
+    """Check a registered part on each of its own examples; returns the number of examples.
 
     Raises:
         UserError: the part breaks one of the rules; names the example and the rule.
@@ -39,7 +39,7 @@ def check_part(kind: str, name: str) -> int:
     cls = find(kind, name)
     where = f"{kind} {name}"
     if Part.examples.__func__ is cls.examples.__func__:
-        raise UserError(where, "gives no examples()", hint="yield (arguments, input specs) pairs")
+        raise UserError(where, "yields no examples()", hint="yield (arguments, input specs) pairs")
     with _blamed(cls, f"{where}, arguments"):
         parameters, known = inspect.signature(cls.__init__).parameters, signature(cls)
     for argument in known:
@@ -48,7 +48,7 @@ def check_part(kind: str, name: str) -> int:
     with _blamed(cls, f"{where}, examples()"):
         examples = list(cls.examples())
     if not examples:
-        raise UserError(where, "gives no examples()", hint="yield (arguments, input specs) pairs")
+        raise UserError(where, "yields no examples()", hint="yield (arguments, input specs) pairs")
     for number, (arguments, inputs) in enumerate(examples, start=1):
         at = f"{where}, example {number} {arguments}"
         with _blamed(cls, at):
@@ -58,7 +58,7 @@ def check_part(kind: str, name: str) -> int:
 
 @contextlib.contextmanager
 def _blamed(cls: type, where: str) -> Iterator[None]:
-    """What a part raises is a finding about the part, with its line."""
+    """Report what a part raises as a finding about the part, with its line."""
     try:
         yield
     except UserError:
@@ -66,7 +66,7 @@ def _blamed(cls: type, where: str) -> Iterator[None]:
     except Exception as error:
         try:
             at = raised_at(error, Path(inspect.getfile(cls)))
-        except (OSError, TypeError):  # made in a notebook
+        except (OSError, TypeError):  # defined in a notebook
             at = None
         if at is None:
             last = traceback.extract_tb(error.__traceback__)[-1]
@@ -97,23 +97,23 @@ def _runner(part: Part, inputs: tuple) -> _Run:
 
 
 class _Run:
-    """Runs a part on the inputs of its example; what is given as clip b does not depend on the batch."""
+    """Runs a part on the inputs of its example; the input of clip b does not depend on the batch."""
 
     def __init__(self, part: Part, inputs: tuple) -> None:
         self.part, self.inputs = part, inputs
 
     def values(self, clips: list[int], part: nn.Module | None = None) -> Tensor:
-        """[B, ...] that a gradient may enter by and that batches are compared by."""
+        """[B, ...], where gradients enter and what batches are compared by."""
         return self(clips, part).values
 
     def check_gradients(self, where: str) -> None:
-        """What is read gets a gradient, where anything is read that could learn."""
+        """Check that what is read gets a gradient, where anything that could learn is read."""
 
     def check_inputs(self, where: str) -> None:
-        """What a part reads stays as it was: others read the same tensors after it."""
+        """Check that a part leaves its inputs unchanged: others read the same tensors after it."""
 
     def check_declared(self, where: str) -> None:
-        """Declared = real."""
+        """Check that declared = real."""
         with torch.no_grad():
             real = self([1, 2])
         declared = self.part.output_spec(*self.inputs)
@@ -137,14 +137,14 @@ class _EncoderRun(_Run):
         return (part or self.part)(self._pixels(clips), self.inputs[0], needs or Needs())
 
     def check_inputs(self, where: str) -> None:
-        """Pixels stay as they were: encoders of one geometry share them."""
+        """Check that pixels stay unchanged: encoders of one geometry share them."""
         pixels = self._pixels([1, 2])
         with torch.no_grad():
             self.part(pixels, self.inputs[0], Needs())
         _same({"pixels": pixels}, {"pixels": self._pixels([1, 2])}, where)
 
     def check_declared(self, where: str) -> None:
-        """Declared = real, for the tokens and for each extra that the encoder says it gives."""
+        """Check that declared = real, for the tokens and for each extra that the encoder declares."""
         super().check_declared(where)
         for name in ("hidden_states", "cls", "keys"):
             needs = Needs(**{name: (-1,)})
@@ -155,7 +155,7 @@ class _EncoderRun(_Run):
             with torch.no_grad():
                 real = self([1, 2], needs=needs).spec.extras
             if real != declared:
-                raise UserError(where, "declared extras are not real", expected=declared, got=real)
+                raise UserError(where, "its extras differ from what it declares", expected=declared, got=real)
 
 
 class _TextRun(_Run):
@@ -166,7 +166,7 @@ class _TextRun(_Run):
         return (part or self.part)(ids, mask, Needs(prompt=("tokens", "pooled")), self._table())
 
     def _table(self) -> nn.Module:
-        """A table of embeddings in place of the LLM's, always the same one."""
+        """An embedding table in place of the LLM's, always the same one."""
         rows = max(max(row) for row in self.inputs) + 1
         return nn.Embedding.from_pretrained(torch.randn(rows, LLM_WIDTH, generator=_generator(3)))
 
@@ -179,7 +179,7 @@ class _TextRun(_Run):
         return tokens if found.pooled is None else torch.cat([tokens, found.pooled], dim=1)
 
     def check_declared(self, where: str) -> None:
-        """The declared widths are real, an empty row is absent with one token unmasked, the others are present."""
+        """Check that widths are as declared, an empty row is absent with one token unmasked, the others are present."""
         ids, mask = self.part.collate([*self.inputs, []])
         with torch.no_grad():
             layers = (-1,) if self.part.layered else ()
@@ -197,7 +197,7 @@ class _TextRun(_Run):
             raise UserError(where, "not one row per token", expected=list(shape), got=list(states))
         present = [*[True] * len(self.inputs), False]
         if found.present.tolist() != present or int(mask[-1].sum()) != 1:
-            raise UserError(where, "an empty prompt is absent, with one token unmasked", got=found.present.tolist())
+            raise UserError(where, "an empty prompt must be absent with one token unmasked", got=found.present.tolist())
 
 
 class _ConnectorRun(_Run):
@@ -247,7 +247,7 @@ class _ConnectorRun(_Run):
         return (part or self.part)(*tokens, **self._context(clips))
 
     def check_inputs(self, where: str) -> None:
-        """Tokens, their extras and the prompt stay as they were: other nodes read them too."""
+        """Check that tokens, their extras and the prompt stay unchanged: other nodes read them too."""
         tokens, context = self._tokens([1, 2]), self._context([1, 2])
         with torch.no_grad():
             self.part(*tokens, **context)
@@ -260,7 +260,7 @@ class _ConnectorRun(_Run):
             _same(vars(prompt), vars(self._context([1, 2])[name]), f"{where}, {name}")
 
     def values(self, clips: list[int], part: nn.Module | None = None) -> Tensor:
-        """[B, ...]: tokens, and the extras that a part has written."""
+        """[B, ...]: the tokens, and the extras that the part has written."""
         tokens = self._tokens(clips)
         return self._flat(self._run(tokens, clips, part), tokens)
 
@@ -270,12 +270,12 @@ class _ConnectorRun(_Run):
         return torch.cat([out.values.flatten(1), *written], dim=1)
 
     def check_gradients(self, where: str) -> None:
-        """Every input that changes what comes out gets a gradient, or what stands before it would never learn."""
+        """Check that every input that affects the output gets a gradient, or what precedes it would never learn."""
         tokens, leaves = self._tokens([1]), []
         for given in tokens:
             read = {"values": given.values, **given.extras}
             leaves.append([tensor.requires_grad_() for tensor in read.values()])
-            copies = {name: tensor.clone() for name, tensor in read.items()}  # leaves are no inputs of a walk
+            copies = {name: tensor.clone() for name, tensor in read.items()}  # leaves cannot be inputs of a graph
             given.values, given.extras = copies.pop("values"), copies
         out = self._flat(self._run(tokens, [1]), tokens)
         if out.requires_grad:
@@ -290,10 +290,10 @@ class _ConnectorRun(_Run):
 
 
 def _same(after: dict[str, Any], before: dict[str, Any], where: str) -> None:
-    """Refuse tensors that changed."""
+    """Refuse tensors that have changed."""
     for name, value in before.items():
         if isinstance(value, Tensor) and not torch.equal(after[name], value):
-            raise UserError(where, f"changes {name} in place: what others read is no longer what it was", hint="a copy")
+            raise UserError(where, f"changes {name} in place, which other parts read too", hint="a copy")
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -301,7 +301,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 def _no_garbage(cls: type, arguments: dict[str, Any], inputs: tuple, real: Part, where: str) -> None:
-    """Loading starts on the meta device: what the checkpoint lacks must be written by the part itself."""
+    """Check loading, which starts on the meta device: the part itself must write what the checkpoint lacks."""
     with torch.device("meta"):
         part = _build(cls, arguments, inputs)
     part.to_empty(device="cpu")
@@ -329,7 +329,7 @@ def _gradients_reach(part: Part, run: Any, where: str) -> None:
         return
     (values * weights).sum().backward()
     dead = [name for name, value in parameters.items() if not _alive(value.grad)]
-    # A tower read before its last layer leaves that layer without gradient; a whole part without any is a mistake.
+    # A tower read before its last layer leaves that layer without gradient; a whole part without any is an error.
     if dead and (len(dead) == len(parameters) or not isinstance(part, Tower)):
         raise UserError(where, f"no gradient reaches {', '.join(dead[:3])}")
 
@@ -343,9 +343,9 @@ def _batch_is_single(part: Part, run: Any, where: str) -> None:
     with torch.no_grad():
         together = run.values([1, 2, 3])
         if not together.isfinite().all():
-            raise UserError(where, "returns values that are not finite")
+            raise UserError(where, "returns non-finite values")
         if not (worst := float((run.values([1, 2, 3]) - together).abs().max())) <= 1e-5:
-            raise UserError(where, f"not the same twice in eval mode, by {worst:.1e}: random numbers, or a state?")
+            raise UserError(where, f"not the same twice in eval mode, off by {worst:.1e}: random numbers, or a state?")
         for row, clip in enumerate((1, 2, 3)):
             alone = run.values([clip])[0]
             worst = float((together[row] - alone).abs().max())

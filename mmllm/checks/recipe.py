@@ -1,4 +1,4 @@
-"""Whether a recipe holds together as a whole model, on random pixels."""
+"""Whether a recipe holds together as a whole model, checked on random pixels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check_recipe(blueprint: Blueprint) -> dict[str, Any]:
         model.save_pretrained(folder)
         again = type(model).from_pretrained(folder, dtype=model.dtype).eval()
         if not torch.equal(again(ids, visual=visual).logits, logits):
-            raise UserError(recipe.file, "a saved and loaded model gives other logits")
+            raise UserError(recipe.file, "a saved and reloaded model gives different logits")
     facts["says"] = "ok: declared = real; gradient reaches it; batch = single; save = load"
     return facts
 

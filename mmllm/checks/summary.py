@@ -17,7 +17,7 @@ from mmllm.tables import aligned
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the walk. `macs`: multiply-adds for one clip; `reaches`: it is a stream into the LLM."""
+    """One line of the walk. `macs`: multiply-adds per clip; `reaches`: whether its stream enters the LLM."""
 
     part: str
     type: str
@@ -32,10 +32,11 @@ class Row:
 def walk(
     blueprint: Blueprint, kind: str = "video", frames: int | None = None, size: tuple[int, int] | None = None
 ) -> list[Row]:
-    """The rows of a recipe for one clip or image; builds without memory and loads nothing.
+    """The rows of a recipe for one clip or image; builds on the meta device and loads nothing.
 
     Args:
-        kind: "video" or "image". frames: of a video; default: the recipe's own sampling.
+        kind: "video" or "image".
+        frames: of a video; default: the recipe's own sampling.
         size: (height, width) of an image, for recipes that cut it into tiles; default: one view.
 
     Raises:
@@ -68,7 +69,7 @@ def as_dicts(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def render(rows: list[Row]) -> str:
-    """The rows as a table of plain text."""
+    """The rows as a plain-text table."""
     head = ("part", "type", "grid", "tokens", "width", "parameters", "multiply-adds")
     lines = [
         (
@@ -100,7 +101,7 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _text_macs(source: TextSource, needs: Needs) -> int:
-    """Multiply-adds for a prompt as long as the source reads."""
+    """Multiply-adds for a prompt of the source's full length."""
     if not any(True for _ in source.parameters()):
         return 0
     with torch.device("meta"):
@@ -144,7 +145,7 @@ def blank_tokens(spec: TokenSpec) -> VisualTokens:
 
 
 def count_macs(module: nn.Module, *arguments: Any, **keywords: Any) -> int:
-    """Multiply-adds of one forward, by the library's counter (which counts two operations for each)."""
+    """Multiply-adds of one forward, by the library's counter (which counts two operations each)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -153,7 +154,7 @@ def count_macs(module: nn.Module, *arguments: Any, **keywords: Any) -> int:
 
 
 def _llm_row(blueprint: Blueprint, visual: int) -> Row:
-    """The LLM reading the visual tokens alone; head included in the parameters."""
+    """The LLM reading the visual tokens alone; the parameters include the head."""
     from transformers import AutoModelForCausalLM
 
     config = blueprint.config.text_config
@@ -161,7 +162,7 @@ def _llm_row(blueprint: Blueprint, visual: int) -> Row:
         llm = AutoModelForCausalLM.from_config(config)
         length = max(visual, 1)
         ids = torch.zeros(1, length, dtype=torch.long)
-        # An explicit mask: the library would look into the values of the ids' positions, which meta tensors lack.
+        # An explicit mask: the library would read the values of the positions, which meta tensors lack.
         mask = torch.zeros(1, 1, length, length, dtype=torch.bool)
         macs = count_macs(llm.base_model, input_ids=ids, attention_mask=mask, use_cache=False)
     return Row("llm", config.model_type, "-", visual, config.hidden_size, _parameters(llm), macs)

@@ -40,10 +40,10 @@ exit codes: 0 done, 1 a bug, 2 the input does not fit, 3 done with holes, 130 or
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as all others are."""
+    """A parser whose errors are one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what does not fit, and exit with 2."""
+        """Print what does not fit, and exit with 2."""
         self.exit(2, f"error: {' '.join(message.removeprefix('argument ').split())}. Try: {self.prog} --help\n")
 
 
@@ -51,7 +51,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of a command line.
 
     Raises:
-        SystemExit: it does not parse; says so on stderr.
+        SystemExit: it does not parse; stderr says why.
     """
     verb = next((word for word in arguments if not word.startswith("-")), None)
     parser = Parser(
@@ -67,7 +67,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if name == verb:
             importlib.import_module(f"mmllm.cli.{name}").configure(command)
     options, rest = parser.parse_known_args(arguments)
-    # The library takes positional arguments in one run only; overrides may stand anywhere.
+    # argparse takes positional arguments in one contiguous run only; overrides may appear anywhere.
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     if len(overrides) < len(rest) or (rest and not hasattr(options, "overrides")):
         parser.error(f"unknown: {' '.join(rest)}")
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse(sys.argv[1:] if arguments is None else arguments)
     except SystemExit as stop:  # argparse has said why
         return int(stop.code or 0)
-    os.environ.setdefault("PYTHONSAFEPATH", "1")  # no process that this one starts imports what lies in its folder
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # no child process imports files from its working folder
     try:
         return _run(options)
     except UserError as error:
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("stopped\n")
         return 130
-    except BrokenPipeError:  # as the shell counts a program that SIGPIPE has ended
+    except BrokenPipeError:  # the shell's code for a program ended by SIGPIPE
         return 141
     except Exception as error:
         found = disk_error(error) if isinstance(error, OSError) else _out_of_memory(error)
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _out_of_memory(error: Exception) -> UserError | None:
-    """That memory did not suffice, for the user; torch says it in errors of its own."""
+    """A lack of memory as a user error; torch reports it in error types of its own."""
     text = " ".join(str(error).split())[:200]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return UserError("memory", f"out of memory ({text})", hint="fewer frames, a smaller batch or a smaller model")
@@ -135,7 +135,7 @@ def _crash(error: Exception, out: Path) -> int:
     try:
         file.write_text(text, encoding="utf-8")
         where = f"in {file}"
-    except OSError as reason:  # no room for it, perhaps the very reason of the crash
+    except OSError as reason:  # no space for it, which may be why it crashed
         where = f"here, since {file} cannot be written ({reason.strerror}):\n{text}"
     last = text.strip().splitlines()[-1]
     place = next(filter(None, (raised_at(error, plugin) for plugin in plugins())), None)

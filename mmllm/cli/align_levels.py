@@ -27,14 +27,14 @@ examples:
   mmllm data align-levels runs/world/train/caption.jsonl --pair runs/clip --levels 4 \\
       --out runs/world/train/levels.jsonl
 
-Records without a medium get no level. Beside the data, OUT.edges.json keeps the scores between the levels. Written to
-a folder from which their media are not found, records become conversations with absolute paths.
+Records without a medium get no level. Beside the data, OUT.edges.json keeps the scores between the levels. If their
+media are not found from the output folder, records are written as conversations with absolute paths.
 """
 
 
 def configure(verbs: Any) -> None:
-    """The action and its flags."""
-    what = "how completely texts cover their images: a level from 0 (weak) on, for AlignGPT's pre-training"
+    """Add the action and its flags."""
+    what = "how completely texts cover their images: levels from 0 (weak) up, for AlignGPT's pre-training"
     formatter = argparse.RawDescriptionHelpFormatter
     parser = verbs.add_parser("align-levels", help=what, description=what, epilog=EPILOG, formatter_class=formatter)
     parser.add_argument("data", type=given_path, metavar="FILE", help="a data file of JSON records")
@@ -43,10 +43,10 @@ def configure(verbs: Any) -> None:
     )
     scores = parser.add_mutually_exclusive_group(required=True)
     scores.add_argument("--pair", metavar="NAME", help="image-text model that scores: a hub id, a folder, a run")
-    scores.add_argument("--scores", type=given_path, metavar="FILE", help="scores made elsewhere, a number per line")
-    parser.add_argument("--levels", type=int, help="how many levels, of equal size (default 8)")
+    scores.add_argument("--scores", type=given_path, metavar="FILE", help="scores from elsewhere, one number per line")
+    parser.add_argument("--levels", type=int, help="number of levels, of equal size (default 8)")
     parser.add_argument(
-        "--edges", type=given_path, metavar="FILE", help="levels of other data instead: their edges.json"
+        "--edges", type=given_path, metavar="FILE", help="use the levels of other data: their edges.json"
     )
     parser.add_argument(
         "--frames", type=flag(Count), default=8, help="frames of a video to score (default 8; a run: its own)"
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     places = [index for index, pair in enumerate(pairs) if pair is not None]
     wanted = [(names[index], *pairs[index]) for index in places]
     if not places:
-        raise UserError(options.data, "no record has a medium, so there is nothing to compare its text with")
+        raise UserError(options.data, "no record has a medium to compare its text with")
     scores = _given(options.scores, len(places)) if options.scores else _scored(wanted, options)
     found = levels_by_rank(scores, count) if known is None else levels_by_edges(scores, known)
     edges = level_edges(scores, count).tolist() if known is None else known
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _records(source: Source, folder: Path) -> Iterator[dict[str, Any]]:
-    """The records, written so that their media are found: as they are beside the data or the media."""
+    """The records, written so that their media are found: unchanged beside the data or the media."""
     from mmllm.data.records.formats.messages import as_record
 
     stay = folder.resolve() in (source.path.parent.resolve(), source.root.resolve())
@@ -117,13 +117,13 @@ def _read_edges(options: argparse.Namespace) -> list[float]:
     if options.levels not in (None, len(edges) + 1):
         raise UserError(f"--levels {options.levels}", f"{path} makes {len(edges) + 1} levels", hint="leave it out")
     if not _same(pair, options.pair):
-        theirs, ours = (f"of {name}" if name else "made elsewhere" for name in (pair, options.pair))
+        theirs, ours = (f"of {name}" if name else "computed elsewhere" for name in (pair, options.pair))
         print(f"warning: the edges are of scores {theirs}, these are {ours}", file=sys.stderr)
     return edges
 
 
 def _same(one: str | None, other: str | None) -> bool:
-    """Whether two names of image-text models are one: hub ids, or paths of the same folder."""
+    """Whether two names refer to the same image-text model: hub ids, or paths of the same folder."""
     return one == other or (None not in (one, other) and Path(one).resolve() == Path(other).resolve())
 
 
@@ -131,14 +131,14 @@ def _given(path: Path, count: int) -> list[float]:
     try:
         scores = [float(line) for line in path.read_text(encoding="utf-8").split()]
     except (OSError, ValueError) as error:
-        raise UserError(path, "no scores", expected="a number per line") from error
+        raise UserError(path, "no scores", expected="one number per line") from error
     if len(scores) != count:
         raise UserError(path, f"{len(scores)} scores for {count} records with a medium")
     return scores
 
 
 def _scored(pairs: list[Any], options: argparse.Namespace) -> list[float]:
-    """A score for every record's name, medium and text."""
+    """A score per record, from its name, medium and text."""
     from mmllm.data.media.guard import GuardedReader
     from mmllm.data.media.sampling import Sampling
     from mmllm.data.records.alignment_levels import Pair
@@ -167,4 +167,4 @@ def _line(record: dict[str, Any], path: Path) -> str:
     try:
         return json.dumps(record, ensure_ascii=False) + "\n"
     except TypeError as error:
-        raise UserError(path, "its records hold more than JSON", expected="a .json or .jsonl file") from error
+        raise UserError(path, "its records hold more than plain JSON", expected="a .json or .jsonl file") from error

@@ -21,15 +21,15 @@ examples:
 
 
 class AddMedium(argparse.Action):
-    """--video and --image keep their common order."""
+    """Keeps --video and --image in the order in which they were given."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        """Note one medium."""
+        """Record one medium."""
         namespace.media = [*(namespace.media or []), (self.dest, values)]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
+    """Add the verb's flags."""
     parser.epilog = EPILOG
     parser.description = "Ask a model about videos and images; the answer streams to stdout."
     parser.add_argument("question")
@@ -46,7 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Ask."""
+    """Ask and print the answer."""
     calm_libraries()
     from mmllm.api import check_new_tokens, load, stream_answer
     from mmllm.data.media.loading import MediaLoader
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _visual_tokens(batch: Any, processor: Any) -> int:
-    """How many positions of the prompt are visual."""
+    """The number of visual positions in the prompt."""
     specs = [batch["visual"]["media"][clip]["spec"] for clip, _ in batch["visual"]["pairs"]]
     streams = [processor.plan.streams(spec) for spec in specs]
     return sum(streams[pair][stream].tokens for _, _, pair, stream in batch["visual"]["spans"].tolist())

@@ -1,4 +1,4 @@
-"""Flags and habits that the verbs share."""
+"""Flags and conventions that the verbs share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def flag(annotation: Any) -> Callable[[str], Any]:
-    """What argparse reads a flag's text with: the annotation, as for a recipe's arguments."""
+    """A reader of a flag's text for argparse, by the annotation, as for a recipe's arguments."""
 
     def read(text: str) -> Any:
         try:
@@ -30,7 +30,7 @@ def flag(annotation: Any) -> Callable[[str], Any]:
 
 
 def given_path(text: str) -> Path:
-    """What argparse reads the path of a file or folder with: an empty one would mean the current folder."""
+    """Reader of the path of a file or folder for argparse: an empty one would mean the current folder."""
     if not text.strip():
         raise argparse.ArgumentTypeError("empty, expected a path")
     return Path(text)
@@ -43,11 +43,11 @@ def common(parser: argparse.ArgumentParser, *names: str) -> None:
         "--quiet": {"action": "store_true", "help": "no progress on stderr"},
         "--plugin": {"action": "append", "metavar": "FILE.py", "help": "a file that registers parts (may repeat)"},
         "--jobs": {"type": flag(Annotated[int, Within(least=0, most=1024)]), "help": "worker processes"},
-        "--seed": {"type": flag(Seed), "default": 0, "help": "seed of every draw (default 0)"},
-        "--device": {"help": "cpu, cuda, cuda:1, ... (default: what there is)"},
+        "--seed": {"type": flag(Seed), "default": 0, "help": "random seed (default 0)"},
+        "--device": {"help": "cpu, cuda, cuda:1, ... (default: an accelerator if there is one)"},
         "--dtype": {"choices": ["float32", "bfloat16", "float16"], "help": "number format"},
         "--cache-dir": {"type": given_path, "help": "where shared work is kept (default ~/.cache/mmllm)"},
-        "--trust-remote-code": {"action": "store_true", "help": "run Python code beside a model or tokenizer"},
+        "--trust-remote-code": {"action": "store_true", "help": "run Python code that comes with a model or tokenizer"},
         "--dry-run": {"action": "store_true", "help": "check everything, load no weights, write nothing"},
     }
     for name in names:
@@ -55,19 +55,19 @@ def common(parser: argparse.ArgumentParser, *names: str) -> None:
 
 
 def reader_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verbs that read media."""
-    parser.add_argument("--backend", default="pyav", help="what decodes videos: pyav (default), decord, a plug-in's")
+    """Add the flags of the verbs that read media."""
+    parser.add_argument("--backend", default="pyav", help="video decoder: pyav (default), decord, or a plug-in's")
     limit = {"type": flag(Annotated[float, Within(above=0, most=86_400)]), "default": 60.0, "metavar": "SECONDS"}
-    parser.add_argument("--time-limit", **limit, help="longest time that one file may take (default 60)")
+    parser.add_argument("--time-limit", **limit, help="time limit per file (default 60)")
     what = "refuse clips whose frames the decoder finds damaged, or read them and warn (default warn)"
     parser.add_argument("--corrupt", choices=["error", "warn"], default="warn", help=what)
 
 
 def media_reader(backend: str, seconds: float, corrupt: OnDamage = "warn") -> Any:
-    """The reader that these flags mean.
+    """The reader that these flags describe.
 
     Raises:
-        UserError: no such back end, one that cannot tell the damage that is to be refused, or no time at all.
+        UserError: no such back end, one that cannot detect the damage to refuse, or an impossible time limit.
     """
     from mmllm.contract.registry import find, plugins
     from mmllm.data.media.guard import GuardedReader
@@ -81,17 +81,17 @@ SIZES = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def cache_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verbs that read many media more than once."""
+    """Add the flags of the verbs that read many media more than once."""
     what = "keep frames, features (of frozen encoders) or frames,features on disk"
     parser.add_argument("--cache", default="", metavar="WHAT", help=what)
-    parser.add_argument("--cache-size", default="50GB", help="how much of each is kept (default 50GB)")
+    parser.add_argument("--cache-size", default="50GB", help="size limit of each (default 50GB)")
 
 
 def kept_kinds(options: argparse.Namespace) -> tuple[tuple[str, ...], int]:
-    """What `--cache` and `--cache-size` say: kinds of caches, and bytes.
+    """The values of `--cache` and `--cache-size`: kinds of caches, and bytes.
 
     Raises:
-        UserError: another kind, or no size.
+        UserError: an unknown kind, or not a size.
     """
     kinds = tuple(kind for kind in options.cache.split(",") if kind)
     for kind in kinds:
@@ -109,14 +109,14 @@ def kept_kinds(options: argparse.Namespace) -> tuple[tuple[str, ...], int]:
 
 
 def cache_dir(options: argparse.Namespace) -> Path:
-    """The cache folder: the flag, else XDG_CACHE_HOME/mmllm, else ~/.cache/mmllm."""
+    """The cache folder: the flag, otherwise XDG_CACHE_HOME/mmllm, otherwise ~/.cache/mmllm."""
     if options.cache_dir is not None:
         return options.cache_dir
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmllm"
 
 
 def calm_libraries() -> None:
-    """No bars and no chatter of the libraries: stderr is for what the user asked."""
+    """Silence the libraries' progress bars and chatter: stderr is for what the user asked for."""
     import logging
 
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
@@ -132,12 +132,12 @@ def calm_libraries() -> None:
 
 
 def print_json(value: Any) -> None:
-    """One object on stdout."""
+    """Print one object on stdout."""
     print(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def pairs(values: list[str] | None, flag: str) -> dict[str, str]:
-    """`NAME=VALUE` flags as a dict.
+    """Parse `NAME=VALUE` flags into a dict.
 
     Raises:
         UserError: one has no `=`.

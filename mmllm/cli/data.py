@@ -22,21 +22,21 @@ examples:
   mmllm data check train.json --quick
   mmllm data align-levels captions.jsonl --pair openai/clip-vit-large-patch14-336 --out captions.levels.jsonl
 
-The same command looks again only at what has changed.
-exit codes: 0 all is good, 2 a record does not fit or no medium can be read, 3 some media are missing or broken
+The same command run again checks only what has changed.
+exit codes: 0 all good, 2 a record does not fit or no medium can be read, 3 some media are missing or broken
 """
 SHOWN = 20
-"""How many errors and problems are printed; check.json holds them all."""
+"""Number of errors and problems that are printed; check.json holds them all."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
+    """Add the verb's flags."""
     parser.epilog = EPILOG
-    parser.description = "Look at training data before a run does."
+    parser.description = "Check training data before a run uses it."
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     check = verbs.add_parser(
         "check",
-        help="every record, every medium once",
+        help="check every record, and every medium once",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -44,7 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--root", type=given_path, help="folder that media paths are relative to (default: the file's own)"
     )
-    check.add_argument("--out", type=given_path, default=Path("check.json"), help="what was found (default check.json)")
+    check.add_argument("--out", type=given_path, default=Path("check.json"), help="report file (default check.json)")
     check.add_argument(
         "--frames", type=flag(Count), default=8, help="a clip with fewer frames is called short (default 8)"
     )
@@ -62,7 +62,7 @@ def run_check(options: argparse.Namespace) -> int:
     from mmllm.progress import Progress
 
     if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs}", "too few to look at anything", expected="1 or more")
+        raise UserError(f"--jobs {options.jobs}", "no process left to check anything", expected="1 or more")
     jobs = options.jobs or min(8, os.cpu_count() or 1)
     bar = Progress("records", 0, quiet=options.quiet)
 
@@ -79,7 +79,7 @@ def run_check(options: argparse.Namespace) -> int:
         for number, fact in enumerate(examine(media, known, options.quick, jobs), start=1):
             facts[fact["name"]] = fact
             bar.update(number)
-    finally:  # an interrupted check goes on where it stood
+    finally:  # an interrupted check continues where it stopped
         bar.close()
         report = _report(options, found, facts)
         write_json(options.out, {**report, "files": {**known, **facts}})
@@ -101,13 +101,13 @@ def _known(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _report(options: argparse.Namespace, found: Any, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """All that was found, ready for JSON."""
+    """All findings, ready for JSON."""
     from mmllm.data.media.doctor import HOLES, problems
 
     rows, totals, seconds = [], {kind: Counter() for kind in ("video", "image")}, []
     for medium in found.media.values():
         fact = facts.get(medium.name)
-        if fact is None:  # interrupted before
+        if fact is None:  # interrupted before it was checked
             continue
         wrong = problems(fact, options.frames)
         names = {name for name, _ in wrong}
@@ -146,7 +146,7 @@ def _exit_code(report: dict[str, Any]) -> int:
 
 
 def _table(report: dict[str, Any], out: Path) -> str:
-    """What a person reads."""
+    """The findings as text for people."""
     from mmllm.data.media.doctor import HOLES, NOTES
 
     lines = []

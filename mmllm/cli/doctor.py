@@ -21,7 +21,7 @@ examples:
   mmllm doctor
   mmllm doctor --json
 
-exit codes: 0 what is needed works, 2 it does not
+exit codes: 0 everything required works, 2 it does not
 """
 CORE = ("torch", "torchvision", "transformers", "accelerate", "av", "numpy", "pillow", "tokenizers", "safetensors")
 OPTIONAL = {
@@ -40,12 +40,12 @@ class Finding:
     """One line of the report.
 
     Args:
-        section: what it belongs to.
+        section: the section it belongs to.
         item: the package, device, back end or folder.
         state: its version or figure, or what is wrong with it.
-        good: whether it is there and works.
-        core: whether nothing works without it.
-        hint: a command that brings what is missing.
+        good: whether it is present and works.
+        core: whether everything depends on it.
+        hint: a command that installs what is missing.
     """
 
     section: str
@@ -57,15 +57,15 @@ class Finding:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
+    """Add the verb's flags."""
     parser.epilog = EPILOG
-    parser.description = "Versions, devices and video back ends, tried out on the spot, and what is missing."
+    parser.description = "Report versions, devices and video back ends, tested on the spot, and what is missing."
     common(parser, "--json", "--plugin", "--cache-dir")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Look, and say what was found."""
+    """Run the tests and print the findings."""
     found = [*_packages(), *_devices(), *_media(), *_disks(cache_dir(options))]
     works = all(finding.good for finding in found if finding.core)
     if options.json:
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _print(found: list[Finding], works: bool) -> None:
-    """A table, and the commands that bring what is missing."""
+    """Print a table, and the commands that install what is missing."""
     widths = [max(len(getattr(finding, key)) for finding in found) for key in ("section", "item")]
     section = ""
     for finding in found:
@@ -109,7 +109,7 @@ def _packages() -> list[Finding]:
 
 
 def _install(name: str) -> str:
-    """The command that installs a package: by the extra that has it, else by itself."""
+    """The command that installs a package: by the extra that contains it, otherwise by itself."""
     try:
         wanted = metadata.requires("mmllm") or []
     except metadata.PackageNotFoundError:
@@ -120,7 +120,7 @@ def _install(name: str) -> str:
         extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", line)
         if package and extra and package[0].lower().replace("_", "-") == name.replace("_", "-"):
             extras.append(extra[1])
-    extras.sort(key=lambda extra: extra == "dev")  # which has everything: the last one to advise
+    extras.sort(key=lambda extra: extra == "dev")  # it contains everything: the last one to suggest
     return f'pip install "mmllm[{extras[0]}]"' if extras else f"pip install {name.replace('_', '-')}"
 
 
@@ -139,12 +139,12 @@ def _devices() -> list[Finding]:
             state = getattr(facts, "name", kind) + (f", {size / 2**30:.1f} GiB" if size else "")
             found.append(Finding("devices", f"{kind}:{index}", state))
         return found
-    except Exception as error:  # a broken driver is what this command is asked about
+    except Exception as error:  # this command is there to report broken drivers
         return [Finding("devices", "torch", f"does not load ({_short(error)})", False, True, _install("torch"))]
 
 
 def _media() -> list[Finding]:
-    """FFmpeg's libraries, the encoder that NanoWorld needs, and each back end on a clip made on the spot."""
+    """FFmpeg's libraries, the encoder that NanoWorld needs, and each back end on a clip written on the spot."""
     try:
         import av
 
@@ -158,7 +158,7 @@ def _media() -> list[Finding]:
             try:
                 _write_clip(clip, codec)
                 break
-            except Exception as error:  # whatever is wrong with the encoder is the finding
+            except Exception as error:  # any problem with the encoder is a finding
                 trouble = trouble or _short(error)
         hint = "pip install --force-reinstall --no-deps av    (its wheels have it)" if trouble else ""
         state = f"cannot be used ({trouble}); NanoWorld needs it" if trouble else "writes H.264"
@@ -168,7 +168,7 @@ def _media() -> list[Finding]:
 
 
 def _backends(clip: Path) -> list[Finding]:
-    """Each registered back end on a clip of 8 frames, in a process that may die of it."""
+    """Each registered back end on a clip of 8 frames, in a process that may die from it."""
     from mmllm.contract.errors import UserError
     from mmllm.contract.registry import parts, plugins
     from mmllm.data.media.guard import GuardedReader
@@ -196,19 +196,19 @@ def _backends(clip: Path) -> list[Finding]:
 
 
 class _LogCapture(logging.Handler):
-    """Collects what a reader warns of: that it had to fall back, above all."""
+    """Collects a reader's warnings: above all, that it had to fall back."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.texts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note one warning."""
+        """Record one warning."""
         self.texts.append(record.getMessage())
 
 
 def _write_clip(path: Path, codec: str) -> None:
-    """Eight frames of 64 x 48 pixels."""
+    """Write eight frames of 64 x 48 pixels."""
     import av
     import numpy as np
 
@@ -222,7 +222,7 @@ def _write_clip(path: Path, codec: str) -> None:
 
 
 def _disks(cache: Path) -> list[Finding]:
-    """Room in the folders that fill up."""
+    """Free space in the folders that fill up."""
     hub = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     found = []
     for name, folder in (("cache", cache), ("models of the hub", hub)):

@@ -19,25 +19,25 @@ examples:
   mmllm eval --model runs/mine --tasks mvbench --root mvbench=MVBench --missing skip
   mmllm eval check --tasks mvbench,mlvu --root mvbench=MVBench --root mlvu=MLVU
 
-Answers are kept item by item; the same command continues.
+Answers are kept item by item; the same command run again continues.
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
+    """Add the verb's flags."""
     parser.epilog = EPILOG
     parser.description = "Evaluate models on multiple-choice benchmarks, with chance, blind and single-frame floors."
-    parser.add_argument("action", nargs="?", choices=["check"], help="check: only look at items and clips")
+    parser.add_argument("action", nargs="?", choices=["check"], help="check: only check items and clips")
     parser.add_argument("--model", action="append", help="run folder or model folder (may repeat)")
     parser.add_argument("--tasks", default="mvbench,mlvu", help="benchmarks, separated by commas")
     parser.add_argument("--root", action="append", metavar="NAME=DIR", help="folder of a benchmark (may repeat)")
-    parser.add_argument("--protocol", default="canonical", help="how questions are put and read (default canonical)")
-    parser.add_argument("--missing", choices=["error", "skip"], default="error", help="what absent clips mean")
+    parser.add_argument("--protocol", default="canonical", help="how questions are asked and read (default canonical)")
+    parser.add_argument("--missing", choices=["error", "skip"], default="error", help="what to do about missing clips")
     parser.add_argument("--baselines", default="blind,single_frame", help="floors to measure, or none")
     parser.add_argument("--limit", type=flag(Count), help="only the first items of each task")
     parser.add_argument("--frames", type=flag(Count), help="frames of each video (default: the model's own)")
-    parser.add_argument("--batch", type=flag(Count), default=60, help="items a forward (default 60)")
-    parser.add_argument("--out", type=given_path, help="where eval/ and report.* go (default: the run folder)")
+    parser.add_argument("--batch", type=flag(Count), default=60, help="items per forward (default 60)")
+    parser.add_argument("--out", type=given_path, help="folder for eval/ and report.* (default: the run folder)")
     reader_flags(parser)
     common(parser, "--json", "--quiet", "--plugin", "--trust-remote-code", "--device", "--dtype", "--dry-run")
     parser.set_defaults(run=run)
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
 
     results, holes = {}, False
     labels = _labels(options.model)
-    roots_of = {path: _roots(path, names, options.root) for path in options.model}  # before anything is loaded
+    roots_of = {path: _roots(path, names, options.root) for path in options.model}  # fail before anything is loaded
     for path in options.model:
         roots = roots_of[path]
         model, processor = load(path, device=pick_device(options.device), dtype=options.dtype or "auto")
@@ -133,7 +133,7 @@ def _print(path: str, reports: dict[str, Any], out: Path, options: argparse.Name
 
 
 def _roots(model: str, names: list[str], given: list[str] | None) -> dict[str, str]:
-    """Folders of the benchmarks: from the flags, else from the recipe beside the model."""
+    """Folders of the benchmarks: from the flags, otherwise from the recipe beside the model."""
     from mmllm.config.recipe import load as load_recipe
     from mmllm.eval.benchmarks import find_benchmark
     from mmllm.model.folder import model_folder
@@ -155,7 +155,7 @@ def _run_folder(model: Path) -> Path:
 
 
 def _labels(models: list[str]) -> dict[str, str]:
-    """{model: a name for its folder}: the last parts of its path that tell it from the others.
+    """{model: a label for its folder}: the last parts of its path that distinguish it from the others.
 
     Raises:
         UserError: one is given twice.

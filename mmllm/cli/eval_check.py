@@ -1,4 +1,4 @@
-"""`mmllm eval check`: which items have a clip that can be read as they want it, before a model is loaded."""
+"""`mmllm eval check`: which items have a clip that can be read as they require, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mmllm.eval.selection import Selection, missing_by_task, select
 from mmllm.progress import Progress
 
 SHOWN = 20
-"""How many broken items are printed; `--json` names them all."""
+"""Number of broken items that are printed; `--json` names them all."""
 
 
 def check(names: list[str], roots: dict[str, str], options: argparse.Namespace) -> int:
-    """Say of each benchmark which clips are there and which cannot be read; exit code 2 where some are not.
+    """Report, per benchmark, which clips exist and which cannot be read; exit code 2 if any fail.
 
     Raises:
-        UserError: a benchmark is unknown, or its folder.
+        UserError: an unknown benchmark, or no folder for it.
     """
     from mmllm.eval.benchmarks import find_benchmark
 
@@ -42,7 +42,7 @@ def check(names: list[str], roots: dict[str, str], options: argparse.Namespace) 
 
 
 def _unreadable(items: list[Item], reader: GuardedReader, name: str, quiet: bool) -> list[tuple[Item, str]]:
-    """(item, reason) of those whose header or bound does not fit; each part of a clip is looked at once."""
+    """(item, reason) of those whose header or bound does not fit; each part of a clip is checked once."""
     from mmllm.data.media.types import MediaRef
 
     seen: dict[MediaRef, str | None] = {}

@@ -23,25 +23,25 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
+    """Add the verb's flags."""
     parser.epilog = EPILOG
     parser.description = "Look inside a model while it watches."
     verbs = parser.add_subparsers(dest="action", metavar="fusion", required=True)
-    fusion = verbs.add_parser("fusion", help="how much each encoder counts, clip by clip")
+    fusion = verbs.add_parser("fusion", help="how much weight each encoder gets, clip by clip")
     fusion.add_argument("--model", required=True, help="run folder or model folder")
     fusion.add_argument("--video", action="append", required=True, metavar="FILE[#t=START,END]", help="may repeat")
     fusion.add_argument("--question", default="", help="for models whose visual tokens depend on it")
     fusion.add_argument("--frames", type=flag(Count), help="frames of each video (default: the model's own)")
-    fusion.add_argument("--out", type=given_path, metavar="FILE.png", help="draw it, too")
+    fusion.add_argument("--out", type=given_path, metavar="FILE.png", help="also draw a chart")
     reader_flags(fusion)
     common(fusion, "--json", "--plugin", "--trust-remote-code", "--device", "--dtype")
     fusion.set_defaults(run=run_fusion)
 
 
 def run_fusion(options: argparse.Namespace) -> int:
-    """Weights of the streams of each fusion, a row per clip."""
+    """Print the stream weights of each fusion, one row per clip."""
     if options.out is not None and options.out.suffix.lower() != ".png":
-        raise UserError(f"--out {options.out}", "not a picture", expected="FILE.png")
+        raise UserError(f"--out {options.out}", "not a PNG file", expected="FILE.png")
     calm_libraries()
     from mmllm.api import load
     from mmllm.data.media.loading import MediaLoader
@@ -50,7 +50,7 @@ def run_fusion(options: argparse.Namespace) -> int:
     processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
     streams = fusions(model.model.front_end.plan)
     if not streams:
-        raise UserError(options.model, "mixes no encoders", hint="a recipe with a fusion: nano/merv")
+        raise UserError(options.model, "does not mix encoders", hint="a recipe with a fusion: nano/merv")
     videos = list(dict.fromkeys(options.video))
     rows = [
         {"video": video, **_look(model, processor, video, options.question, options.frames, streams)}
@@ -64,7 +64,7 @@ def run_fusion(options: argparse.Namespace) -> int:
 
 
 def fusions(plan: FrontEndPlan) -> dict[str, list[str]]:
-    """{node that mixes streams: what its streams are called}: their encoders where those differ, else their nodes."""
+    """{node that mixes streams: names of its streams}: their encoders where those differ, otherwise their nodes."""
     inputs = {node.name: node.inputs for node in plan.nodes}
     found = {}
     for name, _, read, spec in plan.walk(plan.nominal("video")):
@@ -108,7 +108,7 @@ def _look(
 
 
 def _labels(rows: list[dict[str, Any]]) -> list[str]:
-    """File names, or the paths where names are equal."""
+    """File names, or paths where names are equal."""
     names = [Path(row["video"]).name for row in rows]
     return names if len(set(names)) == len(names) else [row["video"] for row in rows]
 

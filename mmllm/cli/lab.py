@@ -24,16 +24,16 @@ examples:
   mmllm lab my_study.yaml roots.world=runs/world stages.instruct.steps=200
 
 A study compares recipes: {baseline: llava, equal: tokens, seeds: [0, 1, 2], arms: {llava: nano/llava, mine: my.yaml}}.
-The same command continues; finished runs are not repeated.
+Run the same command again to continue; finished runs are not repeated.
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
+    """Add the verb's flags."""
     parser.epilog = EPILOG
     parser.description = "Train and evaluate several recipes with several seeds, and compare them."
     parser.add_argument("study", type=given_path, help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all arms")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override in all arms")
     parser.add_argument("--out", type=given_path, help="folder of the study (default runs/STUDY)")
     parser.add_argument("--jobs", type=flag(Count), help="runs at a time (default one per GPU, or one)")
     common(parser, "--json", "--quiet", "--device", "--cache-dir", "--dry-run")
@@ -41,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run a study, or say what it would run."""
+    """Run a study, or print what it would run."""
     calm_libraries()
     from mmllm.lab.runs import Lab, Terminated
     from mmllm.lab.study import StudyFile
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _report(rows: list[ArmResult], file: StudyFile, out: Path, *, as_json: bool) -> None:
-    """What finished runs say, on stdout and into the study's folder."""
+    """Write the results of finished runs to stdout and into the study's folder."""
     from mmllm.lab.table import as_dict, draw, render
 
     name, data = file.path.stem, as_dict(rows, file.path.stem, file.baseline)

@@ -20,7 +20,7 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
+    """Add the verb's flags."""
     parser.epilog = EPILOG
     parser.description = "Recipes: what they are made of, and whether they hold together."
     verbs = parser.add_subparsers(dest="action", metavar="list|show|check", required=True)
@@ -42,7 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run_list(options: argparse.Namespace) -> int:
-    """Names and what they are; reads YAML alone."""
+    """Print names and summaries; reads YAML only."""
     from mmllm.config.recipe import summaries
 
     rows = list(summaries())
@@ -97,7 +97,7 @@ def run_check(options: argparse.Namespace) -> int:
     recipe = resolve(load(options.recipe, options.overrides))
     for node in recipe.model["connector"]:
         find("connector", node["type"], recipe.where(f"model.connector.{node['name']}.type"))
-    for kind, section in (  # before the whole: what is wrong with a part is then said of the part
+    for kind, section in (  # before the whole recipe, so that a faulty part is reported as such
         ("encoder", recipe.model["encoders"].values()),
         ("text", (recipe.model.get("text") or {}).values()),
         ("connector", recipe.model["connector"]),

@@ -32,27 +32,27 @@ examples:
   mmllm train my.yaml --out runs/mine --cache features   (frozen encoders run once per clip for all epochs)
   torchrun --nproc-per-node 8 -m mmllm train llava --out runs/llava
 
-The same command continues a run that was stopped.
+Run the same command again to continue a run that was stopped.
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
+    """Add the verb's flags."""
     parser.epilog = EPILOG
     parser.description = "Train a recipe's stages, one after the other."
     parser.add_argument("recipe", help="a shipped name (mmllm recipe list) or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="stages.instruct.lr=1e-5 and the like")
     parser.add_argument("--out", type=given_path, help="run folder (default runs/RECIPE)")
-    parser.add_argument("--stages", help="only these, separated by commas")
+    parser.add_argument("--stages", help="only these stages, separated by commas")
     parser.add_argument("--deepspeed", help="zero1, zero2 or a JSON file")
     parser.add_argument(
-        "--report-to", default="none", choices=["tensorboard", "wandb", "none"], help="where curves go, too"
+        "--report-to", default="none", choices=["tensorboard", "wandb", "none"], help="also send curves there"
     )
     parser.add_argument("--save-steps", type=flag(Count), default=200, help="steps between checkpoints (default 200)")
-    parser.add_argument("--threads", type=flag(Count), help="of each process on the CPU (default: the free cores)")
+    parser.add_argument("--threads", type=flag(Count), help="CPU threads per process (default: the free cores)")
     what = "with --dry-run: processes that the run will have (default: torchrun's WORLD_SIZE, or 1)"
     parser.add_argument("--processes", type=flag(Count), metavar="N", help=what)
-    bad = "what becomes of samples that cannot be read (default error): stop, or train the next one in their place"
+    bad = "what to do with unreadable samples (default error): stop, or train on the next one instead"
     parser.add_argument("--bad-samples", choices=["error", "skip"], default="error", help=bad)
     cache_flags(parser)
     reader_flags(parser)
@@ -63,7 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train."""
+    """Train the stages."""
     sleep_beside_neighbours()
     calm_libraries()
     from mmllm.config.recipe import load

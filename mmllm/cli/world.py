@@ -15,7 +15,7 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Flags of the verb."""
+    """Add the verb's flags."""
     parser.epilog = EPILOG
     parser.description = "NanoWorld: procedural videos with exactly known truth, as real mp4 and JSON files."
     verbs = parser.add_subparsers(dest="action", metavar="make|show", required=True)
@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run_make(options: argparse.Namespace) -> int:
-    """Write a world; a finished one is left alone."""
+    """Write a world; a finished one is left unchanged."""
     from mmllm.progress import Progress
     from mmllm.world.make import make_world
 

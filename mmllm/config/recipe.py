@@ -21,7 +21,7 @@ from mmllm.contract.library import pretrained
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 BASES = 20
-"""Longest chain of bases."""
+"""Longest allowed chain of bases."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Recipe:
 
     @property
     def stages(self) -> dict[str, Stage]:
-        """{name: stage} in order; a stage that an override or an heir set to null is left out."""
+        """{name: stage} in order, without stages that an override or an inheriting recipe sets to null."""
         sections = (self.data.get("stages") or {}).items()
         return {name: self._stage(name, section) for name, section in sections if section is not None}
 
@@ -64,7 +64,7 @@ class Recipe:
         return f"{self.file}:{key}"
 
     def path(self, text: str) -> str:
-        """A path; `world:train/text.jsonl` stands below the folder that `roots.world` names."""
+        """A path; `world:train/text.jsonl` is resolved below the folder named by `roots.world`."""
         root, _, rest = text.partition(":")
         roots = self.data.get("roots") or {}
         return str(Path(roots[root]) / rest) if rest and root in roots else text
@@ -77,7 +77,7 @@ class Recipe:
         where = self.where(f"stages.{name}")
         stage = Stage(**bind(Stage, section, where))
         if (stage.steps is None) == (stage.epochs is None):
-            raise UserError(where, "a stage is as long as either steps or epochs say", hint=f"stages.{name}.steps=1000")
+            raise UserError(where, "give the length as either steps or epochs", hint=f"stages.{name}.steps=1000")
         for part, folder in stage.init.items() if isinstance(stage.init, dict) else ():
             if not isinstance(folder, str):
                 raise UserError(f"{where}.init.{part}", "not a folder", expected="a run folder", got=folder)
@@ -92,7 +92,7 @@ def names() -> list[str]:
 
 
 def load(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """A recipe by its shipped name or by file, with bases merged, overrides applied and defaults written out.
+    """A recipe by shipped name or file, with bases merged, overrides applied and defaults filled in.
 
     Args:
         overrides: `key.path=value` lines.
@@ -104,7 +104,7 @@ def load(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     data = copy.deepcopy(_read(path, (), {}))
     recipe = Recipe(str(name), path.name, data)
     normalise(data, path.name)  # before, so that overrides find every node and default; after, to check what they set
-    for key in ("roots", "eval"):  # there to be overridden
+    for key in ("roots", "eval"):  # present so that they can be overridden
         data[key] = data.get(key) or {}
     override_all(data, overrides, path.name)
     normalise(data, path.name)
@@ -119,7 +119,7 @@ def _find(name: str) -> Path:
             return shipped
         if path.is_file():
             return path
-    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+    except (OSError, ValueError) as error:  # a name that is too long or contains a null byte
         raise UserError(shown(name), f"not a recipe ({error})", hint="mmllm recipe list") from None
     if path.suffix in (".yaml", ".yml"):
         raise UserError(name, "no such file", hint="mmllm recipe list")
@@ -127,7 +127,7 @@ def _find(name: str) -> Path:
 
 
 def _read(path: Path, above: tuple[Path, ...], known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
-    """A recipe's file over its bases; `known` are those that were read for the same recipe, each once."""
+    """A recipe's file merged over its bases; `known` holds those already read for this recipe, so each is read once."""
     if path in known:
         return known[path]
     if path in above:
@@ -150,7 +150,7 @@ def _read(path: Path, above: tuple[Path, ...], known: dict[Path, dict[str, Any]]
 
 
 def summaries() -> Iterator[tuple[str, str, str]]:
-    """(name, summary, paper) of the shipped recipes; reads YAML alone."""
+    """(name, summary, paper) of the shipped recipes; reads YAML only."""
     for name in names():
         data = _read(_find(name), (), {})
         yield name, data.get("summary", ""), data.get("paper", "")
@@ -187,7 +187,7 @@ def fetch_llm_config(recipe: Recipe, place: str, options: dict[str, Any]) -> Any
     """The library's config of the LLM that a recipe names.
 
     Args:
-        place, options: as `llm_source` gives them.
+        place, options: as returned by `llm_source`.
 
     Raises:
         UserError: there is none.

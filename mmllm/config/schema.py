@@ -1,4 +1,4 @@
-"""The typed sections of a recipe: what keys there are, of which type, with which defaults."""
+"""The typed sections of a recipe: which keys exist, with which types and defaults."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ class LLM:
     """The language model of a recipe.
 
     Attributes:
-        name: where weights and tokenizer come from: a hub id, a folder, or `package:NAME`, an installed package.
-        gguf: the file there, where the weights are in that format.
-        config: its geometry, inline. tokenizer: another place of the tokenizer.
+        name: source of weights and tokenizer: a hub id, a folder, or `package:NAME`, an installed package.
+        gguf: the GGUF file there, where the weights are in that format.
+        config: its geometry, inline.
+        tokenizer: a different source of the tokenizer.
         template: how a conversation is written, as a chat template (Jinja); default: the tokenizer's own.
     """
 
@@ -31,19 +32,24 @@ class Stage:
     """One stage of training.
 
     Attributes:
-        data: a data file of any format, a mix (.yaml), or several of them, joined.
+        data: a data file of any format, a mix (.yaml), or several of them, concatenated.
         trains: what learns: `encoders`, `text`, `connector`, `llm`, one of them by name (`encoders.clip`), or a module
             inside (`encoders.clip.adapter`).
-        steps, epochs: length; exactly one.
-        batch: samples of one optimizer step over all processes.
-        micro_batch: most samples of one forward of one process.
-        checkpointing: compute layers again in the backward pass instead of keeping what they computed.
-        optimizer: "adamw", or "muon": Muon on hidden matrices, AdamW on the rest. muon_lr: Muon's own peak.
-        lr: peak learning rate. schedule: its shape after the warm-up. warmup: share of the steps.
-        weight_decay: on matrices only. clip: largest gradient norm; 0 = no clip.
-        init: a run or model folder whose weights it starts from; default: the stage before. Or {name: folder} for
-            single parts, named as in `trains`: what other recipes trained may be put together.
-        share: keep what it trained in the cache, so that other recipes with an equal stage start from it.
+        steps: length in optimizer steps; give exactly one of steps and epochs.
+        epochs: length in epochs.
+        batch: samples per optimizer step over all processes.
+        micro_batch: most samples per forward and process.
+        checkpointing: recompute activations in the backward pass instead of keeping them.
+        optimizer: "adamw", or "muon": Muon on hidden matrices, AdamW on the rest.
+        muon_lr: Muon's own peak learning rate.
+        lr: peak learning rate.
+        schedule: its shape after the warm-up.
+        warmup: share of the steps.
+        weight_decay: on matrices only.
+        clip: largest gradient norm; 0 = no clipping.
+        init: a run or model folder whose weights it starts from; default: the previous stage. Or {name: folder} for
+            single parts, named as in `trains`, which may combine parts from several recipes.
+        share: keep its trained weights in the cache, so that other recipes with an equal stage start from them.
     """
 
     objective: str | dict = "language_modeling"

@@ -1,4 +1,4 @@
-"""The sections of a recipe as it is written: what may stand where, and the defaults that are written out."""
+"""The sections of a recipe as written: which keys are allowed where, and the defaults that are filled in."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ MODEL_KEYS = ("media", "encoders", "text", "connector", "output", "place", "llm"
 TOP_KEYS = ("summary", "paper", "roots", "model", "stages", "eval")
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 INHERITED = ("config", "template", "tokenizer", "gguf")
-"""What belongs to the LLM that a recipe names: another name drops it."""
+"""Keys that belong to the LLM that a recipe names: a new name drops them."""
 
 
 def check_name(name: Any, where: str) -> str:
-    """A name of a stage, a part, an arm or a task: it becomes a part of paths and keys.
+    """Check the name of a stage, a part, an arm or a task: it becomes part of paths and keys.
 
     Raises:
         UserError: anything but letters, digits, `_` and `-`.
@@ -26,9 +26,9 @@ def check_name(name: Any, where: str) -> str:
 
 
 def merge(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A recipe over its base: maps are merged, all else (lists too) is replaced, a key set to null is taken out.
+    """A recipe merged over its base: maps are merged, all else (lists too) is replaced, keys set to null are removed.
 
-    Another LLM drops what belongs to the one of the base, as another type of part drops the arguments of the old one.
+    A different LLM drops the keys of the base's LLM, just as a different type of part drops the old one's arguments.
     """
     old = _llm(base)
     if old and renamed(old, _llm(new)):
@@ -37,19 +37,19 @@ def merge(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _llm(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The section of the LLM as far as it is a map."""
+    """The section of the LLM if it is a map, otherwise an empty one."""
     model = recipe.get("model")
     llm = model.get("llm") if isinstance(model, dict) else None
     return llm if isinstance(llm, dict) else {}
 
 
 def without_inherited(llm: dict[str, Any]) -> dict[str, Any]:
-    """A section of an LLM without what belongs to the one that it named."""
+    """An LLM's section without the keys that belong to the named LLM."""
     return {key: value for key, value in llm.items() if key not in INHERITED}
 
 
 def renamed(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether one section of an LLM names another one than the other does; no name at all is no other one."""
+    """Whether one LLM section names a different LLM than the other; no name does not count as different."""
     return new.get("name") not in (None, "null", "none", old.get("name"))
 
 
@@ -68,7 +68,7 @@ def _merge(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def normalise(data: dict[str, Any], file: str) -> None:
-    """Check the sections and write defaults out: node names, inputs, the output. Changes `data`.
+    """Check the sections and fill in defaults: node names, inputs, the output. Changes `data`.
 
     Raises:
         UserError: an unknown key, a value of a wrong type, a node that reads nothing.
@@ -115,7 +115,7 @@ def _normalise_model(model: dict[str, Any], where: str) -> None:
 
 
 def _typed(section: dict[str, Any], kinds: dict[str, type], where: str) -> None:
-    """Refuse values of a wrong type; null stands for an absent one."""
+    """Refuse values of a wrong type; null counts as absent."""
     words = {dict: "a map", list: "a list of parts", str: "a text"}
     for key, kind in kinds.items():
         value = section.get(key)
@@ -125,12 +125,12 @@ def _typed(section: dict[str, Any], kinds: dict[str, type], where: str) -> None:
 
 def _typed_part(section: Any, name: str, where: str) -> None:
     if not isinstance(section, dict) or "type" not in section:
-        raise UserError(where, "without a type", expected=f"{name}: {{type: ..., arguments}}", got=shown(section))
+        raise UserError(where, "has no type", expected=f"{name}: {{type: ..., arguments}}", got=shown(section))
     _typed(section, {"type": str}, f"{where}.")
 
 
 def _node(node: Any, encoders: list[str], above: list[str], where: str) -> dict[str, Any]:
-    """A node of the connector list with its name and what it reads; its name joins those `above`."""
+    """A node of the connector list with its name and its inputs; its name is added to those `above`."""
     node = {"type": node} if isinstance(node, str) else node
     if not isinstance(node, dict):
         raise UserError(where, "a node is a map or a name", got=shown(node))
@@ -139,7 +139,7 @@ def _node(node: Any, encoders: list[str], above: list[str], where: str) -> dict[
     _typed(node, {"type": str, "prompt": str}, f"{where}.")
     name = check_name(node.get("name", node["type"]), f"{where}.{shown(node.get('name', node['type']))}")
     if name in above or name in encoders:
-        raise UserError(f"{where}.{name}", "two nodes of this name", hint="name: another")
+        raise UserError(f"{where}.{name}", "two nodes have this name", hint="name: another")
     inputs = node.get("in")
     if inputs is None:
         if not above and len(encoders) > 1:

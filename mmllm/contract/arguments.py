@@ -1,6 +1,6 @@
-"""Values of a recipe or a command line, read by the annotation of the argument they are for.
+"""Values of a recipe or a command line, parsed by the annotation of the argument they are for.
 
-YAML reads `1e-5` as text and a command line knows only text, so the annotation decides, never the look of the value.
+YAML reads `1e-5` as text and a command line has only text, so the annotation decides, never the look of the value.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ class Within:
     """Bounds of a number, as part of its annotation: `Annotated[int, Within(least=1)]`.
 
     Attributes:
-        least, most: the smallest and the largest one that fits. above, below: the nearest ones that do not.
+        least: the smallest allowed value.
+        most: the largest allowed value.
+        above: an exclusive lower bound.
+        below: an exclusive upper bound.
     """
 
     least: float = -math.inf
@@ -51,15 +54,15 @@ class OutOfRange(ValueError):
 
 
 LARGEST = 2**63 - 1
-"""No whole number is larger, of whatever bounds: what counts with it would overflow."""
+"""Upper limit of any integer, whatever its own bounds: larger ones would overflow what computes with them."""
 
 
 @lru_cache(maxsize=1024)
 def signature(target: Callable) -> dict[str, tuple[Any, Any]]:
     """{argument: (annotation, default)} of a function's or a constructor's keyword arguments.
 
-    `inspect.Parameter.empty` stands for a missing default. Positional `self` and `site` are left out. Arguments that
-    several parts share may stand in a TypedDict, `**shared: Unpack[Shared]`; absent, they are None.
+    `inspect.Parameter.empty` marks a missing default. Positional `self` and `site` are left out. Arguments that
+    several parts share may be declared in a TypedDict, `**shared: Unpack[Shared]`; those not given are None.
     """
     function = target.__init__ if inspect.isclass(target) else target
     hints = typing.get_type_hints(function, include_extras=True)
@@ -75,10 +78,10 @@ def signature(target: Callable) -> dict[str, tuple[Any, Any]]:
 
 
 def bind(target: Callable, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The arguments of `target` out of `values`, each parsed by its annotation.
+    """The arguments of `target` taken from `values`, each parsed by its annotation.
 
     Args:
-        where: what the keys stand in, for errors: a key path, or a file and a colon.
+        where: prefix of the keys, for errors: a key path, or a file and a colon.
 
     Raises:
         UserError: an unknown key (with the nearest known one), a missing one, or a value of the wrong type.
@@ -97,10 +100,10 @@ def bind(target: Callable, values: dict[str, Any], where: str) -> dict[str, Any]
 
 
 def parse(value: Any, annotation: Any, where: str) -> Any:
-    """`value` as `annotation` says.
+    """`value` converted to `annotation`.
 
     Raises:
-        UserError: it cannot be read so.
+        UserError: it cannot be converted.
     """
     try:
         return _parse(value, annotation)
@@ -110,7 +113,7 @@ def parse(value: Any, annotation: Any, where: str) -> Any:
 
 
 def describe(annotation: Any) -> str:
-    """An annotation in words a user can act on."""
+    """An annotation in words that tell a user what to write."""
     if annotation is type(None):
         return "null"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)

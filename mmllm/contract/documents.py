@@ -1,4 +1,4 @@
-"""YAML that people write: plain values only, and no more of them than anybody would write."""
+"""YAML written by people: plain values only, and no more of them than anybody would write."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from mmllm.contract.errors import UserError, shown
 
 BYTES = 8 << 20
 VALUES = 1_000_000
-"""A file may hold at most this many values, those that aliases repeat included."""
+"""The most values in a file, counting repetitions by aliases."""
 DEPTH = 60
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file says.
+    """Parse a YAML file.
 
     Raises:
-        UserError: it cannot be read, is no YAML, is too large or too deep, or holds more than plain values.
+        UserError: it cannot be read, is not YAML, is too large or too deep, or holds more than plain values.
     """
     try:
         if path.stat().st_size > BYTES:
@@ -34,10 +34,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, where: object) -> Any:
-    """What a YAML text says; maps and lists that aliases repeat are one object.
+    """Parse a YAML text; maps and lists that aliases repeat are one object.
 
     Args:
-        where: it stands in, for errors.
+        where: its origin, for errors.
 
     Raises:
         UserError: see `read_yaml`.
@@ -45,7 +45,7 @@ def parse_yaml(text: str, where: object) -> Any:
     import yaml
 
     try:
-        # aliases of aliases, and merged maps of them, are small as nodes and without end as values
+        # nested aliases and merged maps are small as nodes but endless as values
         if _values(yaml.compose(text, Loader=yaml.SafeLoader), {}) > VALUES:
             raise UserError(where, "holds too many values, or repeats itself", expected=f"at most {VALUES}")
         value = yaml.safe_load(text)
@@ -58,7 +58,7 @@ def parse_yaml(text: str, where: object) -> Any:
 
 
 def _values(node: Any, known: dict[int, float]) -> float:
-    """How many values a node stands for, those of its aliases included; infinite for a node that contains itself."""
+    """Number of values a node stands for, including its aliases'; infinite for a node that contains itself."""
     if not isinstance(getattr(node, "value", None), list):
         return 1
     if id(node) not in known:

@@ -9,9 +9,9 @@ class UserError(Exception):
     The text reads ``<where>: <what>, expected <x>, got <y>. Try: <hint>``.
 
     Args:
-        where: the file, key path or item the error is about (``my.yaml:model.connector.pool.grid``).
+        where: the file, key path or item that the error is about (``my.yaml:model.connector.pool.grid``).
         what: what is wrong, in a few words.
-        expected: what would have been right, if that can be said.
+        expected: what would have been right, if it can be stated.
         got: what was found instead.
         hint: a command or a change that solves it.
     """
@@ -36,7 +36,7 @@ class UserError(Exception):
         super().__init__(" ".join(text.split()))
 
     def __reduce__(self) -> tuple:
-        """Pickled by its fields: an error of a worker process arrives as itself."""
+        """Pickle by fields, so that an error of a worker process arrives as itself."""
         return _rebuild, (self.where, self.what, self.expected, self.got, self.hint)
 
 
@@ -45,7 +45,7 @@ def _rebuild(where: object, what: str, expected: object, got: object, hint: str 
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """A hint for an unknown name: the nearest known ones, or the whole list where none is near."""
+    """A hint for an unknown name: the nearest known ones, or the whole list if none is near."""
     from difflib import get_close_matches
 
     close = get_close_matches(str(name), known, n=3, cutoff=0.5)
@@ -53,9 +53,9 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 def shown(value: object, most: int = 80) -> str:
-    """A value for an error: what it looks like, cut where it is long; some cannot even be printed."""
+    """A value as shown in an error, shortened if it is long; some values cannot even be printed."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of 5,000 digits, a list that holds itself
+    except (ValueError, RecursionError):  # a number of 5,000 digits, a list that contains itself
         text = f"a huge {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}..."

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever stops the program, and folders that one command holds at a time."""
+"""Files that are complete or absent, whatever stops the program, and folders held by one command at a time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from typing import Any, TextIO
 from mmllm.contract.errors import UserError
 
 LOCK = ".lock"
-"""File in a folder that the process which works there holds locked; it says who that is."""
+"""Lock file of the process working in a folder; its text says which process that is."""
 
 TRIES = 1000
-"""So often the folder may be taken away in the very moment in which it is to be locked."""
+"""How often the folder may vanish at the very moment of locking before we give up."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -30,14 +30,14 @@ NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENAM
 
 
 def disk_error(error: OSError, where: object = None) -> UserError | None:
-    """What the system says of a file, for the user; None where it is not about a file that cannot be read or written.
+    """A system error about a file, for the user; None if it is not about reading or writing one.
 
     Args:
-        where: what was written, where the error itself names no file.
+        where: the file that was written, if the error itself names none.
     """
     hints = {
         FULL: "free some space; the same command continues",
-        DENIED: "another folder, or its permissions",
+        DENIED: "use another folder, or change its permissions",
         NO_FOLDER: "another path",
     }
     for codes, hint in hints.items():
@@ -49,10 +49,10 @@ def disk_error(error: OSError, where: object = None) -> UserError | None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say in words what keeps libraries from writing below `path`: they wrap the system's error each in their own way.
+    """Explain why a library cannot write below `path`: each wraps the system's error in its own way.
 
     Raises:
-        UserError: the disk is full, or may not be written to.
+        UserError: the disk is full, or writing is not permitted.
     """
     try:
         yield
@@ -68,7 +68,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _says_full(error: BaseException) -> bool:
-    """Whether a library's error comes from a write that failed: safetensors and torch keep only its text."""
+    """Whether a library's error comes from a failed write: safetensors and torch keep only its text."""
     text = str(error)
     texts = ("No space left", "File too large", "Disk quota exceeded", "PytorchStreamWriter", "unexpected pos")
     return any(part in text for part in texts)
@@ -76,10 +76,10 @@ def _says_full(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to. It takes the place of `path` at the end, or goes where writing fails.
+    """Give a path beside `path` to write to. It replaces `path` at the end, and is removed if writing fails.
 
     Raises:
-        UserError: the disk is full, or may not be written to.
+        UserError: the disk is full, or writing is not permitted.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,17 +94,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put a text file in place whole.
+    """Write a text file, complete or not at all.
 
     Raises:
-        UserError: the disk is full, or may not be written to.
+        UserError: the disk is full, or writing is not permitted.
     """
     with replacing(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Put a JSON file in place whole.
+    """Write a JSON file, complete or not at all.
 
     Raises:
         UserError: see `write_text`.
@@ -113,10 +113,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_lines(path: Path, lines: list[str]) -> None:
-    """Add lines to a text file, on a line of their own even where an earlier write was torn, and flush them.
+    """Append lines to a text file and flush them; they start on a new line even if an earlier write was cut off.
 
     Raises:
-        UserError: the disk is full, or may not be written to.
+        UserError: the disk is full, or writing is not permitted.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,8 +128,8 @@ def append_lines(path: Path, lines: list[str]) -> None:
             file.write("".join(f"{line}\n" for line in lines).encode())
 
 
-def read_record(path: Path, hint: str = "delete it, or take another --out") -> dict[str, Any]:
-    """A JSON object, as this program writes them.
+def read_record(path: Path, hint: str = "delete it, or use another --out") -> dict[str, Any]:
+    """Read a JSON object written by this program.
 
     Args:
         hint: what to do about a damaged one.
@@ -148,12 +148,12 @@ def read_record(path: Path, hint: str = "delete it, or take another --out") -> d
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder meanwhile. A process that dies holds nothing, nor do its children.
+    """Keep other processes out of a folder. A process that dies releases it, and so do its children.
 
-    A folder that was made for this and is still empty goes again.
+    A folder that was created for this and is still empty is removed again.
 
     Raises:
-        UserError: another process holds it; says which. Or the folder cannot be made.
+        UserError: another process holds it (the error says which), or the folder cannot be created.
     """
     with writing(folder):
         file, made = _locked(folder)
@@ -162,7 +162,7 @@ def held(folder: Path) -> Iterator[None]:
         facts = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}
         file.write(json.dumps({**facts, "command": shlex.join(sys.argv)[:500]}))
         file.flush()
-    except OSError:  # a full disk: the lock itself needs no space
+    except OSError:  # a full disk: the lock itself takes no space
         pass
     try:
         yield
@@ -177,16 +177,16 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def _locked(folder: Path) -> tuple[TextIO, bool]:
-    """(the open lock file of a folder, whether the folder was made for it).
+    """(the open lock file of a folder, whether the folder was created for it).
 
-    POSIX locks: a fork, as loader workers are, does not inherit them.
+    POSIX locks: a forked process, such as a loader worker, does not inherit them.
     """
     path, made = folder / LOCK, not folder.is_dir()
     for tries in count(1):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = path.open("a+", encoding="utf-8")
-        except (FileNotFoundError, FileExistsError):  # its last holder has just taken the folder away
+        except (FileNotFoundError, FileExistsError):  # its last holder has just removed the folder
             if tries == TRIES:
                 raise
             continue
@@ -201,7 +201,7 @@ def _locked(folder: Path) -> tuple[TextIO, bool]:
         with contextlib.suppress(OSError):
             if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
                 return file, made
-        file.close()  # its last holder has just taken it away
+        file.close()  # its last holder has just removed it
 
 
 def _in_use(folder: Path, said: str) -> UserError:
@@ -210,4 +210,4 @@ def _in_use(folder: Path, said: str) -> UserError:
         by = f"process {who['process']} on {who['host']} since {who['since']}: {who['command']}"
     except (ValueError, KeyError, TypeError):
         by = "another process"
-    return UserError(folder, f"in use by {by}", hint="wait for it, or another --out")
+    return UserError(folder, f"in use by {by}", hint="wait for it, or use another --out")

@@ -1,7 +1,7 @@
-"""The one door to transformers' `from_pretrained`: code that lies in a folder or a repository is not run.
+"""The single entry point to transformers' `from_pretrained`: code in a folder or a repository is not run.
 
-A config may name a Python file beside it (`auto_map`), a chat prompt of the library then asks on stdout whether to run
-it, and an attention implementation may name a repository of compiled kernels. Both are refused here.
+A config may name a Python file beside it (`auto_map`), for which the library asks on stdout whether to run it, and an
+attention implementation may name a repository of compiled kernels. Both are refused here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 @contextlib.contextmanager
 def trusting_remote_code(trusted: bool = True) -> Iterator[None]:
-    """Within it, code beside a config is run: what `--trust-remote-code` says."""
+    """Run code that comes with a config while this context is active: what `--trust-remote-code` allows."""
     token = _trusted.set(trusted)
     try:
         yield
@@ -30,20 +30,20 @@ def trusting_remote_code(trusted: bool = True) -> Iterator[None]:
 
 
 def pretrained(cls: type[T], name: str, **options: Any) -> T:
-    """`cls.from_pretrained(name, **options)`, of any class of the library: a config, tokenizer, processor or model.
+    """`cls.from_pretrained(name, **options)` for any class of the library: a config, tokenizer, processor or model.
 
     Raises:
         UserError: it needs code of its own, is damaged, or names an attention implementation that is not the library's.
-        OSError, ValueError: it is absent or not of this kind, as the library says it.
+        OSError, ValueError: it is absent or of another kind, as reported by the library.
     """
-    if hasattr(cls, "config_class") or hasattr(cls, "_model_mapping"):  # a model: others have no attention to choose
+    if hasattr(cls, "config_class") or hasattr(cls, "_model_mapping"):  # only models have an attention implementation
         _check_attention_of(name, options)
     try:
         return cls.from_pretrained(name, trust_remote_code=_trusted.get(), **options)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             what, hint = (
-                "needs Python code of its own, which is not run",
+                "comes with its own Python code, which is not run",
                 "--trust-remote-code, if you trust its author",
             )
             raise UserError(name, what, hint=hint) from error
@@ -52,16 +52,17 @@ def pretrained(cls: type[T], name: str, **options: Any) -> T:
         raise UserError(name, f"needs a package that is not installed: {' '.join(str(error).split())[:200]}") from error
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # damaged files end in errors of any type
+    except Exception as error:  # damaged files raise errors of any type
         reason = " ".join(str(error).split())[:200]
         raise UserError(name, f"damaged, or not what its files say ({type(error).__name__}: {reason})") from error
 
 
 def check_attention(values: Any, where: object) -> None:
-    """Refuse a config, or any part of one, that names an attention implementation of a repository.
+    """Refuse a config, or any part of one, that names an attention implementation from a repository.
 
     Args:
-        values: the config as plain values. where: it stands, for the error.
+        values: the config as plain values.
+        where: its origin, for the error.
 
     Raises:
         UserError: names the key and the known ones.
@@ -87,6 +88,6 @@ def _check_attention_of(name: str, options: dict[str, Any]) -> None:
     keep = {key: options[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in options}
     try:
         values, _ = PreTrainedConfig.get_config_dict(name, **keep)
-    except (OSError, ValueError):  # a tokenizer alone, or what from_pretrained will say better
+    except (OSError, ValueError):  # only a tokenizer, or an error that from_pretrained reports better
         return
     check_attention(values, f"{name}/config.json")

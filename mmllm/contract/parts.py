@@ -1,4 +1,4 @@
-"""The bases of the parts: a part is an ordinary module with typed arguments that declares its shape arithmetic."""
+"""The base classes of the parts: a part is an ordinary module with typed arguments that declares its output shape."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from mmllm.contract.types import Geometry, MediaSpec, Needs, PromptFeatures, Ter
 
 
 class NoPrompt(ValueError):
-    """A part reads the prompt, and no text source is named for it."""
+    """A part reads the prompt, but no text source is named for it."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a part stands: what it is built from.
+    """The surroundings that a part is built for.
 
     Attributes:
-        inputs: specs of what it reads, for the recipe's own media.
-        llm_width: width of the LLM's embeddings; what `width: llm` means.
-        prompt_width, prompt_joint: widths of the text source's tokens and of its joint space, or None.
+        inputs: specs of its inputs, for the recipe's own media.
+        llm_width: width of the LLM's embeddings; the meaning of `width: llm`.
+        prompt_width: width of the text source's tokens, or None.
+        prompt_joint: width of the text source's joint space, or None.
     """
 
     inputs: tuple[TokenSpec, ...] = ()
@@ -51,7 +52,7 @@ class Site:
         return width
 
     def text_width(self) -> int:
-        """Width of the prompt's tokens, for a part that cannot do without.
+        """Width of the prompt's tokens, for a part that requires them.
 
         Raises:
             NoPrompt: no text source is named for it.
@@ -62,9 +63,9 @@ class Site:
 
 
 class Part(nn.Module):
-    """A part of the walk from pixels to LLM.
+    """A part on the way from pixels to LLM.
 
-    A part touches only its arguments. Its parameters depend on widths and arguments, never on a clip's grid, and
+    A part uses only its arguments. Its parameters depend on widths and arguments, never on a clip's grid, and
     its token counts on `MediaSpec` alone.
     """
 
@@ -76,11 +77,11 @@ class Part(nn.Module):
         self.site = site
 
     def needs(self) -> Needs:
-        """What the part reads beside its inputs' values."""
+        """What the part reads besides its inputs' values."""
         return Needs()
 
     def output_spec(self, *inputs: TokenSpec) -> TokenSpec:
-        """What `forward` will return for inputs of these shapes: arithmetic only, valid on a meta copy.
+        """What `forward` will return for inputs of these shapes: arithmetic only, also valid on the meta device.
 
         Raises:
             ValueError: the inputs do not fit.
@@ -88,7 +89,7 @@ class Part(nn.Module):
         raise NotImplementedError
 
     def forward(self, *inputs: VisualTokens, **context: Any) -> VisualTokens:
-        """One token set out of the inputs; `prompt=` arrives where `needs` asks for it."""
+        """One token set from the inputs; `prompt=` is passed where `needs` asks for it."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
@@ -101,27 +102,27 @@ class Part(nn.Module):
         """Fetch pretrained weights, if the arguments name any; once, for a fresh model."""
 
     def multiply_adds(self, *inputs: TokenSpec) -> int | None:
-        """Multiply-adds for one clip, where counting a forward on the meta device would be wrong; else None."""
+        """Multiply-adds per clip, where counting a forward on the meta device would be wrong; otherwise None."""
         return None
 
     def statistics(self) -> dict[str, Tensor]:
-        """Single numbers about the last forward that are worth a line in the log, by name; none by default."""
+        """Scalars about the last forward that are worth logging, by name; empty by default."""
         return {}
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[TokenSpec, ...]]]:
-        """(arguments, input specs) pairs with which the part is tested; a part without any fails the test."""
+        """(arguments, input specs) pairs that the part is tested with; a part without any fails the test."""
         raise NotImplementedError(f"{cls.__name__} gives no examples()")
 
 
 class Tower(Part):
-    """A part with a network of its own, of pixels or of text. Built without weights; `load_weights` fetches them.
+    """A part with its own network, for pixels or text. Built without weights; `load_weights` fetches them.
 
     Attributes:
         arguments: the keyword arguments that it was built with.
-        version: of what it computes. Raise it where equal arguments and weights give another output than before:
-            features that were kept are then computed anew.
-        origins: arguments that only say where weights or text rules come from; the digest leaves them out.
+        version: of what it computes. Raise it when equal arguments and weights give a different output than before:
+            cached features are then recomputed.
+        origins: arguments that only say where weights or tokenizers come from; the digest leaves them out.
     """
 
     arguments: dict[str, Any]
@@ -136,7 +137,7 @@ class Tower(Part):
 
     @property
     def trainable(self) -> bool:
-        """Whether gradients reach its weights; else it runs under no_grad and stays in eval mode."""
+        """Whether gradients reach its weights; if not, it runs under no_grad and stays in eval mode."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> Tower:
@@ -149,9 +150,9 @@ class Tower(Part):
         return arguments
 
     def digest(self) -> str:
-        """sha256, in hex, of what decides its output: class, version, arguments, all weights and buffers.
+        """sha256, in hex, of everything that determines its output: class, version, arguments, all weights and buffers.
 
-        The source of a user's own class counts too, since nobody raises the version of what is being tried.
+        The source of a user's own class counts too, since nobody raises a version number while experimenting.
 
         Raises:
             ValueError: it has no memory (meta device).
@@ -171,12 +172,12 @@ class Tower(Part):
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """What a tensor of any shape holds, for a digest; a number and an empty one too."""
+    """The bytes of a tensor of any shape, scalar and empty ones included, for a digest."""
     return tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _source(cls: type) -> str:
-    """The text of a class, so that an edited plug-in counts as another."""
+    """The source of a class, so that an edited plug-in counts as a different one."""
     try:
         return inspect.getsource(cls)
     except (OSError, TypeError):
@@ -188,10 +189,11 @@ class Encoder(Tower):
 
     Attributes:
         geometry: how the frames it reads are resized.
-        mean, std: per-channel normalisation of pixels in 0..1.
-        frames: how many frames of a clip it reads (they divide the clip's frames), or None = all of them.
-        per_frame: whether the tokens of a frame do not depend on the other frames, so that a long clip may be read in
-            pieces.
+        mean: per channel, subtracted from pixels in 0..1.
+        std: per channel, divisor of pixels in 0..1.
+        frames: number of frames of a clip that it reads (it divides the clip's frames), or None = all of them.
+        per_frame: whether the tokens of a frame are independent of the other frames, so that a long clip may be read in
+            chunks.
     """
 
     geometry: Geometry
@@ -201,7 +203,7 @@ class Encoder(Tower):
     per_frame: bool = True
 
     def frames_of(self, media: MediaSpec) -> int:
-        """How many frames of such a clip it reads.
+        """Number of frames of such a clip that it reads.
 
         Raises:
             ValueError: its own number of frames does not divide the clip's.
@@ -228,13 +230,13 @@ class Encoder(Tower):
         raise NotImplementedError
 
     def extras_spec(self, media: MediaSpec, needs: Needs) -> dict[str, tuple[int, ...]]:
-        """{extra: its shape without the batch} that `forward` gives for these needs beside the tokens.
+        """{extra: its shape without the batch} that `forward` returns for these needs besides the tokens.
 
-        hidden_states and keys: (N, K, C), one row per token; cls: (T, K, C), one row per frame; K as many layers as are
-        asked for, in the order of the needs.
+        hidden_states and keys: (N, K, C), one row per token; cls: (T, K, C), one row per frame; K requested
+        layers, in the order of the needs.
 
         Raises:
-            ValueError: the encoder has no such thing.
+            ValueError: the encoder does not have that.
         """
         for name in ("hidden_states", "cls", "keys"):
             if getattr(needs, name):
@@ -247,7 +249,7 @@ class Encoder(Tower):
         Args:
             pixels: uint8 [B, F, 3, h, w], already in this encoder's geometry.
             media: what the B clips are.
-            needs: the union of what the parts that read this encoder declared.
+            needs: the union of the needs of all parts that read this encoder.
         """
         raise NotImplementedError
 
@@ -257,9 +259,9 @@ class TextSource(Tower):
 
     Attributes:
         width: of `tokens`.
-        joint: of `pooled`, the space shared with an image tower; None = it has no such space.
+        joint: of `pooled`, the space shared with an image tower; None = no such space.
         length: most tokens of a prompt that are read.
-        layered: whether it has layers, to be asked for as `hidden_states`.
+        layered: whether it has layers, requested as `hidden_states`.
     """
 
     width: int
@@ -272,21 +274,21 @@ class TextSource(Tower):
         raise NotImplementedError
 
     def collate(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Rows of ids, padded as the tower wants it -> ids [B, L] and mask [B, L] of 1 (real) and 0.
+        """Rows of ids, padded as the tower expects -> ids [B, L] and mask [B, L] of 1 (real) and 0.
 
         An empty row stands for no prompt and has one token unmasked; every other row has at least two.
         """
         raise NotImplementedError
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Prompts -> ids [B, L] and mask [B, L]; a text without a word is no prompt."""
+        """Prompts -> ids [B, L] and mask [B, L]; a text without a word counts as no prompt."""
         return self.collate([self.encode(text) if text.strip() else [] for text in texts])
 
     def forward(self, ids: Tensor, mask: Tensor, needs: Needs, embed_tokens: nn.Module | None = None) -> PromptFeatures:
         """Features of B prompts.
 
         Args:
-            ids, mask: [B, L], as `tokenize` gives them.
+            ids, mask: [B, L], as returned by `tokenize`.
             needs: which of `tokens` and `pooled` are wanted (`prompt`), and which layers (`prompt_hidden_states`) as
                 `hidden_states` [B, L, K, C], numbered as an encoder's layers are.
             embed_tokens: the LLM's table of embeddings, for a source that has none of its own.
@@ -301,7 +303,7 @@ class Objective(nn.Module):
     registered_name: ClassVar[str] = ""
 
     def prepare(self, samples: list, processor: Any) -> Batch:
-        """A batch out of raw samples; runs in a loader worker."""
+        """A batch from raw samples; runs in a loader worker."""
         raise NotImplementedError
 
     def counts(self, batch: Batch) -> dict[str, int]:
@@ -309,7 +311,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
-        """Named sums and counts, out of `model.embed`, `model.run` and `model.logits`."""
+        """Named sums and counts, computed with `model.embed`, `model.run` and `model.logits`."""
         raise NotImplementedError
 
 

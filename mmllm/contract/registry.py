@@ -1,4 +1,4 @@
-"""The registry of parts: exact names, a duplicate is an error, an unknown name gets the nearest.
+"""The registry of parts: exact names, a duplicate is an error, an unknown name suggests the nearest.
 
 A kind maps to the package that holds its parts; the first look-up imports that package's modules, so a command that
 only lists recipes imports no part. A user's own file registers its parts with the same decorator (`load_plugin`).
@@ -32,11 +32,11 @@ _plugins: list[Path] = []
 
 
 def register(kind: str, name: str) -> Callable[[type], type]:
-    """Class decorator: makes a part known as `name` among the parts of `kind`.
+    """Class decorator that registers a part as `name` among the parts of `kind`.
 
     Raises:
-        UserError: unknown kind, or the name is taken by a class of other source (the same source again is fine: a
-            plug-in loaded twice, a worker process that imports anew).
+        UserError: unknown kind, or the name is taken by a class of another source (the same source again is fine: a
+            plug-in loaded twice, a worker process that imports again).
     """
     if kind not in _parts:
         raise UserError(f"register({kind!r}, {name!r})", "unknown kind of part", hint=nearest(kind, list(_parts)))
@@ -57,7 +57,7 @@ def find(kind: str, name: str, where: str = "") -> type:
     """The class registered as `name` among the parts of `kind`.
 
     Raises:
-        UserError: no part of that name; the text gives the nearest names.
+        UserError: no part of that name; the message suggests the nearest names.
     """
     known = parts(kind)
     if not isinstance(name, str):
@@ -71,7 +71,7 @@ def find(kind: str, name: str, where: str = "") -> type:
 
 
 def parts(kind: str) -> dict[str, type]:
-    """{name: class} of all parts of a kind, the shipped ones and those of loaded plug-ins."""
+    """{name: class} of all parts of a kind, shipped or from loaded plug-ins."""
     package = PACKAGES[kind]
     if package not in _imported:
         _imported.add(package)
@@ -85,7 +85,7 @@ def load_plugin(path: str | Path) -> None:
     """Run a user's file so that the parts it registers can be named in recipes.
 
     Raises:
-        UserError: the file is missing, or it raises; names the line.
+        UserError: the file is missing, or it raises; the message names the line.
     """
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
@@ -113,14 +113,14 @@ def plugins() -> list[Path]:
 
 
 def raised_at(error: BaseException, path: Path) -> str | None:
-    """`file:line` of the innermost line of a file that an exception went through; None where it did not."""
+    """`file:line` of the innermost line of a file that an exception passed through; None where it did not."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
     return f"{path}:{lines[-1]}" if lines else None
 
 
 def said_by(error: BaseException) -> str:
-    """What an error says in one line, with the line of a plug-in that it comes from."""
+    """An error in one line, including the line of a plug-in that it comes from."""
     place = next(filter(None, (raised_at(error, plugin) for plugin in _plugins)), None)
     return " ".join(str(error).split())[:200] + (f" ({place})" if place else "")
 

@@ -1,4 +1,4 @@
-"""The types that pass between the parts, from a file's header to the loss.
+"""The types passed between the parts, from a file's header to the loss.
 
 Letters in shapes: B clips of a group, N visual tokens, C width, T frames, L sequence positions, D width of the LLM.
 """
@@ -16,11 +16,11 @@ Kind = Literal["image", "video"]
 
 @dataclass(frozen=True)
 class MediaSpec:
-    """All that a token count may depend on; known from a header probe and the sampler, before decoding.
+    """Everything that a token count may depend on; known from a header probe and the sampler, before decoding.
 
     Attributes:
         kind: "image" or "video"; decides where a part treats stills differently (one frame does not make an image).
-        frames: number of frames the reader delivers; for an image the number of its views.
+        frames: number of frames that the reader delivers; for an image, the number of its views.
         tiles: (rows, columns) of an any-resolution image's tiles, or None.
         crop: (height, width) kept of the tiles' joint grid, or None.
     """
@@ -32,7 +32,7 @@ class MediaSpec:
 
     @property
     def sort_key(self) -> tuple:
-        """A total order, the same in every process."""
+        """A sort key giving a total order, the same in every process."""
         return (self.kind, self.frames, self.tiles or (), self.crop or ())
 
 
@@ -83,7 +83,7 @@ class TokenSpec:
 
 @dataclass
 class VisualTokens:
-    """The currency from encoder to LLM: the tokens of B clips of one `MediaSpec`.
+    """What passes from encoder to LLM: the tokens of B clips of one `MediaSpec`.
 
     Attributes:
         values: [B, N, C].
@@ -105,7 +105,7 @@ class VisualTokens:
 
     @property
     def spec(self) -> TokenSpec:
-        """What these tokens really are, to be compared with what a part declared."""
+        """The actual shape of these tokens, to compare with what a part declared."""
         extras = {name: tuple(value.shape[1:]) for name, value in self.extras.items()}
         return TokenSpec(self.media, self.values.shape[1], self.values.shape[2], self.grid, extras)
 
@@ -132,7 +132,7 @@ class VisualTokens:
         return values.unflatten(1, (self.grid.t, self.grid.h * self.grid.w))
 
     def with_values(self, values: Tensor) -> VisualTokens:
-        """The same token set with other values [B, N, C']: everything that belongs to the tokens rides along."""
+        """The same token set with other values [B, N, C']; everything else that belongs to the tokens is kept."""
         if values.shape[:2] != self.values.shape[:2]:
             raise ValueError(f"not the same token set: {tuple(values.shape[:2])} and {tuple(self.values.shape[:2])}")
         return replace(self, values=values)
@@ -140,13 +140,13 @@ class VisualTokens:
     def derive(
         self, values: Tensor, grid: Grid | None, *, weights: Tensor | None = None, index: Tensor | None = None
     ) -> VisualTokens:
-        """Another token set made from this one; extras are dropped, positions and sizes move.
+        """A new token set made from this one; extras are dropped, positions and sizes move.
 
         Args:
             values: [B, M, C'].
             grid: the new grid or None.
-            weights: [M, N] or [B, M, N], rows summing to 1: what each new token is a mean of. The size of a new token
-                is the sum of the sizes it covers, shared by how much of each it takes.
+            weights: [M, N] or [B, M, N], rows summing to 1: each new token is this mean of old ones. Its size is the
+                sum of the sizes that it covers, shared in proportion where several new tokens cover one.
             index: [M] or [B, M], the old token that each new one comes from; -1 = a separator (size 0).
 
         Raises:
@@ -161,7 +161,7 @@ class VisualTokens:
         return VisualTokens(values, self.media, grid, positions, sizes, self.times)
 
     def select(self, index: Tensor) -> VisualTokens:
-        """The clips `index` [P] of this group, repeats allowed (one row a pair of clip and prompt)."""
+        """The clips `index` [P] of this group, repeats allowed (one row per pair of clip and prompt)."""
         extras = {name: value[index] for name, value in self.extras.items()}
         fields = {name: getattr(self, name)[index] for name in ("values", "positions", "sizes", "times")}
         return replace(self, extras=extras, **fields)
@@ -186,11 +186,14 @@ def _pick(positions: Tensor, sizes: Tensor, index: Tensor) -> tuple[Tensor, Tens
 
 @dataclass
 class PromptFeatures:
-    """What a text source says of the prompts; row b belongs to clip b.
+    """A text source's features of the prompts; row b belongs to clip b.
 
     Attributes:
-        ids, mask: [B, L] token ids of the human turns and which of them are real.
-        tokens: [B, L, C] or None. pooled: [B, J] in the joint space or None. hidden_states: [B, L, K, C] or None.
+        ids: [B, L] token ids of the human turns.
+        mask: [B, L], which of them are real.
+        tokens: [B, L, C] or None.
+        pooled: [B, J] in the joint space, or None.
+        hidden_states: [B, L, K, C] or None.
         present: [B] bool; a row without a prompt is absent and has one token unmasked.
         level: [B] alignment level that the record carries, -1 where it carries none.
     """
@@ -211,14 +214,17 @@ class PromptFeatures:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a part reads beside the values of its inputs; the front end delivers exactly this.
+    """What a part reads besides the values of its inputs; the front end delivers exactly this.
 
     Attributes:
-        hidden_states: layers of the encoder that are wanted. cls: layers whose CLS token is wanted. keys: layers whose
-            attention keys are wanted. All three only for a part whose input is an encoder.
-        extras: names of extras of the first input. prompt: fields of PromptFeatures. prompt_hidden_states: text layers.
-        alignment_levels: how many alignment levels it knows, if it reads `PromptFeatures.level`; a record of another
-            is refused when it is read.
+        hidden_states: requested layers of the encoder; like cls and keys, only for a part whose input is an encoder.
+        cls: layers whose CLS token is requested.
+        keys: layers whose attention keys are requested.
+        extras: names of extras of the first input.
+        prompt: fields of PromptFeatures.
+        prompt_hidden_states: text layers.
+        alignment_levels: number of alignment levels it knows, if it reads `PromptFeatures.level`; a record with
+            another level is refused when it is read.
     """
 
     hidden_states: tuple[int, ...] = ()
@@ -235,7 +241,9 @@ class LLMInputs:
     """What enters the LLM.
 
     Attributes:
-        embeds: [B, L, D]. mask: [B, L] of 1 (real) and 0 (padding), or None. positions: [B, L] or None.
+        embeds: [B, L, D].
+        mask: [B, L] of 1 (real) and 0 (padding), or None.
+        positions: [B, L] or None.
         visual: [B, L] bool, which positions hold visual tokens.
     """
 
@@ -261,17 +269,18 @@ class Term:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the pixels of a frame are brought to an encoder's input size, on uint8, before batching.
+    """How a frame's pixels are brought to an encoder's input size, on uint8, before batching.
 
     Attributes:
-        height, width: pixels.
+        height: pixels.
+        width: pixels.
         fit: "squash" (to the size, whatever the aspect ratio), "crop" (short side to `short`, then the centre) or
             "pad" (long side to the size, the rest filled with `fill`).
         interpolation: "bicubic", "bilinear" or "nearest"; antialiased.
         short: length of the short side before the crop; None = the size itself.
         fill: grey level 0..255 of the padding.
         resampler: "torch" (torchvision on uint8 tensors) or "pillow"; a few values differ by a grey level.
-        centre: how half of a crop's odd margin is rounded: "down", or to the "even" neighbour as torchvision has it.
+        centre: how half of an odd crop margin is rounded: "down", or to the "even" neighbour as in torchvision.
     """
 
     height: int

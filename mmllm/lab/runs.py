@@ -1,4 +1,4 @@
-"""Running a study: every arm with every seed, one process after the other or some at a time; what is finished stays."""
+"""Running a study: every arm with every seed, one process at a time or several; finished work is kept."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from mmllm.progress import Progress
 from mmllm.run_folder import RunFolder
 
 THEN = "then.txt"
-"""In the run folder of what comes first: the command that followed it, once it has ended well."""
+"""In the run folder of a preliminary run: its follow-up command, once that has succeeded."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, taken as Ctrl-C is."""
+    """SIGTERM, treated like Ctrl-C."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One arm, or what comes first, with one seed, in a folder of its own."""
+    """One arm, or one preliminary run, with one seed, in its own folder."""
 
     arm: str
     seed: int
@@ -46,16 +46,19 @@ class Run:
 
     @property
     def label(self) -> str:
-        """For progress and errors."""
+        """Its name in progress lines and errors."""
         return f"{self.arm} seed {self.seed}"
 
 
 class Lab:
-    """Runs what is not finished of a study.
+    """Runs the unfinished parts of a study.
 
     Args:
-        file: the study. out: its folder.
-        cache: where shared stages are kept. device: passed on to the verbs. quiet: no progress.
+        file: the study.
+        out: its folder.
+        cache: where shared stages are kept.
+        device: passed on to the verbs.
+        quiet: no progress.
         jobs: runs at a time; None = one per GPU, or one.
     """
 
@@ -73,7 +76,7 @@ class Lab:
         self.places = _places(device, jobs)
         self.running: set[subprocess.Popen] = set()
         self.stopping = threading.Event()
-        # seeds outside: after a kill in the middle every arm has about as many seeds as the others
+        # seeds in the outer loop: if killed midway, all arms have about the same number of seeds
         self.runs = [self._run_of(arm, seed) for seed in file.study.seeds for arm in file.arms]
         self.first = [self._run_of(name, seed) for seed in file.study.seeds for name in file.first]
 
@@ -81,26 +84,26 @@ class Lab:
         return Run(arm, seed, self.out / "runs" / f"{arm}-{seed}")
 
     def todo(self) -> list[Run]:
-        """What is not finished, in the order in which it starts: what comes first, with all seeds, before any arm."""
+        """The unfinished runs, in the order in which they start: preliminary runs, with all seeds, before any arm."""
         arms = [run for run in self.runs if self.result(run) is None]
         needed = {one for run in arms for one in self._before(run)}
         return [run for run in self.first if run in needed and not self._trained(run)] + arms
 
     def _before(self, run: Run) -> list[Run]:
-        """What has to be trained before an arm."""
+        """The runs that must be trained before an arm."""
         return [one for one in self.first if one.seed == run.seed] if run.arm in self.file.arms else []
 
     def run_all(self) -> list[UserError]:
-        """Train and evaluate; a run that fails does not keep the others, and is named in what is returned."""
+        """Train and evaluate; a failing run does not stop the others, and its error is in the returned list."""
         todo, count = self.todo(), len(self.first) + len(self.runs)
         progress = Progress("run", count, start=count - len(todo), quiet=self.quiet, every=0.0)
         free: Queue[dict[str, str]] = Queue()
         for place in self.places:
             free.put(place)
         with ThreadPoolExecutor(len(self.places)) as pool, _terminated_as_interrupt():
-            # a run that waits for another one cannot hold it up: that one was submitted before, and has begun
+            # a run waiting for another cannot block it: the other was submitted earlier, and has started
             waiting: dict[Run, Future] = {}
-            failed: dict[str, UserError] = {}  # by their text: arms that waited for what failed raise the same
+            failed: dict[str, UserError] = {}  # by message: arms that waited for a failed run raise the same error
             for run in todo:
                 before = [waiting[one] for one in self._before(run) if one in waiting]
                 waiting[run] = pool.submit(self._run, run, free, before)
@@ -118,7 +121,7 @@ class Lab:
         return list(failed.values())
 
     def _stop(self, waiting: list[Future]) -> None:
-        """Start nothing more, and ask what runs to save and end."""
+        """Start nothing more, and ask running runs to save and end."""
         self.stopping.set()
         for future in waiting:
             future.cancel()
@@ -129,7 +132,7 @@ class Lab:
             process.terminate()
 
     def result(self, run: Run) -> dict[str, Any] | None:
-        """{benchmark: average, ...} of a finished run, else None."""
+        """{benchmark: average, ...} of a finished run, otherwise None."""
         path = run.out / f"{report_name(self.file.study.limit)}.json"
         if not path.is_file():
             return None
@@ -138,7 +141,7 @@ class Lab:
         return benchmarks if all(task in benchmarks for task in self.file.study.tasks) else None
 
     def _trained(self, run: Run) -> bool:
-        """Whether what comes first has been trained, all stages of it, and followed by its command."""
+        """Whether a preliminary run has finished all its stages and its follow-up command."""
         finished = RunFolder(run.out).status["stages"]
         if finished:
             self._refuse_another(run)
@@ -163,7 +166,7 @@ class Lab:
         return json.loads(json.dumps(facts))
 
     def _refuse_another(self, run: Run) -> None:
-        """Raise where a folder holds a run of what the study said before."""
+        """Raise if a folder holds a run of an earlier version of the study."""
         from mmllm.config.recipe import differences
 
         path = run.out / "lab.json"
@@ -213,10 +216,10 @@ class Lab:
             # -P: a yaml.py in the user's folder is not the library
             words = [sys.executable, "-P", "-m", "mmllm", *command]
             streams = {"stdout": file, "stderr": subprocess.STDOUT}
-            # In a session of its own: a second signal, beside ours, would stop it before it has saved.
+            # In its own session: a second signal besides ours would stop it before it has saved.
             process = subprocess.Popen(words, env=environment, start_new_session=True, **streams)
             self.running.add(process)
-            if self.stopping.is_set():  # it may have been started just after the others were asked to end
+            if self.stopping.is_set():  # it may have started just after the others were asked to end
                 process.terminate()
             code = process.wait()
             self.running.discard(process)
@@ -227,7 +230,7 @@ class Lab:
 
 @contextlib.contextmanager
 def _terminated_as_interrupt() -> Iterator[None]:
-    """SIGTERM and a closed terminal do what Ctrl-C does (only the main thread may say so; nohup is left as it is)."""
+    """Make SIGTERM and a closed terminal act like Ctrl-C (only possible in the main thread; nohup is respected)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -247,7 +250,7 @@ def _terminated_as_interrupt() -> Iterator[None]:
 
 
 def _places(device: str | None, jobs: int | None) -> list[dict[str, str]]:
-    """Where runs may go side by side, as variables of their environment: GPUs in turn, or shares of the cores."""
+    """Slots for runs side by side, as environment variables: GPUs in turn, or shares of the cores."""
     import torch
 
     count = torch.cuda.device_count() if device in (None, "cuda") else 0
@@ -255,22 +258,22 @@ def _places(device: str | None, jobs: int | None) -> list[dict[str, str]]:
     names = given.split(",")[:count] if given else [str(index) for index in range(count)]
     jobs = jobs or max(1, count)
     places = [{"CUDA_VISIBLE_DEVICES": names[index % count]} if count else {} for index in range(jobs)]
-    if jobs > 1:  # two processes that each take all cores hinder each other
+    if jobs > 1:  # two processes that each use all cores slow each other down
         threads = str(max(1, torch.get_num_threads() // jobs))
         places = [{**place, "OMP_NUM_THREADS": threads} for place in places]
     return places
 
 
 def samples_per_second(run: Path) -> float | None:
-    """Training speed of a run's last stage, from its log and recipe; None where its log is too short."""
+    """Training speed of a run's last stage, from its log and recipe; None if its log is too short."""
     stages = read_yaml(run / "recipe.yaml")["stages"]
     name = [key for key, value in stages.items() if value is not None][-1]
     rows = []
     for line in (run / "log.jsonl").read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a kill
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a kill
             row = json.loads(line)
             rows += [{key: float(row[key]) for key in ("step", "time")}] if row["stage"] == name else []
-    # the median: a run that was stopped over night has one long gap
+    # the median: a run stopped overnight has one long gap
     rates = sorted(
         (after["step"] - before["step"]) / (after["time"] - before["time"])
         for before, after in pairwise(rows)

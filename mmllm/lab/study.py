@@ -20,7 +20,7 @@ from mmllm.contract.registry import load_plugin
 from mmllm.eval.benchmarks import find_benchmark
 
 CLOSE = 0.05
-"""Multiply-adds are equal if no arm has more than this share above the least."""
+"""Multiply-adds count as equal if no arm exceeds the least by more than this share."""
 
 
 Entry = TypeVar("Entry", "Arm", "First")
@@ -28,10 +28,12 @@ Entry = TypeVar("Entry", "Arm", "First")
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the things compared.
+    """One of the recipes compared.
 
     Args:
-        recipe: a shipped name or a file. set: overrides, `key.path=value`. free: leave it out of what has to be equal.
+        recipe: a shipped name or a file.
+        set: overrides, `key.path=value`.
+        free: exclude it from what has to be equal.
     """
 
     recipe: str
@@ -41,12 +43,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class First:
-    """What is trained before the arms.
+    """A preliminary run, trained before the arms.
 
     Args:
-        recipe: a shipped name or a file. set: overrides, `key.path=value`.
-        then: a command of mmllm for what was trained, with all its flags. `name:file` stands below its run folder,
-            `world:file` below the folder that its recipe calls so: `data align-levels world:train/caption.jsonl
+        recipe: a shipped name or a file.
+        set: overrides, `key.path=value`.
+        then: an mmllm command to run on the result, with all its flags. `name:file` is a path below this run's folder,
+            `world:file` one below the root of that name in its recipe: `data align-levels world:train/caption.jsonl
             --pair clip:model --levels 4 --out clip:levels.jsonl`.
     """
 
@@ -61,16 +64,17 @@ class Study:
 
     Args:
         arms: {name: recipe, or a map of `recipe`, `set`, `free`}.
-        first: {name: recipe, or a map of `recipe`, `set`, `then`} of what is trained once per seed before the arms, and
-            not evaluated; recipes of the arms find the run folder of their seed as a root of this name, so that a
-            stage can start from it: `init: {encoders: "clip:model"}`.
-        baseline: the arm that the others are measured against; default: the first.
+        first: {name: recipe, or a map of `recipe`, `set`, `then`}: runs trained once per seed before the arms and not
+            evaluated; the recipes of the arms get the run folder of their seed as a root of this name, so that a stage
+            can start from it: `init: {encoders: "clip:model"}`.
+        baseline: the arm that the others are compared with; default: the first.
         seeds: training seeds; every arm is trained with each.
-        equal: what has to be equal between the arms: tokens into the LLM, or multiply-adds; null = nothing.
-        tasks: benchmarks that are run. limit: only the first items of each task.
+        equal: what has to be equal across the arms: tokens into the LLM, or multiply-adds; null = nothing.
+        tasks: benchmarks to run.
+        limit: only the first items of each task.
         set: overrides for all arms, before their own.
         plugin: a file, or several, that register parts.
-        summary: what is asked, in a sentence.
+        summary: the question of the study, in a sentence.
     """
 
     arms: dict
@@ -87,7 +91,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Facts:
-    """What an arm costs, without running anything: visual tokens of a video, parameters, multiply-adds."""
+    """The cost of an arm, without running anything: visual tokens of a video, parameters, multiply-adds."""
 
     tokens: int
     parameters: int
@@ -98,11 +102,11 @@ class StudyFile:
     """A study with its arms resolved.
 
     Args:
-        path: a YAML file; recipes and plug-ins are looked for beside it first.
+        path: a YAML file; recipes and plug-ins are looked up beside it first.
         overrides: `key.path=value` for all arms, after the study's own.
 
     Raises:
-        UserError: not a study, an unknown key, an arm whose recipe does not load.
+        UserError: not a study, an unknown key, an arm whose recipe cannot be loaded.
     """
 
     def __init__(self, path: Path, overrides: tuple[str, ...] = ()) -> None:
@@ -129,7 +133,7 @@ class StudyFile:
             raise UserError(f"{path}:baseline", f"no arm is called {self.baseline!r}", hint=hint)
 
     def _check_roots(self) -> None:
-        """What comes first is a root of the arms; a path below none would be found out after hours only."""
+        """Check roots, which include the preliminary runs; a bad path would otherwise fail only after hours."""
         for name, recipe in self.recipes.items():
             known = set(recipe.data.get("roots") or {})
             if name in self.arms:
@@ -138,7 +142,7 @@ class StudyFile:
                 known |= set(self.first)
             for key, path in self._paths(recipe):
                 _check_root(path, known, f"{self._where(name)}: {key}")
-            for word in self.then.get(name, []):  # most words of a command are no paths
+            for word in self.then.get(name, []):  # most words of a command are not paths
                 path = word.rpartition("=")[2]
                 if get_close_matches(path.partition(":")[0], [*known, name]):
                     _check_root(path, {*known, name}, f"{self._where(name)}.then")
@@ -154,7 +158,7 @@ class StudyFile:
                 yield f"stages.{name}.data", path
 
     def check_tasks(self) -> None:
-        """Every arm names the folder of every benchmark.
+        """Check that every arm names the folder of every benchmark.
 
         Raises:
             UserError: one does not.
@@ -167,7 +171,7 @@ class StudyFile:
 
     @contextlib.contextmanager
     def _named(self, name: str) -> Iterator[None]:
-        """Errors of an arm's recipe say whose it is."""
+        """Add the arm's name to errors from its recipe."""
         try:
             yield
         except UserError as error:
@@ -178,7 +182,7 @@ class StudyFile:
         return f"{self.path}:{'first' if name in self.first else 'arms'}.{name}"
 
     def _command(self, name: str, then: str) -> list[str]:
-        """The words of a command that follows what comes first."""
+        """The words of a follow-up command."""
         from mmllm.cli import VERBS, parse
 
         where = f"{self._where(name)}.then"
@@ -197,7 +201,7 @@ class StudyFile:
         return words
 
     def then_of(self, name: str, out: Path) -> list[str]:
-        """The command that follows what comes first, its paths below the run folder `out` and below roots resolved."""
+        """The follow-up command of a preliminary run, with paths below its run folder `out` and roots resolved."""
         recipe, own = self.recipes[name], f"{name}:"
 
         def placed(word: str) -> str:
@@ -208,26 +212,26 @@ class StudyFile:
         return [placed(word) for word in self.then.get(name, [])]
 
     def load(self, name: str) -> Recipe:
-        """The recipe of an arm or of what comes first, with its overrides."""
+        """The recipe of an arm or a preliminary run, with its overrides."""
         with self._named(name):
             return load(self.recipe_of(name), self.overrides_of(name))
 
     def recipe_of(self, name: str) -> str:
-        """Its recipe's name, or the recipe's file beside the study."""
+        """The name of its recipe, or the recipe's file beside the study."""
         recipe = {**self.first, **self.arms}[name].recipe
         return self._beside(recipe) if recipe.endswith((".yaml", ".yml")) else recipe
 
     def overrides_of(self, name: str) -> list[str]:
-        """What all arms have, then its own; of the former only roots where it comes first, whose stages are others."""
+        """The shared overrides (only roots for a preliminary run, whose stages are others), then its own."""
         if name in self.first:
             return [*(word for word in self.overrides if word.startswith("roots.")), *self.first[name].set]
         return [*self.overrides, *self.arms[name].set]
 
     def facts(self) -> dict[str, Facts]:
-        """{arm: what it costs}.
+        """{arm: its cost}.
 
         Raises:
-            UserError: what the study wants to be equal is not; says the figures.
+            UserError: something that the study requires to be equal is not; states the figures.
         """
         from mmllm.checks.summary import walk
         from mmllm.model.blueprint import Blueprint

@@ -1,4 +1,4 @@
-"""What a study found: means over seeds with intervals, differences to the baseline seed by seed, a chart."""
+"""Results of a study: means over seeds with intervals, seed-by-seed differences from the baseline, a chart."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Estimate:
 class ArmResult:
     """One arm on one benchmark; `scores` by seed, in percent.
 
-    `words`: the share of answers that say the right option's text, whatever letter stands beside it; None where they
+    `words`: the share of answers that contain the right option's text, whatever letter goes with it; None if answers
     are letters alone.
     """
 
@@ -56,7 +56,7 @@ def estimate(values: list[float]) -> Estimate:
 
 
 def results(lab: Lab, facts: dict[str, Facts]) -> list[ArmResult]:
-    """What the finished runs say, arm by arm and benchmark by benchmark."""
+    """The results of the finished runs, by arm and benchmark."""
     rows = []
     for benchmark in lab.file.study.tasks:
         scores: dict[str, dict[int, float]] = {name: {} for name in lab.file.arms}
@@ -83,7 +83,7 @@ def results(lab: Lab, facts: dict[str, Facts]) -> list[ArmResult]:
 
 
 def render(rows: list[ArmResult], baseline: str) -> str:
-    """A Markdown table, and what its seeds can show."""
+    """A Markdown table, and the smallest effect that its seeds can show."""
     head = ["arm", "benchmark", "tokens", "parameters", "samples/s", "score [95 %]", f"minus {baseline}, same seeds"]
     head += ["right words"]
     lines = [head]
@@ -106,7 +106,7 @@ def as_dict(rows: list[ArmResult], study: str, baseline: str) -> dict[str, Any]:
 
 
 def draw(rows: list[ArmResult], path: Path) -> None:
-    """Scores with their intervals, a panel a benchmark; single seeds as dots."""
+    """Scores with their intervals, one panel per benchmark; single seeds as dots."""
     from matplotlib.figure import Figure
 
     benchmarks = list(dict.fromkeys(row.benchmark for row in rows))

@@ -1,1 +1,1 @@
-"""The model: bank of encoders, graph of connectors, a causal LM, and how all of it is built and loaded."""
+"""The model: encoder bank, connector graph, a causal LM, and how all of it is built and loaded."""

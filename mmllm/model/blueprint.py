@@ -65,7 +65,7 @@ def _llm(recipe: Recipe) -> tuple[PreTrainedConfig, int]:
     """The LLM's config, as the recipe says, and how many parameters it means.
 
     Raises:
-        UserError: no such model type or a key it does not take.
+        UserError: no such model type, or a key that it does not take.
     """
     values = dict(recipe.llm.config or {})
     where = recipe.where("model.llm.config")
@@ -80,12 +80,12 @@ def _llm(recipe: Recipe) -> tuple[PreTrainedConfig, int]:
         return copy.deepcopy(config), parameters
     except NotCausal:
         raise UserError(f"{where}.model_type", "not a causal LM", expected=expected, got=kind) from None
-    except Exception as error:  # the library checks a config's values in its own ways, with errors of many types
+    except Exception as error:  # the library checks a config's values its own way and raises many error types
         raise UserError(where, f"not a {kind}: {' '.join(str(error).split())[:200]}") from error
 
 
 class NotCausal(Exception):
-    """The library has no causal LM of a kind."""
+    """The library has no causal LM of this kind."""
 
 
 @lru_cache(maxsize=8)
@@ -98,7 +98,7 @@ def _causal_config(kind: str, values: str) -> tuple[PreTrainedConfig, int]:
 
     Raises:
         NotCausal: no causal LM is of this kind.
-        Exception: of any type, where values are wrong or sizes do not divide.
+        Exception: of any type, if values are wrong or sizes do not divide.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
@@ -114,11 +114,11 @@ SAME = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
     *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters"),
 )
-"""What an inline config has to have in common with the weights that its recipe names."""
+"""Fields that an inline config must share with the weights that its recipe names."""
 
 
 def _compare_llm(recipe: Recipe, config: PreTrainedConfig) -> None:
-    """Refuse an inline config that is not that of the folder or package which the LLM's name means."""
+    """Refuse an inline config that differs from that of the folder or package named as the LLM."""
     llm = recipe.llm
     if llm.name is None:
         return

@@ -23,7 +23,7 @@ def build_model(blueprint: Blueprint, *, weights: bool = True) -> MMLLMForCondit
 
     Args:
         blueprint: of its recipe.
-        weights: fetch pretrained weights; False leaves everything random.
+        weights: whether to fetch pretrained weights; False leaves everything random.
 
     Raises:
         UserError: no memory for it, or weights that cannot be fetched or do not fit.
@@ -44,7 +44,7 @@ def build_model(blueprint: Blueprint, *, weights: bool = True) -> MMLLMForCondit
 
 
 def _check_memory(blueprint: Blueprint) -> None:
-    """Refuse a model whose weights alone do not fit into this machine: the system would kill us half-way."""
+    """Refuse a model whose weights alone exceed this machine's memory: the system would kill us halfway."""
     needed = blueprint.parameters() * 4
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
@@ -76,7 +76,7 @@ def _load_llm(model: MMLLMForConditionalGeneration, recipe: Recipe) -> None:
 
 
 def set_stop_tokens(model: MMLLMForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Where the LLM's configs say nothing, generation ends at the tokenizer's end of turn and pads with its padding."""
+    """If the LLM's configs do not say, end generation at the tokenizer's end of turn and pad with its padding."""
     config = model.generation_config
     if config.eos_token_id is None:
         config.eos_token_id = model.config.text_config.eos_token_id
@@ -87,10 +87,10 @@ def set_stop_tokens(model: MMLLMForConditionalGeneration, tokenizer: PreTrainedT
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The LLM's tokenizer: from `llm.tokenizer`, else from `llm.name`.
+    """The LLM's tokenizer: from `llm.tokenizer`, otherwise from `llm.name`.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither is given.
     """
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""The model's config: the resolved `model` section of a recipe and the LLM's own config, one truth for both."""
+"""The model's config: the resolved `model` section of a recipe and the LLM's own config, a single source for both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graph of a connector list: its nodes, what each reads, what reaches the LLM."""
+"""The graph of a connector list: its nodes, what each reads, and what reaches the LLM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmllm.contract.types import MediaSpec, Needs, PromptFeatures, VisualTokens
 
 KINDS = ("video", "image")
 LAYERED = ("hidden_states", "cls", "keys")
-"""What a part may want of an encoder's layers, beside the tokens."""
+"""What a part may request of an encoder's layers besides the tokens."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Node:
     prompt: str | None = None
 
     def runs(self, media: MediaSpec) -> bool:
-        """Whether the part runs for such media; else its first input passes through."""
+        """Whether the part runs for such media; if not, its first input passes through."""
         return self.only is None or self.only == media.kind
 
 
@@ -31,10 +31,11 @@ def read_nodes(sections: dict[str, dict[str, Any]], used: set[str], text: list[s
     """The nodes that the output depends on, in order.
 
     Args:
-        sections: {name: its part of the recipe}. text: names of the text sources; a single one is every node's prompt.
+        sections: {name: its section of the recipe}.
+        text: names of the text sources; a single one is every node's prompt.
 
     Raises:
-        UserError: a node for another kind of media, or a prompt of a kind that it cannot have.
+        UserError: an unknown kind of media for a node, or a prompt that it cannot have.
     """
     nodes = []
     for name, section in sections.items():
@@ -51,7 +52,7 @@ def read_nodes(sections: dict[str, dict[str, Any]], used: set[str], text: list[s
 
 
 def read_output(output: Any, known: list[str], where: str) -> dict[str, list[str]]:
-    """A name, a list of streams or one of either per kind -> {kind: [names]}.
+    """A name, a list of streams, or either per kind -> {kind: [names]}.
 
     Raises:
         UserError: a kind without output, or an unknown name.
@@ -76,10 +77,10 @@ def read_output(output: Any, known: list[str], where: str) -> dict[str, list[str
 
 
 def parse_positions(place: dict[str, str], output: dict[str, list[str]], where: str) -> set[str]:
-    """Names of the streams that stand at the start of a sequence, after BOS, and not where their medium is.
+    """Names of the streams placed at the start of the sequence, after BOS, rather than at their medium.
 
     Raises:
-        UserError: no such stream, or another place.
+        UserError: no such stream, or an unknown position.
     """
     streams = sorted({name for names in output.values() for name in names})
     for name, at in place.items():
@@ -103,7 +104,7 @@ def reachable(inputs: dict[str, list[str]], output: dict[str, list[str]]) -> set
 
 
 def union_needs(needs: list[Needs]) -> Needs:
-    """The union of what several parts need, each thing once."""
+    """The union of the needs of several parts, without duplicates."""
     union = Needs()
     for need in needs:
         fields = (*LAYERED, "prompt", "prompt_hidden_states")
@@ -113,7 +114,7 @@ def union_needs(needs: list[Needs]) -> Needs:
 
 
 def select_hidden_states(tokens: VisualTokens, needs: Needs, union: Needs) -> VisualTokens:
-    """An encoder's tokens with the layers that one part declared, in its order, out of those that all parts did."""
+    """An encoder's tokens with the layers that one part declared, in its order, out of all declared ones."""
     extras = {}
     for name in LAYERED:
         wanted, given = getattr(needs, name), getattr(union, name)

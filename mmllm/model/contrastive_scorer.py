@@ -1,4 +1,4 @@
-"""A model trained by the objective `contrastive`, as judge of how a text fits a medium."""
+"""A model trained with the objective `contrastive`, as a scorer of how well a text fits a medium."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 
 class TrainedPair:
-    """Towers of a run of ours (`nano/clip`), which read a medium as they did in training.
+    """The towers of one of our runs (`nano/clip`), which read a medium as they did in training.
 
     Args:
-        run: run folder or model folder. device: where it runs.
+        run: run folder or model folder.
+        device: where it runs.
 
     Raises:
-        UserError: no model there, or none that was trained so.
+        UserError: there is no model, or not one trained with this objective.
     """
 
     def __init__(self, run: str, device: str = "cpu") -> None:
@@ -34,7 +35,7 @@ class TrainedPair:
         trained = [objective for objective in objectives if isinstance(objective, Contrastive)]
         if not trained:
             hint = "a run of mmllm train nano/clip"
-            raise UserError(run, "was not trained by the objective contrastive, so it cannot score a text", hint=hint)
+            raise UserError(run, "was not trained with the objective contrastive, so it cannot score a text", hint=hint)
         self.objective = trained[-1]
 
     def score(self, name: str, ref: MediaRef, text: str) -> float:
@@ -59,7 +60,7 @@ class TrainedPair:
 
 
 def is_run(name: str) -> bool:
-    """Whether a name is a run folder or a model folder of ours, and not one of the library's."""
+    """Whether a name is one of our run or model folders rather than the library's."""
     from mmllm.model.config import MMLLMConfig
     from mmllm.model.folder import model_folder
 

@@ -18,9 +18,9 @@ from mmllm.encoders.common.tokens import at_times, frame_tokens
 from mmllm.model.chunks import encode_in_chunks
 
 FRAMES_AT_ONCE = 64
-"""Frames that a frozen encoder sees in one call. Its tokens aside, a long clip takes no more memory than this many."""
+"""Frames per call of a frozen encoder. Except for its tokens, a long clip takes no more memory than this many."""
 KEPT = ("values", "positions", "sizes", "times")
-"""Fields of tokens that a feature cache keeps, beside the extras."""
+"""Fields of tokens that a feature cache keeps, besides the extras."""
 EXTRAS = "extras."
 Keep = Callable[[str, dict[str, Any], dict[str, Tensor]], None]
 
@@ -33,8 +33,8 @@ class EncoderBank(nn.Module):
         where: key path for errors.
 
     Attributes:
-        keep: called as `keep(key, clip, tensors)` with what an encoder made of a clip that names a key for it; what it
-            keeps may come back in the clip's `features`, and the encoder is not run again.
+        keep: called as `keep(key, clip, tensors)` with an encoder's output for a clip that gives it a key; what is
+            kept may come back in the clip's `features`, and the encoder is not run again.
     """
 
     def __init__(self, encoders: dict[str, dict[str, Any]], where: str = "model.encoders") -> None:
@@ -61,17 +61,17 @@ class EncoderBank(nn.Module):
     def forward(
         self, clips: list[dict[str, Any]], media: MediaSpec, needs: dict[str, Needs], used: set[str]
     ) -> dict[str, VisualTokens]:
-        """Tokens of B equally shaped clips from each of the encoders that are `used`.
+        """Tokens of B equally shaped clips from each `used` encoder.
 
         Args:
             clips: `{"pixels": {geometry: uint8 [F, 3, h, w]}, "times": [F] seconds}`; in place of pixels `features`,
-                {encoder: tensors that were kept}, and with them `keys`, {encoder: under which key to keep its own}.
+                {encoder: cached tensors}, and alongside `keys`, {encoder: the key under which to cache its output}.
             needs: what the parts that read each encoder declared.
         """
         return {name: self._tokens(name, clips, media, needs.get(name, Needs())) for name in sorted(used)}
 
     def _tokens(self, name: str, clips: list[dict[str, Any]], media: MediaSpec, needs: Needs) -> VisualTokens:
-        """Kept tokens where there are any, the encoder's own for the other clips."""
+        """Cached tokens where they exist, the encoder's own for the other clips."""
         known = [clip.get("features", {}).get(name) for clip in clips]
         missing = [index for index, features in enumerate(known) if features is None]
         if missing:
@@ -100,7 +100,7 @@ class EncoderBank(nn.Module):
             return at_times(encoder(pixels, media, needs), times)
 
     def blank(self, media: MediaSpec, name: str, like: Tensor, needs: Needs) -> VisualTokens:
-        """Zero features of one clip, in place of running a frozen encoder for nothing, with the dtype of `like`."""
+        """Zero features of one clip, with the dtype of `like`, to avoid running a frozen encoder for nothing."""
         encoder: Encoder = self.encoders[name]
         spec = encoder.output_spec(media)
         values = like.new_zeros(1, spec.tokens, spec.width)
@@ -110,18 +110,18 @@ class EncoderBank(nn.Module):
 
 
 def _stack(rows: list[Tensor]) -> Tensor:
-    """[B, ...]; one row is not copied, it may be a long clip."""
+    """[B, ...]; a single row is not copied, as it may be a long clip."""
     return rows[0][None] if len(rows) == 1 else torch.stack(rows)
 
 
 def _row(tokens: VisualTokens, row: int) -> dict[str, Tensor]:
-    """What is kept of one clip of a group."""
+    """What is cached for one clip of a group."""
     fields = {name: getattr(tokens, name)[row] for name in KEPT}
     return fields | {EXTRAS + name: value[row] for name, value in tokens.extras.items()}
 
 
 def _join(rows: list[dict[str, Tensor]], media: MediaSpec, spec: TokenSpec) -> VisualTokens:
-    """A group out of what was kept of its clips."""
+    """A group assembled from what was cached for its clips."""
     fields = {name: _stack([row[name] for row in rows]) for name in KEPT}
     named = [name for name in rows[0] if name.startswith(EXTRAS)]
     extras = {name.removeprefix(EXTRAS): _stack([row[name] for row in rows]) for name in named}
@@ -129,7 +129,7 @@ def _join(rows: list[dict[str, Tensor]], media: MediaSpec, spec: TokenSpec) -> V
 
 
 def build_encoder(section: dict[str, Any], where: str) -> Encoder:
-    """One encoder out of its part of a recipe, without weights.
+    """One encoder from its section of a recipe, without weights.
 
     Raises:
         UserError: no such encoder, or its arguments do not fit.
@@ -141,5 +141,5 @@ def build_encoder(section: dict[str, Any], where: str) -> Encoder:
     bound = bind(cls, arguments, where)
     try:
         return cls(Site(), **bound)
-    except (ValueError, RuntimeError, ArithmeticError) as error:  # torch refuses sizes as it makes tensors of them
+    except (ValueError, RuntimeError, ArithmeticError) as error:  # torch refuses sizes when it creates tensors
         raise UserError(where, said_by(error)) from error

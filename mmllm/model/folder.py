@@ -1,4 +1,4 @@
-"""Folders that hold a model: which one is meant, and whether its files are whole."""
+"""Folders that hold a model: which one is meant, and whether its files are complete."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ GENERATION: dict[str, Any] = {
     "do_sample": bool | None,
     "use_cache": bool | None,
 }
-"""What a generation config may say, of those keys that change an answer."""
+"""The keys of a generation config that change an answer, and their allowed values."""
 NEEDED = ("config.json", "processor_config.json", "tokenizer.json")
 
 
 def model_folder(path: str | Path) -> Path:
-    """The model folder that a run folder or a model folder means.
+    """The model folder that a run folder or a model folder refers to.
 
     Raises:
         UserError: there is no model.
@@ -58,13 +58,13 @@ def model_folder(path: str | Path) -> Path:
 
 
 def check_model_folder(folder: Path, needed: tuple[str, ...] = NEEDED) -> None:
-    """See that the files of a model are there and can be read; the library says less of what is wrong.
+    """Check that the files of a model exist and can be read; the library's own errors say less.
 
     Args:
-        needed: files that have to be there beside the weights; weights alone are used without the rest.
+        needed: files required besides the weights; weights alone are used without the rest.
 
     Raises:
-        UserError: names the file that is absent or damaged.
+        UserError: names the file that is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -97,7 +97,7 @@ def check_model_folder(folder: Path, needed: tuple[str, ...] = NEEDED) -> None:
 
 
 def check_generation(model: Any, folder: Path) -> None:
-    """See that a model's generation config has numbers where it needs them, and ids of its vocabulary.
+    """Check that a model's generation config has numbers where it needs them, and ids within its vocabulary.
 
     Raises:
         UserError: names the key.
@@ -110,11 +110,11 @@ def check_generation(model: Any, folder: Path) -> None:
         value = getattr(config, key, None)
         for token in value if isinstance(value, list) else [value]:
             if token is not None and not 0 <= parse(token, int, f"{where}{key}") < rows:
-                raise UserError(f"{where}{key}", "not of the vocabulary", expected=f"below {rows}", got=token)
+                raise UserError(f"{where}{key}", "not in the vocabulary", expected=f"below {rows}", got=token)
 
 
 def check_tokenizer(processor: Any, folder: Path) -> None:
-    """See that a tokenizer and its chat template work at all.
+    """Check that a tokenizer and its chat template work at all.
 
     Raises:
         UserError: they do not.
@@ -125,6 +125,6 @@ def check_tokenizer(processor: Any, folder: Path) -> None:
             processor.apply_chat_template([{"role": "user", "content": "?"}], tokenize=True, add_generation_prompt=True)
     except UserError as error:
         raise UserError(folder, f"{error.where}: {error.what}", expected=error.expected, got=error.got) from error
-    except Exception as error:  # whatever a damaged tokenizer leads to
+    except Exception as error:  # a damaged tokenizer can raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(folder / "tokenizer_config.json", f"its tokenizer does not work ({reason})") from error

@@ -1,6 +1,6 @@
 """The front end: encoders and connectors at work. Called once per forward, returns one tensor of rows.
 
-The order of the rows is the order of the pairs, within a pair the order of its streams; blank rows come last.
+Rows are in the order of the pairs and, within a pair, in the order of its streams; blank rows come last.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class FrontEnd(nn.Module):
 
         Args:
             visual: the batch's dict of media, pairs, prompts and spans.
-            blank: kinds of media to run on blanks, so that every process touches the same parameters.
-            embed_tokens: the LLM's table of embeddings, for text sources without their own.
+            blank: kinds of media to run on blank inputs, so that every process uses the same parameters.
+            embed_tokens: the LLM's embedding table, for text sources without their own.
 
         Returns:
-            rows [R, D] and how many of the last are blank.
+            rows [R, D], and how many of the last are blank.
         """
         pairs, device = visual["pairs"], next(self.parameters()).device
         asked = visual.get("prompts") or self.prompts.blank(device)
@@ -65,7 +65,7 @@ class FrontEnd(nn.Module):
         return torch.cat(rows + blanks), sum(len(rows) for rows in blanks)
 
     def tokens_of(self, visual: VisualInputs, name: str, embed_tokens: nn.Module | None = None) -> list[VisualTokens]:
-        """What the encoder or node `name` makes of each pair, in their order, one row each: to look inside."""
+        """The output of the encoder or node `name` for each pair, in order, one row each: for inspection."""
         asked = visual.get("prompts") or self.prompts.blank(next(self.parameters()).device)
         prompts = self.prompts(asked, self.plan.text_needs, embed_tokens)
         found: dict[int, VisualTokens] = {}
@@ -86,7 +86,7 @@ class FrontEnd(nn.Module):
         if len(clips) < len(pairs):
             index = torch.tensor([clips.index(clip) for clip, _ in pairs], device=next(self.parameters()).device)
             tokens = {name: value.select(index) for name, value in tokens.items()}
-        if "prompts" not in visual:  # there is one then, in which nothing is said
+        if "prompts" not in visual:  # there is then one empty prompt
             pairs = [(clip, 0) for clip, _ in pairs]
         chosen = [prompt for _, prompt in pairs]
         return tokens, {name: features.select(chosen) for name, features in prompts.items()}
@@ -124,13 +124,13 @@ class FrontEnd(nn.Module):
         return [tokens[name] for name in self.plan.output[spec.kind]]
 
     def blanks(self, visual: VisualInputs) -> tuple[MediaSpec, ...]:
-        """The kinds that this batch lacks, as blank media: run when several processes train together."""
+        """The kinds of media missing from this batch, as blanks: run when several processes train together."""
         present = {clip["spec"].kind for clip in visual["media"]}
         return tuple(self.plan.nominal(kind) for kind in KINDS if kind not in present)
 
 
 def _groups(visual: VisualInputs) -> list[tuple[MediaSpec, list[int]]]:
-    """(kind of media, which pairs are of it), in an order that is the same in every process."""
+    """(kind of media, indices of its pairs), in an order that is the same in every process."""
     groups: dict[MediaSpec, list[int]] = {}
     for index, (clip, _) in enumerate(visual["pairs"]):
         groups.setdefault(visual["media"][clip]["spec"], []).append(index)

@@ -77,7 +77,7 @@ class FrontEndPlan:
         self._build(nodes)
         self.needs = self._union(lambda node: node.inputs[0] if node.inputs[0] in self.bank.encoders else None)
         self.text_needs = self._union(lambda node: node.prompt if self.guided(node) else None)
-        for kind in KINDS:  # once more, with the layers that the encoders deliver
+        for kind in KINDS:  # again, with the layers that the encoders deliver
             self._specs(self.nominal(kind))
         known = [part.needs().alignment_levels for part in self.parts.values()]
         self.alignment_levels = min((count for count in known if count is not None), default=None)
@@ -121,7 +121,7 @@ class FrontEndPlan:
             part = cls(Site(inputs, self.llm_width, *widths), **bound)
         except NoPrompt as error:
             raise self._no_prompt(where) from error
-        except (ValueError, RuntimeError, ArithmeticError) as error:  # torch refuses sizes as it makes tensors of them
+        except (ValueError, RuntimeError, ArithmeticError) as error:  # torch refuses sizes when it creates tensors
             raise UserError(where, said_by(error)) from error
         self._check_needs(node, part.needs(), where)
         return part
@@ -135,7 +135,7 @@ class FrontEndPlan:
     def _no_prompt(self, where: str) -> UserError:
         known = list(self.prompts.sources)
         hint = f"prompt: {' or '.join(known)}" if known else "model.text: {name: {type: clip_text, ...}}"
-        return UserError(where, "needs the prompt, and no text source is named for it", hint=hint)
+        return UserError(where, "needs the prompt, but no text source is named for it", hint=hint)
 
     def guided(self, node: Node) -> bool:
         """Whether the node's part reads a prompt."""
@@ -143,7 +143,7 @@ class FrontEndPlan:
         return bool(needs.prompt or needs.prompt_hidden_states)
 
     def _union(self, source_of: Callable[[Node], str | None]) -> dict[str, Needs]:
-        """{source: union of what the parts that read it need}."""
+        """{source: union of the needs of the parts that read it}."""
         found: dict[str, list[Needs]] = {}
         for node in self.nodes:
             source = source_of(node)
@@ -152,7 +152,7 @@ class FrontEndPlan:
         return {source: union_needs(needs) for source, needs in found.items()}
 
     def _tiling(self, section: dict[str, Any] | None) -> Tiling | None:
-        """How an image is cut into views: size and tokens of a view are those of the first encoder that is used."""
+        """How an image is cut into views: size and tokens of a view are those of the first encoder in use."""
         if section is None:
             return None
         where = f"{self.where}.media.tiles"
@@ -191,12 +191,12 @@ class FrontEndPlan:
 
     @property
     def geometries(self) -> dict[str, Geometry]:
-        """{encoder that is used: the size in which it wants its pixels}."""
+        """{encoder in use: the size in which it wants its pixels}."""
         encoders = self.bank.encoders.items()
         return {name: encoder.geometry for name, encoder in encoders if name in self.encoders_used}
 
     def _specs(self, media: MediaSpec) -> dict[str, TokenSpec]:
-        """{encoder or node: what it gives for such media}."""
+        """{encoder or node: its output for such media}."""
         specs = self.bank.output_specs(media)
         for node in self.nodes:
             specs[node.name] = self._declare(node, specs, media)
@@ -214,14 +214,14 @@ class FrontEndPlan:
             inputs = self._read(node, specs, media)
             for extra in part.needs().extras:
                 if extra not in inputs[0].extras:
-                    raise ValueError(f"needs {extra}, which a part above has to write")
+                    raise ValueError(f"needs {extra}, which an earlier part has to write")
             return part.output_spec(*inputs)
         except ValueError as error:
             reads = ", ".join(f"{name}: {spec}" for name, spec in zip(node.inputs, inputs, strict=True))
             raise UserError(f"{self.where}.connector.{node.name}", f"{error}; it reads {reads}") from error
 
     def _read(self, node: Node, specs: dict[str, TokenSpec], media: MediaSpec) -> list[TokenSpec]:
-        """What a node reads, with the layers of an encoder that it declared."""
+        """The inputs of a node, with the encoder layers that it declared."""
         inputs, first = [specs[name] for name in node.inputs], node.inputs[0]
         if first in self.bank.encoders:
             extras = self.bank.encoders[first].extras_spec(media, self.parts[node.name].needs())

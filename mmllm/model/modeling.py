@@ -17,15 +17,15 @@ from mmllm.model.config import MMLLMConfig
 from mmllm.model.front_end import FrontEnd
 from mmllm.processing.collate import joined, move
 
-# What the LLM returns beside its hidden states; the library renamed past_key_values to cache after 5.23.
+# What the LLM returns besides its hidden states; the library renamed past_key_values to cache after 5.23.
 BESIDE = ("cache", "past_key_values", "hidden_states", "attentions")
 
-# Heads that do more than multiply: ours would lose it without a word.
+# Settings of heads that do more than multiply: our head would silently drop them.
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 class MMLLMPreTrainedModel(PreTrainedModel):
-    """What the two classes share with the library: flags and how a part writes its own weights."""
+    """What the two classes share with the library: flags, and how a part initialises its own weights."""
 
     config_class = MMLLMConfig
     base_model_prefix = "model"
@@ -37,10 +37,10 @@ class MMLLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: what is written at loading is written through `transformers.initialization`, which leaves loaded tensors.
+        """No: loading initialises through `transformers.initialization`, which leaves loaded tensors unchanged.
 
-        For custom code the library skips every module without a raw tensor of its own, and so a part whose children
-        need more than the library's own initialisation.
+        For custom code the library skips every module without a raw tensor of its own, and therefore a part whose
+        children need more than the library's own initialisation.
         """
         return False
 
@@ -56,7 +56,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
 
     def __init__(self, config: MMLLMConfig) -> None:
         super().__init__(config)
-        # The LLM first: its random weights then depend on the seed alone, not on what stands before it.
+        # The LLM first: its random weights then depend on the seed alone, not on the front end.
         self.language_model = AutoModel.from_config(config.text_config)
         self.front_end = FrontEnd(config.model_section, config.text_config.hidden_size)
         self.post_init()
@@ -100,7 +100,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
         return LLMInputs(flat.view_as(embeds), attention_mask, position_ids, where)
 
     def is_distributed_training(self) -> bool:
-        """Whether several processes train together, so that each has to touch every parameter."""
+        """Whether several processes train together, so that each must use every parameter."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         return self.training and torch.is_grad_enabled() and distributed and torch.distributed.get_world_size() > 1
 
@@ -141,7 +141,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
         return self.run(sequence, **kwargs)
 
     def run(self, sequence: LLMInputs, **kwargs: Any) -> Any:
-        """The LLM's body over a sequence; `last_hidden_state` [B, L, D] and what the library returns beside it."""
+        """The LLM's body over a sequence; `last_hidden_state` [B, L, D] and whatever else the library returns."""
         return self.language_model(
             inputs_embeds=sequence.embeds,
             attention_mask=sequence.mask,
@@ -151,7 +151,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
 
 
 class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
-    """Front end + LLM + head; generates, saves and loads as any model of transformers does."""
+    """Front end + LLM + head; generates, saves and loads like any model of transformers."""
 
     def __init__(self, config: MMLLMConfig) -> None:
         super().__init__(config)
@@ -209,12 +209,12 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """Logits [B, L, V]; with `labels` their mean loss too; with an `objective` its terms instead.
+        """Logits [B, L, V]; with `labels` also their mean loss; with an `objective` its terms instead.
 
         Args:
-            visual: media, pairs and spans of the batch, as the processor makes them; only with whole prompts.
+            visual: media, pairs and spans of the batch, as made by the processor; only with whole prompts.
             objective: runs inside this call, so that gradients are synchronised and shards gathered.
-            logits_to_keep: how many of the last positions need logits (0 = all).
+            logits_to_keep: number of last positions that need logits (0 = all).
         """
         if objective is not None:
             batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, "visual": visual}
@@ -238,7 +238,7 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
         visual: VisualInputs | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Media enter with the prompt only: afterwards they are in the cache."""
+        """Media are passed with the prompt only: afterwards they are in the cache."""
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if kwargs.get("is_first_iteration") or kwargs.get("use_cache") is False:
             inputs["visual"] = visual
@@ -247,9 +247,9 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Beams repeat rows; the media stay as they are and the spans of a row are copied to its repeats."""
+        """Beams repeat rows; the media stay unchanged and the spans of a row are copied to its repeats."""
         visual = model_kwargs.pop("visual", None)
-        if isinstance(visual, list):  # the library's pipeline collates what it knows, and lists the rest
+        if isinstance(visual, list):  # the library's pipeline collates what it knows and puts the rest into lists
             visual = joined(visual, model_kwargs.get("attention_mask"))
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **model_kwargs

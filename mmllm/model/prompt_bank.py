@@ -1,4 +1,4 @@
-"""What the user asks, for parts that look at a clip with the question in mind: the text sources of a recipe."""
+"""The user's question, for parts that process a clip with the question in mind: the text sources of a recipe."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class PromptBank(nn.Module):
 
     Args:
         sections: {name: {type: ..., turns: all | first | last, arguments}}; `turns` says which of the user's turns
-            guide (default all, joined); what the assistant says never does.
-        where: key path for errors. llm_width: width of the LLM's embeddings.
+            guide (default all, joined); the assistant's turns never do.
+        where: key path for errors.
+        llm_width: width of the LLM's embeddings.
     """
 
     def __init__(self, sections: dict[str, dict[str, Any]], where: str = "model.text", llm_width: int = 0) -> None:
@@ -37,13 +38,13 @@ class PromptBank(nn.Module):
             self.turns[name] = parse(section.get("turns", "all"), Turns, f"{where}.{name}.turns")
 
     def use_tokenizer(self, tokenizer: Any) -> None:
-        """The LLM's tokenizer for the sources that say `tokenizer: llm`."""
+        """Give the LLM's tokenizer to the sources with `tokenizer: llm`."""
         for source in self.sources.values():
             if getattr(source, "tokenizer_name", None) == "llm":
                 source.__dict__["_tokenizer"] = tokenizer
 
     def encode(self, said: list[str]) -> dict[str, list[int]]:
-        """{source: ids} of what a user said, turn by turn; no ids where nothing was said. Runs in a loader worker."""
+        """{source: ids} of what a user said, turn by turn; no ids if nothing was said. Runs in a loader worker."""
         rows = {}
         for name, source in self.sources.items():
             chosen = {"all": said, "first": said[:1], "last": said[-1:]}[self.turns[name]]
@@ -57,7 +58,7 @@ class PromptBank(nn.Module):
         """{source: ids and mask [P, L], level [P]} of P prompts; a prompt without ids counts as no prompt.
 
         Args:
-            alignment_levels: the alignment level of each prompt's record, -1 where it carries none; default: none does.
+            alignment_levels: the alignment level of each prompt's record, -1 if it has none; default: none has one.
         """
         level = torch.tensor([-1] * len(rows) if alignment_levels is None else alignment_levels)
         prompts = {}
@@ -67,7 +68,7 @@ class PromptBank(nn.Module):
         return prompts
 
     def blank(self, device: torch.device) -> dict[str, dict[str, Tensor]]:
-        """One prompt in which nothing is said."""
+        """One empty prompt."""
         batch = self.collate([{}])
         return {name: {key: value.to(device) for key, value in item.items()} for name, item in batch.items()}
 
@@ -77,14 +78,14 @@ class PromptBank(nn.Module):
         """Features of P prompts from every source that a part reads.
 
         Args:
-            needs: {source: union of what the parts that read it declared}.
-            embed_tokens: the LLM's table of embeddings, for a source without its own.
+            needs: {source: union of the needs of the parts that read it}.
+            embed_tokens: the LLM's embedding table, for a source without its own.
         """
         features = {}
         table = any(parameter.requires_grad for parameter in embed_tokens.parameters()) if embed_tokens else False
         for name, wanted in needs.items():
             source: TextSource = self.sources[name]
-            # A source without weights of its own reads the table, and gradients reach what it reads.
+            # A source without its own weights reads the table, and gradients reach what it reads.
             trains = (source.trainable or table) and torch.is_grad_enabled()
             with nullcontext() if trains else torch.no_grad():
                 item = prompts[name]
@@ -100,7 +101,7 @@ def user_turns(messages: list[dict[str, Any]]) -> list[str]:
 
 
 def build_source(section: dict[str, Any], where: str, llm_width: int = 0) -> TextSource:
-    """One text source out of its part of a recipe, without weights.
+    """One text source from its section of a recipe, without weights.
 
     Raises:
         UserError: no such source, or its arguments do not fit.

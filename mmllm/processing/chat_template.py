@@ -1,8 +1,8 @@
-"""Conversations as text: any tokenizer's chat template, media at their places, answers with their extent.
+"""Conversations as text: any tokenizer's chat template, media at their positions, answers with their extent.
 
-The template is rendered once per conversation *shape* with marks in place of the contents, and the contents are put in
-afterwards. So a turn's extent is known exactly, whatever the template adds around it or writes differently for
-earlier turns, and text that a user types is never read as a part of the template.
+The template is rendered once per conversation *shape* with marks in place of the contents, and the contents are filled
+in afterwards. So a turn's extent is known exactly, whatever the template adds around it or writes differently for
+earlier turns, and text typed by a user is never read as part of the template.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Rendered:
     """A conversation as one text.
 
     Attributes:
-        text: the text, with one placeholder for every medium.
+        text: the text, with one placeholder per medium.
         media: the media in the order of their placeholders.
-        answers: (start, end) characters of what the assistant says, end markers included.
-        typed: (start, end) characters of the texts in the messages: what spells a control token there is text.
+        answers: (start, end) characters of the assistant's answers, end markers included.
+        typed: (start, end) characters of the texts in the messages: a control token spelled there is plain text.
     """
 
     text: str
@@ -48,11 +48,12 @@ def render(
     """The text of a conversation.
 
     Args:
-        tokenizer: whose chat template to use.
+        tokenizer: its chat template is used.
         messages: `[{"role": ..., "content": text or [{"type": "video", "path": ...}, {"type": "text", ...}]}]`.
-        prompt: end with the opening of an assistant's turn.
+        prompt: end with the opening of an assistant turn.
         continued: leave the last turn open, to be continued.
-        template: another chat template than the tokenizer's. variables: of the template.
+        template: a chat template to use instead of the tokenizer's.
+        variables: of the template.
 
     Raises:
         UserError: a malformed message, no chat template or a broken one, or a placeholder typed in a text.
@@ -88,13 +89,13 @@ def _role(message: dict[str, Any]) -> str:
 
 
 def _written_first(piece: str, opening: str) -> int:
-    """How much a template writes between what a generation prompt ends with and the content (an empty thought, say)."""
+    """Number of characters a template writes between a generation prompt and the content (an empty thought, say)."""
     place = piece.rfind(opening) if opening else -1
     return len(piece) - place - len(opening) if place >= 0 else 0
 
 
 def _write_content(message: dict[str, Any], result: Rendered) -> None:
-    """Append what a message says to the text, a placeholder for each of its media."""
+    """Append a message's content to the text, with a placeholder for each of its media."""
     for entry in entries_of(message):
         if isinstance(entry, MediumEntry):
             result.text += PLACEHOLDERS[entry.kind]
@@ -118,9 +119,9 @@ def _frame(template: Template, roles: tuple[str, ...], prompt: bool) -> tuple[li
     for index in range(len(roles)):
         before, mark, text = text.partition(MARK.format(index))
         if not mark:
-            raise UserError("chat template", f"it leaves out message {index} ({roles[index]})")
+            raise UserError("chat template", f"leaves out message {index} ({roles[index]})")
         pieces.append(before)
     if any(MARK[0] in piece for piece in (*pieces, text)):
-        raise UserError("chat template", "it writes a message twice, or in another order")
+        raise UserError("chat template", "writes a message twice, or in a different order")
     opening = template(marked[:1], True).removeprefix(template(marked[:1], False)) if roles else ""
     return [*pieces, text], opening

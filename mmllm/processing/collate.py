@@ -16,12 +16,14 @@ from mmllm.contract.types import Geometry, MediaSpec
 
 @dataclass
 class Medium:
-    """One decoded clip or image: what a batch holds of it once, however often it is used.
+    """One decoded clip or image, stored once per batch, however often it is used.
 
     Attributes:
-        key: equal for equal media. source: what was given in memory, kept so that its identity stays its own.
+        key: equal for equal media.
+        source: the object given in memory, kept alive so that its identity is not reused.
         corrupt: (first, last) seconds within which its frames may be damaged.
-        features: {encoder: tensors kept of it}, in place of its pixels. keys: {encoder: where to keep what it makes}.
+        features: {encoder: its cached tensors}, in place of pixels.
+        keys: {encoder: the key under which to cache its output}.
     """
 
     key: Any
@@ -34,7 +36,7 @@ class Medium:
     corrupt: tuple[tuple[float, float], ...] = ()
 
     def for_model(self) -> dict[str, Any]:
-        """What the front end takes of it, and its file where that is damaged."""
+        """What the front end needs of it, and its file if that is damaged."""
         names = ("spec", "times", "pixels", "features", "keys")
         taken = {name: getattr(self, name) for name in names}
         return taken | ({"damaged": str(self.source)} if self.corrupt else {})
@@ -45,10 +47,13 @@ class Example:
     """One conversation, ready to be batched.
 
     Attributes:
-        ids: token ids with every medium expanded. labels: the same with -100 where nothing is learnt, or None.
-        media: its media in order. spans: (start, medium, stream) of every visual span.
-        prompt: {text source: ids} of what the user says. level: how completely text and media fit, -1 = not known.
-        name: what to call it in errors.
+        ids: token ids with every medium expanded.
+        labels: the same with -100 where nothing is learned, or None.
+        media: its media in order.
+        spans: (start, medium, stream) of every visual span.
+        prompt: {text source: ids} of what the user says.
+        level: how completely text and media match, -1 = unknown.
+        name: its name in errors.
     """
 
     ids: list[int]
@@ -61,10 +66,10 @@ class Example:
 
 
 class VisualBatch(BatchFeature):
-    """A BatchFeature whose `.to` reaches into the visual part; a dtype casts no times and no pixels."""
+    """A BatchFeature whose `.to` reaches into the visual part; a dtype does not cast times and pixels."""
 
     def to(self, *args: Any, **kwargs: Any) -> VisualBatch:
-        """Move everything; floating-point tensors outside `visual` are cast too where a dtype is given."""
+        """Move everything; if a dtype is given, floating-point tensors outside `visual` are also cast."""
         device = kwargs.get("device")
         if device is None and args and not isinstance(args[0], torch.dtype):
             device = args[0]
@@ -76,7 +81,7 @@ class VisualBatch(BatchFeature):
 
 
 def move(value: Any, device: torch.device | str) -> Any:
-    """Every tensor in nested dicts, lists and tuples, moved."""
+    """Move every tensor in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
@@ -87,11 +92,11 @@ def move(value: Any, device: torch.device | str) -> Any:
 
 
 def joined(parts: list[dict[str, Any]], attention_mask: Tensor | None) -> dict[str, Any]:
-    """The `visual` dicts of single rows as that of their batch, as the library's pipeline collates the rest.
+    """The `visual` dicts of single rows joined into one, as the library's pipeline collates the rest.
 
     Args:
-        attention_mask: [B, L] of the batch; what it leaves out before a row's first token moves the row's spans. None =
-            no row is padded.
+        attention_mask: [B, L] of the batch; padding before a row's first token shifts the row's spans. None = no row
+            is padded.
     """
     offsets = [0] * len(parts) if attention_mask is None else attention_mask.long().argmax(dim=1).tolist()
     media, pairs, spans, prompts = [], [], [], 0
@@ -107,7 +112,7 @@ def joined(parts: list[dict[str, Any]], attention_mask: Tensor | None) -> dict[s
 
 
 def _stacked(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Rows of prompts, padded behind to the longest as all text sources pad."""
+    """Rows of prompts, right-padded to the longest as all text sources pad."""
     length = max(part["ids"].shape[1] for part in parts)
 
     def padded(value: Tensor) -> Tensor:
@@ -126,7 +131,7 @@ class Visual:
         self.spans: list[tuple[int, int, int, int]] = []
 
     def add(self, example: Example, row: int, offset: int) -> None:
-        """The spans of one row whose tokens start at `offset`."""
+        """Add the spans of one row whose tokens start at `offset`."""
         prompt = json.dumps([example.prompt, example.level]) if example.prompt else None
         for start, index, stream in example.spans:
             medium = example.media[index]
@@ -137,7 +142,7 @@ class Visual:
             self.spans.append((row, start + offset, pair, stream))
 
     def collected(self, prompts: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-        """The dict; `prompts` makes a batch of rows of ids and levels."""
+        """The dict; `prompts` collates rows of ids and levels."""
         clips = {key: index for index, key in enumerate(self.media)}
         asked = {key: index for index, key in enumerate(self.prompts)}
         visual = {
@@ -154,8 +159,9 @@ def collate(examples: list[Example], pad_id: int, padding_side: str, prompts: Ca
     """A batch: padded ids, mask, labels, and the `visual` dict.
 
     Args:
-        pad_id: token id of padding. padding_side: "left" or "right".
-        prompts: makes a batch of prompts out of rows of ids (see `PromptBank.collate`).
+        pad_id: token id of padding.
+        padding_side: "left" or "right".
+        prompts: collates rows of ids (see `PromptBank.collate`).
     """
     length = max(len(example.ids) for example in examples)
     ids = torch.full((len(examples), length), pad_id)

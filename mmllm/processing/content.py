@@ -26,9 +26,9 @@ VALUES = {
         "sampler": str | None,
     },
 }
-"""What may stand beside the file of a medium."""
+"""The keys allowed besides the file of a medium."""
 SPELLINGS = {"num_frames": "frames"}
-"""Other names that are in use elsewhere."""
+"""Other names of these keys in use elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,14 @@ class MediumEntry:
     """An image or video of a message.
 
     Attributes:
-        kind: "image" or "video". source: a path, or pixels in memory.
-        start, end: seconds. frames, max_frames, sampler: how it is sampled, in place of the model's own way.
-        fps: frames taken per second of a file; of a folder of frames: frames that it has per second.
+        kind: "image" or "video".
+        source: a path, or pixels in memory.
+        start: seconds.
+        end: seconds.
+        frames: number of frames to sample, instead of the model's own.
+        max_frames: most frames to sample, instead of the model's own.
+        sampler: name of the sampler, instead of the model's own.
+        fps: frames sampled per second of a file; for a folder of frames, its frame rate.
     """
 
     kind: str
@@ -52,7 +57,7 @@ class MediumEntry:
 
     @property
     def ref(self) -> MediaRef | None:
-        """The file that is meant; None for pixels in memory."""
+        """The file referred to; None for pixels in memory."""
         if not isinstance(self.source, str | os.PathLike):
             return None
         path = os.fspath(self.source)
@@ -62,7 +67,7 @@ class MediumEntry:
         return isinstance(self.source, str | os.PathLike) and Path(self.source).is_dir()
 
     def sampled(self, own: Sampling) -> Sampling:
-        """How this medium is sampled; `own` is how it is where the entry says nothing."""
+        """How this medium is sampled; `own` applies where the entry does not say."""
         return own.override(self.frames, None if self._is_folder() else self.fps, self.max_frames, self.sampler)
 
 

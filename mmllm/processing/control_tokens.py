@@ -1,4 +1,4 @@
-"""Text that spells a control token: somebody has typed it, so it stays text."""
+"""Text that spells a control token: somebody typed it, so it stays text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ControlTokens:
     """The tokens of a tokenizer that mean more than their letters.
 
     Args:
-        tokenizer: of transformers, with a fast tokenizer behind it.
+        tokenizer: of transformers, backed by a fast tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -24,7 +24,7 @@ class ControlTokens:
         self.ids = {str(token): number for number, token in added if token.special}
 
     def spelled(self, text: str, typed: list[Extent]) -> list[Extent]:
-        """Where the typed parts of a text spell one."""
+        """Where the typed parts of a text spell a control token."""
         found = []
         for start, end in typed:
             for token in self.ids:
@@ -35,10 +35,10 @@ class ControlTokens:
         return found
 
     def ids_of(self, token: int, text: str, place: Extent, spelled: list[Extent]) -> list[int]:
-        """A token's id, or the ids of its text where it is a control token that somebody typed.
+        """A token's id, or the ids of its text if it is a control token that somebody typed.
 
         Args:
-            place: its characters in the text; blanks around it may be among them.
+            place: its extent in the text; surrounding spaces may be included.
         """
         start, end = place
         if token not in self.ids.values() or not any(start < last and first < end for first, last in spelled):
@@ -47,7 +47,7 @@ class ControlTokens:
 
     @cached_property
     def _plain(self) -> Tokenizer:
-        """A copy that knows no control tokens: the switch is a state of a tokenizer, which other threads use too."""
+        """A copy without control tokens: switching them off in the original would affect other threads using it."""
         copy = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         copy.encode_special_tokens = True
         return copy

@@ -1,4 +1,4 @@
-"""What may be said at a call of the processor: how media are sampled, and how the batch is laid out."""
+"""Options of a call to the processor: how media are sampled, and how the batch is laid out."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ OPTIONS = {
     "padding": Literal[True, False, "longest"],  # a batch is always padded to its longest row
     "return_tensors": Literal["pt"],
 }
-"""What may be said at a call, and of which type."""
+"""The options of a call, and their types."""
 
 
 def read_options(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(options of the processor by name, None where absent; the rest) of keyword arguments.
 
     Raises:
-        UserError: a value of a wrong type; an option twice, under two spellings.
+        UserError: a value of a wrong type, or an option given twice under two spellings.
     """
     options: dict[str, Any] = dict.fromkeys(OPTIONS)
     rest = {}
@@ -43,6 +43,6 @@ def read_options(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def refuse_unknown(names: list[str], where: str) -> None:
-    """Raise where there is any; names the nearest known one."""
+    """Raise if there are any; the message suggests the nearest known name."""
     for name in names:
         raise UserError(f"{where}: {name}", "unknown argument", hint=nearest(name, [*OPTIONS, *SPELLINGS]))

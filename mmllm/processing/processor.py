@@ -23,7 +23,7 @@ from mmllm.processing.control_tokens import ControlTokens
 from mmllm.processing.options import SAMPLING, read_options, refuse_unknown
 
 CHARACTERS = 256
-"""No tokenizer makes a token of more characters, on average over a text."""
+"""Upper limit of characters per token of any tokenizer, on average over a text."""
 
 
 class MMLLMProcessor(ProcessorMixin):
@@ -36,7 +36,7 @@ class MMLLMProcessor(ProcessorMixin):
         max_length: longest sequence; None = no limit.
 
     Attributes:
-        loader: reads media; another one reads with another back end, other limits, or from caches.
+        loader: reads media; replace it to use another back end, other limits or caches.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class MMLLMProcessor(ProcessorMixin):
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token_id is None:
-            raise UserError("tokenizer", "has neither a padding token nor an end of sentence", hint="another tokenizer")
-        tokenizer.padding_side = "left"  # answers are generated behind a prompt; batches for training say "right"
-        # Expanded positions hold an id that every LLM has a row for; the row itself is never used there.
+            raise UserError("tokenizer", "has neither a padding nor an end-of-sentence token", hint="another tokenizer")
+        tokenizer.padding_side = "left"  # answers are generated after the prompt; training batches use "right"
+        # Expanded positions hold an id that every LLM has an embedding for; that embedding is never used there.
         self.filler_id = tokenizer.pad_token_id
 
     @property
@@ -83,7 +83,7 @@ class MMLLMProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the model's forward takes from here."""
+        """The inputs of the model's forward that come from here."""
         return ["input_ids", "attention_mask", "visual"]
 
     def apply_chat_template(
@@ -98,15 +98,15 @@ class MMLLMProcessor(ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Text, or with `tokenize` a batch, of one conversation or of a list of them; media are read here.
+        """Text, or with `tokenize` a batch, of one conversation or a list of them; media are read here.
 
         Args:
-            chat_template: in place of the tokenizer's.
+            chat_template: used in place of the tokenizer's.
             processor_kwargs: `padding_side`, and `frames` (or `num_frames`), `fps`, `max_frames`, `sampler`, see
-                `sampling`. They may also stand among `kwargs`, beside variables of the template.
+                `sampling`. They may also be given in `kwargs`, beside variables of the template.
 
         Raises:
-            UserError: an argument that nobody reads, a malformed message, a medium that cannot be read.
+            UserError: an argument that nothing uses, a malformed message, a medium that cannot be read.
         """
         if not isinstance(processor_kwargs or {}, dict):
             raise UserError("processor_kwargs", "wrong type", expected="a map", got=shown(processor_kwargs))
@@ -134,7 +134,7 @@ class MMLLMProcessor(ProcessorMixin):
         videos: Any = None,
         **kwargs: Any,
     ) -> VisualBatch:
-        """A batch of plain texts with `<image>` and `<video>` where the media stand, in order.
+        """A batch of plain texts with `<image>` and `<video>` where the media belong, in order.
 
         Args:
             images, videos: media of all texts in order (paths, PIL images, uint8 arrays [T, H, W, 3]), or a list
@@ -142,13 +142,13 @@ class MMLLMProcessor(ProcessorMixin):
             kwargs: as `processor_kwargs` of `apply_chat_template`.
 
         Raises:
-            UserError: more media than placeholders or the reverse, or an argument that nobody reads.
+            UserError: more media than placeholders or the reverse, or an argument that nothing uses.
         """
         options, unknown = read_options(kwargs)
         refuse_unknown(list(unknown), "processor")
         sampling = self.sampling(**{name: options[name] for name in SAMPLING})
         if self.plan.text_needs:
-            what = "this model is guided by what the user says, which a plain text does not mark"
+            what = "this model is guided by the user's turns, which a plain text does not mark"
             raise UserError("text", what, hint="apply_chat_template(..., tokenize=True)")
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(item, str) for item in texts):
@@ -188,24 +188,25 @@ class MMLLMProcessor(ProcessorMixin):
         name: str = "",
         level: int | None = None,
     ) -> Example:
-        """One conversation: media read, tokens expanded, labels on the assistant's turns.
+        """One conversation: media read, tokens expanded, labels on the assistant turns.
 
         Args:
             answers: whether to make labels.
             prompt, continued, template, variables: see `mmllm.processing.chat_template.render`.
-            sampling: another than the recipe's, for this conversation. level: how completely text and media fit.
+            sampling: a sampling other than the recipe's, for this conversation.
+            level: how completely text and media match.
 
         Raises:
             UserError: a medium cannot be read, or even the first turn is longer than `max_length`.
         """
         level = _checked_level(level, self.plan.alignment_levels, name)
         how = {"prompt": prompt, "continued": continued, "template": template, "variables": variables}
-        known: dict[Any, Medium] = {}  # by their place: read once, however many of the last turns have to go
+        known: dict[Any, Medium] = {}  # by position: read once, however many of the last turns have to be dropped
         while True:
             rendered = render(self.tokenizer, messages, **how)
             shorter = _without_last_turn(messages) if answers else None
             if self.max_length is not None and len(rendered.text) > CHARACTERS * self.max_length:
-                if shorter is None:  # before megabytes are tokenised
+                if shorter is None:  # refuse before tokenising megabytes
                     what = f"a text of {len(rendered.text)} characters"
                     raise UserError(name or "conversation", what, expected=f"at most {self.max_length} tokens")
                 messages = shorter
@@ -247,7 +248,7 @@ class MMLLMProcessor(ProcessorMixin):
             ids = self.controls.ids_of(token, rendered.text, offsets[position], typed) if typed else [token]
             example.ids += ids
             if answers:
-                # Overlap, not inclusion: many tokenizers join a word with the blank before it.
+                # Overlap, not inclusion: many tokenizers join a word with the space before it.
                 first, last = offsets[position]
                 learnt = any(last > start and first < end for start, end in rendered.answers)
                 example.labels += ids if learnt else [-100] * len(ids)
@@ -263,7 +264,7 @@ class MMLLMProcessor(ProcessorMixin):
         return ControlTokens(self.tokenizer)
 
     def _put_first(self, example: Example) -> None:
-        """The streams that stand at the start of the sequence, after BOS, whatever the place of their medium."""
+        """Put the streams meant for the start of the sequence there, after BOS, wherever their medium is."""
         start = int(bool(example.ids) and example.ids[0] == self.tokenizer.bos_token_id)
         plan, at = self.plan, start
         first: list[tuple[int, int, int]] = []
@@ -283,14 +284,14 @@ class MMLLMProcessor(ProcessorMixin):
         if len(example.media) >= len(rendered.media):
             raise UserError(example.name or "text", "more placeholders than media")
         place = len(example.media)
-        # one image alone is worth its details; with others, each is one view (LLaVA-OneVision)
+        # a single image is cut into tiles; with others, each is one view (LLaVA-OneVision)
         alone = len(rendered.media) == 1
         if (place, alone) not in known:
             known[place, alone] = self.read(rendered.media[place], sampling, tiled=alone)
         medium = known[place, alone]
         for stream, node in enumerate(self.plan.output[medium.spec.kind]):
             if node in self.plan.first:
-                continue  # put in when all is known
+                continue  # put in once everything is known
             example.spans.append((len(example.ids), len(example.media), stream))
             example.ids += [self.filler_id] * self._length(medium, stream)
         if example.labels is not None:
@@ -305,8 +306,8 @@ class MMLLMProcessor(ProcessorMixin):
 
         Args:
             entry: a content entry of a medium (see `mmllm.processing.content`).
-            sampling: how, where the entry does not say it itself; default: the recipe's.
-            tiled: cut an image into tiles, where the recipe does that.
+            sampling: how to sample, unless the entry says; default: the recipe's.
+            tiled: cut an image into tiles, if the recipe does that.
 
         Raises:
             UserError: the entry is malformed, or the medium cannot be read.
@@ -332,7 +333,7 @@ class MMLLMProcessor(ProcessorMixin):
         sampler: str | None = None,
         max_frames: int | None = None,
     ) -> Sampling:
-        """The model's own sampling with a number of frames, a rate, a limit or a sampler of its own.
+        """The model's own sampling with a different number of frames, rate, limit or sampler.
 
         Raises:
             UserError: both frames and fps, or an unknown sampler.
@@ -345,14 +346,14 @@ class MMLLMProcessor(ProcessorMixin):
 
 
 def _checked_level(level: int | None, known: int | None, name: str) -> int:
-    """The alignment level of a record, -1 where it carries none; `known`: how many the parts know, if any reads it."""
+    """The alignment level of a record, -1 if it has none; `known`: how many levels the parts know, if any reads it."""
     if level is None:
         return -1
     if isinstance(level, bool) or not isinstance(level, int) or level < 0:
         raise UserError(f"sample {name}: level", "not a level", expected="a whole number >= 0", got=level)
     if known is not None and level >= known:
         hint = f"mmllm data align-levels ... --levels {known}, or the connector's `levels`"
-        raise UserError(f"sample {name}: level", "no part has it", expected=f"below {known}", got=level, hint=hint)
+        raise UserError(f"sample {name}: level", "no part knows it", expected=f"below {known}", got=level, hint=hint)
     return level
 
 
@@ -375,7 +376,7 @@ def _without_last_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]] |
 
 
 def _in_memory(source: Any, kind: str, sampling: Sampling) -> Clip:
-    """Frames that are in memory already: a PIL image or uint8 [H, W, 3] or [T, H, W, 3] (one frame per second)."""
+    """Frames that are already in memory: a PIL image or uint8 [H, W, 3] or [T, H, W, 3] (one frame per second)."""
     from PIL import ImageOps
 
     array = np.asarray(ImageOps.exif_transpose(source).convert("RGB") if hasattr(source, "convert") else source)

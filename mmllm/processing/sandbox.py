@@ -15,23 +15,25 @@ from typing import Any
 from mmllm.contract.errors import UserError, nearest
 
 SECONDS = 10.0
-"""Longest time that a conversation may take to render: a template may loop for ever."""
+"""Time limit for rendering a conversation: a template may loop forever."""
 GIVEN = ("messages", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token")
-"""Variables of templates that the library itself gives."""
+"""Template variables that the library itself provides."""
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-"""The library's own tag around what an assistant says."""
+"""The library's own tag around the assistant's text."""
 HINT = "model.llm.template, a Jinja text"
 
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """A tokenizer's chat template, or another one; a cache key: those that render alike are equal.
+    """A chat template, the tokenizer's or another; usable as a cache key: equal if they render alike.
 
     Attributes:
-        tokenizer: whose special tokens it writes. text: in place of the tokenizer's own. variables: name and value.
+        tokenizer: its special tokens are written.
+        text: used in place of the tokenizer's own template.
+        variables: name and value.
 
     Raises:
-        UserError: there is no template, or it reads no variable of such a name.
+        UserError: there is no template, or it does not use a variable of that name.
     """
 
     tokenizer: Any
@@ -41,7 +43,7 @@ class Template:
     def __post_init__(self) -> None:
         own = self.text or self.tokenizer.chat_template
         if own is None:
-            raise UserError("tokenizer", "it has no chat template", hint=HINT)
+            raise UserError("tokenizer", "has no chat template", hint=HINT)
         known = variables_of(own) if isinstance(own, str) and self.variables else None
         for name, _ in self.variables:
             if known is not None and name not in known:
@@ -62,7 +64,7 @@ class Template:
         return isinstance(other, Template) and self._key == other._key
 
     def __call__(self, messages: list[dict[str, str]], prompt: bool) -> str:
-        """The text of messages whose contents are texts.
+        """The text of messages whose contents are plain texts.
 
         Raises:
             UserError: the template is broken, or takes too long.
@@ -72,19 +74,19 @@ class Template:
             with _deadline(SECONDS):
                 return self.tokenizer.apply_chat_template(messages, **options, **dict(self.variables))
         except _TooLong:
-            raise UserError("chat template", "is still not rendered", expected=f"{SECONDS:g} s", hint=HINT) from None
-        except Exception as error:  # a template is a program; what goes wrong in it has any type
+            raise UserError("chat template", "rendering did not finish", expected=f"{SECONDS:g} s", hint=HINT) from None
+        except Exception as error:  # a template is a program and can raise anything
             reason = " ".join(str(error).split())[:200]
             raise UserError("chat template", f"broken ({type(error).__name__}: {reason})", hint=HINT) from error
 
 
 @lru_cache(maxsize=64)
 def variables_of(template: str) -> tuple[str, ...] | None:
-    """Names that a template reads and that the library does not give; None where it does not parse."""
+    """Names that a template uses and the library does not provide; None if it does not parse."""
     from jinja2 import TemplateError, meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    # with the library's own blocks and loop controls, as it compiles templates
+    # with the library's own blocks and loop controls, as when it compiles templates
     environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     try:
         found = meta.find_undeclared_variables(environment.parse(GENERATION.sub("", template)))
@@ -94,12 +96,12 @@ def variables_of(template: str) -> tuple[str, ...] | None:
 
 
 class _TooLong(Exception):
-    """The time is over."""
+    """The time limit has passed."""
 
 
 @contextlib.contextmanager
 def _deadline(seconds: float) -> Iterator[None]:
-    """Interrupt what takes longer. Only the main thread can be interrupted, in others there is no limit."""
+    """Interrupt code that takes longer. Only the main thread can be interrupted; others have no limit."""
     if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
         yield
         return

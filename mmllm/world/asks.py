@@ -1,4 +1,4 @@
-"""The questions of the MVBench-like tasks: `(scene, thing) -> Question`, or `None` where it would not be honest."""
+"""The questions of the MVBench-like tasks: `(scene, thing) -> Question`, or `None` if it would be ambiguous."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rest(values: tuple[str, ...] | list[str], answer: str) -> tuple[str, ...]:
 
 
 def single(scene: Scene, thing: Thing) -> Action | None:
-    """The only action of a thing under a still camera, if it has exactly one and nothing else is odd about it."""
+    """The only action of a thing under a still camera, if it has exactly one and nothing else about it is unusual."""
     return thing.actions[0] if len(thing.actions) == 1 and scene.camera == "still" and not thing.pose else None
 
 
@@ -33,7 +33,7 @@ def phases(scene: Scene, thing: Thing) -> tuple[str, str] | None:
 
 
 def after(scene: Scene, thing: Thing) -> Question | None:
-    """AS: what comes after."""
+    """AS: what it does afterwards."""
     pair = phases(scene, thing)
     if pair is None or scene.cut:
         return None
@@ -42,7 +42,7 @@ def after(scene: Scene, thing: Thing) -> Question | None:
 
 
 def before(scene: Scene, thing: Thing) -> Question | None:
-    """What comes before (training only)."""
+    """What it does before (training only)."""
     pair = phases(scene, thing)
     if pair is None or scene.cut:
         return None
@@ -114,7 +114,7 @@ def touches(scene: Scene, thing: Thing) -> Question | None:
 
 
 def final_place(scene: Scene, thing: Thing) -> Question | None:
-    """OS: its place in the row at the end."""
+    """OS: its position in the row at the end."""
     if not scene.row:
         return None
     places = ("left", "middle", "right")
@@ -182,7 +182,7 @@ def final_color(scene: Scene, thing: Thing) -> Question | None:
         return None
     turned = [deed.value for deed in thing.actions if deed.kind == "recolor"]
     answer = turned[-1] if turned else thing.color
-    # a colour that training never shows in this shape must not be learnt as always wrong
+    # a colour that training never shows in this shape must not be learned as always wrong
     held = (thing.color, thing.shape) in HELD_OUT
     wrong = [name for name in NAMES if name != answer and (held or (name, thing.shape) not in HELD_OUT)]
     return Question(f"What color is the {thing.shape} at the end?", answer, tuple(wrong))

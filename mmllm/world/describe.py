@@ -1,4 +1,4 @@
-"""Scene -> the whole truth in short sentences: what a language model reads in place of the video."""
+"""Scene -> the whole truth in short sentences, which a language model reads in place of the video."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def setting(scene: Scene) -> list[str]:
 def describe(scene: Scene) -> str:
     """Everything that may be asked about a scene, in a small closed vocabulary and at most about 45 words.
 
-    Things are named from left to right, or in the order of their actions where the scene is `ordered`.
+    Things are named from left to right, or in the order of their actions if the scene is `ordered`.
     """
     lines = setting(scene)
     things = sorted(scene.things, key=lambda thing: (thing.x, thing.y))

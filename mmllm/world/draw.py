@@ -51,7 +51,7 @@ def view(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scatter(scene: Scene, canvas: np.ndarray, shift: np.ndarray, zoom: np.ndarray) -> None:
-    """Draw the texture of dots that belongs to the world, so that a moving camera shows, onto canvas [T, S, S, 3]."""
+    """Draw the world's texture of dots, which makes a moving camera visible, onto canvas [T, S, S, 3]."""
     side, reach = scene.side, scene.side + abs(scene.pan)
     rng = np.random.default_rng(scene.dots)
     count = int(14 * (side + 2 * reach) * side / 48**2)

@@ -1,7 +1,7 @@
 """The scenes of the MVBench-like tasks: one sampler per task, `(rng, cast) -> Scene`.
 
-What a question states (which phase comes first, which half is asked) is drawn from `cast.rng()`, so that all scenes
-of one cast ask the same question; everything else, the answer above all, is drawn from `rng`.
+What a question states (which phase comes first, which half is asked about) is drawn from `cast.rng()`, so that all
+scenes of one cast ask the same question; everything else, above all the answer, is drawn from `rng`.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ CALM = ("stays", "stays", "stays", "moves left", "moves right", "moves up", "mov
 
 
 def timeline(cast: Cast, phrase: str, frames: int = 16) -> tuple[Action, ...]:
-    """The whole clip for one phrase; "stays" is no action."""
+    """The whole clip for one phrase; "stays" means no action."""
     return () if phrase == "stays" else (act(cast, phrase, 0, frames),)
 
 
 def bystanders(
     rng: Random, cast: Cast, first: int = 1, frames: int = 16, phrases: tuple[str, ...] = CALM
 ) -> list[Part]:
-    """Other things of the cast, from its number `first` on, each with something of its own to do."""
+    """Other things of the cast, from number `first` on, each with its own action."""
     count = min(cast.extra, 5 - first)
     return [(cast.pairs[first + i], timeline(cast, rng.choice(phrases), frames)) for i in range(count)]
 
 
 def plain(rng: Random, cast: Cast, family: str, parts: list[Part], frames: int = 16, **more: object) -> Scene:
-    """A scene of freely placed parts before one background; the subject is the first of the cast unless given."""
+    """A scene of freely placed parts on one background; the subject is the first of the cast unless given."""
     things = arrange(rng, cast, parts, frames)
     fields = {"background": rng.choice(tuple(BACKGROUNDS)), "subject": cast.pairs[0][0], **more}
     return Scene(family, things, frames=frames, side=cast.side, **fields)  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def existence(rng: Random, cast: Cast) -> Scene:
 
 
 def turned(y: float, x: float, quarters: int, side: int) -> tuple[float, float]:
-    """A point turned by quarters of a circle about the middle of the canvas."""
+    """A point rotated by quarter turns about the middle of the canvas."""
     for _ in range(quarters):
         y, x = x, side - y
     return y, x
@@ -119,7 +119,7 @@ def interaction(rng: Random, cast: Cast) -> Scene:
 
 
 def shuffle(rng: Random, cast: Cast) -> Scene:
-    """OS: three things in a row change places."""
+    """OS: three things in a row swap positions."""
     u, side = cast.unit, cast.side
     order = rng.sample(range(3), 3)
     goal = rng.sample(range(3), 3)
@@ -230,7 +230,7 @@ def navigation(rng: Random, cast: Cast) -> Scene:
 
 
 def episode(rng: Random, cast: Cast, frames: int = 16) -> Scene:
-    """ER and MLVU's sub-plot: the subject does one thing before the first background and another before the second."""
+    """ER and MLVU's sub-plot: the subject does one thing on the first background and another on the second."""
     fixed = cast.rng()
     asked, second = fixed.choice(tuple(BACKGROUNDS)), fixed.random() < 0.5
     other = rng.choice([name for name in BACKGROUNDS if name != asked])

@@ -1,4 +1,4 @@
-"""Test items in groups: one question with the same options over as many clips, the right letter visiting each."""
+"""Test items in groups: one question with the same options over as many clips; each option is right once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ask_subject(task: Task, scene: Scene) -> Question | None:
 
 
 def one_group(task: Task, rng: Random, side: int, extra: int, group: int) -> list[WorldItem] | None:
-    """Scenes of one cast that answer one question with each of its options; `None` if this cast cannot."""
+    """Scenes of one cast that answer one question with each of its options; `None` if this cast does not allow it."""
     cast = draw_cast(rng, side, held=True, extra=extra)
     first = task.sample(rng, cast)
     question = ask_subject(task, first)
@@ -48,7 +48,7 @@ def one_group(task: Task, rng: Random, side: int, extra: int, group: int) -> lis
         other = ask_subject(task, scene)
         if other is None or other.text != question.text or other.answer in found or other.answer not in options:
             continue
-        # a clip with fewer things, for want of room, would tell its answer apart by their number
+        # a clip with fewer things, for lack of room, would give its answer away by their number
         full = len(scene.things) == len(first.things)
         if full and set(options) - {other.answer} <= set(other.pool):
             found[other.answer] = WorldItem(scene, other, options, group)
@@ -58,10 +58,10 @@ def one_group(task: Task, rng: Random, side: int, extra: int, group: int) -> lis
 
 
 def make_items(task: Task, seed: int, groups: int, side: int, extra: int) -> list[WorldItem]:
-    """`groups` groups of a task (single items for a task in free text), the same for the same seed.
+    """`groups` groups of a task (single items for a free-text task), the same for the same seed.
 
     Raises:
-        UserError: a task's scenes cannot answer its options; a mistake in the task, named in the message.
+        UserError: a task's scenes cannot give all its options as answers; a bug in the task, which the message names.
     """
     items: list[WorldItem] = []
     for group in range(groups):

@@ -1,4 +1,4 @@
-"""One clip or item -> its files, in the layouts of MVBench, MLVU and of the training sets."""
+"""One clip or item -> its files, in the layouts of MVBench, MLVU and the training sets."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PADDING = 16
 """Frames of other scenes around a bounded clip, before and after together."""
 
 TALKS = 2
-"""Conversations about each training clip, with other questions each."""
+"""Conversations per training clip, each with different questions."""
 
 
 def between(scene: Scene, rng: Random, held: bool) -> tuple[np.ndarray, int]:
-    """(frames [16 + T, S, S, 3], number of the scene's first frame): the scene between two others."""
+    """(frames [16 + T, S, S, 3], index of the scene's first frame): the scene between two others."""
     before = rng.randint(4, 12)
     parts = []
     for frames in (before, PADDING - before):

@@ -99,13 +99,13 @@ def background(scene: Scene, thing: Thing) -> Question | None:
 
 
 def object_count(scene: Scene, thing: Thing) -> Question | None:
-    """Training only: how many things there are in all."""
+    """Training only: the total number of things."""
     answer = str(len(scene.things))
     return Question("How many objects are in the video?", answer, rest(("1", "2", "3", "4"), answer))
 
 
 def shape(scene: Scene, thing: Thing) -> Question | None:
-    """Training only: the shape of the thing of a colour."""
+    """Training only: the shape of the thing with a given colour."""
     if thing.pose:
         return None
     wrong = [shape for shape in SHAPES if shape != thing.shape and (thing.color, shape) not in HELD_OUT]

@@ -24,7 +24,7 @@ def plot(rng: Random, cast: Cast) -> Scene:
 
 
 def needle(rng: Random, cast: Cast) -> Scene:
-    """needle: for seven frames one colour fills the screen."""
+    """needle: one colour fills the screen for seven frames."""
     start = rng.randint(4, 36)
     parts = [(cast.pairs[0], timeline(cast, rng.choice(CALM), LONG)), *bystanders(rng, cast, 1, LONG)]
     return plain(rng, cast, "needle", parts, LONG, flash=(rng.choice(NAMES), start, start + 7))

@@ -14,7 +14,7 @@ from mmllm.contract.files import held, read_record, write_json, write_text
 VERSION = 1
 MANIFEST = "world.json"
 MAKING = "making.json"
-"""Stands in a folder while its world is made, and says which one."""
+"""Marks a folder whose world is being made, and says which one."""
 
 FOLDERS = ("mvbench", "mlvu", "train", "tokenizer")
 Progress = Callable[[str, int, int], None]
@@ -48,7 +48,7 @@ LEVELS = {
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A piece of work for one process: numbers [start, end) of a kind (clips, letters, text, review, a task's stem)."""
+    """A piece of work for one process: indices [start, end) of a kind (clips, letters, text, review, a task's stem)."""
 
     out: Path
     kind: str
@@ -59,7 +59,7 @@ class Job:
 
 
 def dumps(value: object) -> str:
-    """JSON on one line, without characters escaped."""
+    """JSON on one line, without escaped characters."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -127,12 +127,12 @@ def work(todo: list[Job], jobs: int) -> Iterable[tuple[str, int, dict[str, list[
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_stay_with_parent)
     try:
         yield from pool.map(run_job, todo)
-    finally:  # after an interrupt only what is in work is waited for
+    finally:  # after an interrupt, wait only for work in progress
         pool.shutdown(cancel_futures=True)
 
 
 def _stay_with_parent() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when the parent is gone, in whatever way."""
+    """In a worker: leave Ctrl-C to the parent, and end when the parent is gone, for whatever reason."""
     import signal
     from multiprocessing import connection, parent_process
     from threading import Thread
@@ -151,7 +151,7 @@ def check(out: Path, level: str, seed: int) -> dict[str, object] | None:
     """The manifest of a finished world in `out`, or `None` if there is none.
 
     Raises:
-        UserError: an unknown level, or another world, or what is not one of ours, in the same folder.
+        UserError: an unknown level, or the folder holds a different world or files that are not ours.
     """
     if level not in LEVELS:
         raise UserError("world level", "unknown level", got=level, hint=nearest(level, list(LEVELS)))
@@ -174,21 +174,21 @@ def check(out: Path, level: str, seed: int) -> dict[str, object] | None:
 def make_world(
     out: Path, level: str = "nano", seed: int = 0, jobs: int = 2, progress: Progress | None = None
 ) -> dict[str, object]:
-    """Write a world into the folder `out`, or do nothing if it is there already; the result does not depend on `jobs`.
+    """Write a world into the folder `out`, unless it is already there; the result does not depend on `jobs`.
 
     Args:
-        out: the folder; made if needed.
+        out: the folder; created if needed.
         level: tiny (tests), nano or hard.
         seed: seed of all clips and texts (the tokenizer has its own).
         jobs: number of processes.
-        progress: called as `progress(kind, done, total)` with pieces of work.
+        progress: called as `progress(kind, done, total)`, counting pieces of work.
 
     Returns:
-        The manifest that was written last, as `world.json`: level, seed, version and counts.
+        The manifest, written last as `world.json`: level, seed, version and counts.
 
     Raises:
-        UserError: unknown level, or `out` holds a world of another level, seed or version, or other files where this
-            one's would stand, or another process makes a world there.
+        UserError: unknown level, or `out` holds a world of another level, seed or version, or other files in the way of
+            this one's, or another process is making a world there.
     """
     out = Path(out)
     done = check(out, level, seed)

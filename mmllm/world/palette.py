@@ -1,4 +1,4 @@
-"""The colours, shapes and backgrounds of NanoWorld, and who plays in a scene."""
+"""The colours, shapes and backgrounds of NanoWorld, and the cast of a scene."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ HELD_OUT: frozenset[Pair] = frozenset((color, SHAPES[(i + 2) % 6]) for i, color 
     ("yellow", "arrow"),
     ("purple", "arrow"),
 }
-"""(colour, shape) pairs that no training clip shows and whose owner is the subject of the test clips."""
+"""(colour, shape) pairs that no training clip shows and that the subjects of the test clips have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Who may play: five (colour, shape) pairs with distinct colours and distinct shapes; the first is the subject.
+    """The possible things: five (colour, shape) pairs with distinct colours and shapes; the first is the subject.
 
     Args:
         pairs: the five pairs.
-        key: a number from which everything that a question *states* is drawn, so that scenes of one cast ask the same.
+        key: a seed for everything that a question *states*, so that scenes of one cast ask the same question.
         side: height and width of the clip in pixels.
         held: whether this is a test cast (its subject is a held-out pair).
         extra: number of additional bystanders in a scene.
@@ -49,11 +49,11 @@ class Cast:
 
     @property
     def unit(self) -> float:
-        """Pixels of this canvas for one pixel of the 48-pixel canvas."""
+        """Pixels of this canvas per pixel of the 48-pixel canvas."""
         return self.side / 48
 
     def recolor(self, rng: Random, shape: str, used: list[str]) -> str:
-        """A colour that no thing in the scene has, making a held-out pair with `shape` only in test casts."""
+        """A colour that nothing in the scene has; it makes a held-out pair with `shape` only in test casts."""
         return rng.choice(
             [c for c in NAMES if c not in used and (self.held or (c, shape) not in HELD_OUT)]
             or [c for c in NAMES if c not in used]
@@ -65,7 +65,7 @@ class Cast:
 
 
 def draw_cast(rng: Random, side: int = 48, held: bool = False, extra: int = 1) -> Cast:
-    """Draw five pairs with distinct colours and shapes; none is held out but the first of a test cast (`held`)."""
+    """Draw five pairs with distinct colours and shapes; none is held out except the first of a test cast (`held`)."""
     while True:
         pairs = tuple(zip(rng.sample(NAMES, 5), rng.sample(SHAPES, 5), strict=True))
         if (pairs[0] in HELD_OUT) == held and not any(pair in HELD_OUT for pair in pairs[1:]):

@@ -1,4 +1,4 @@
-"""Where things stand: positions at which a thing stays on the canvas for the whole clip and never meets another."""
+"""Placement: positions at which a thing stays on the canvas for the whole clip and never meets another."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def act(cast: Cast, phrase: str, start: int, end: int, when: str = "", px: float
         return Action("grow", start, end, amount=2.1, when=when)
     if phrase == "shrinks":
         return Action("shrink", start, end, amount=0.45, when=when)
-    # hidden for two fifths of its time, which a sampler of eight frames cannot miss
+    # hidden for two fifths of its time, so that a sampler of eight frames cannot miss it
     off = 2 * (end - start) // 5
     begin = start + (end - start - off) // 2
     return Action("blink", begin, begin + 2 * off, amount=1, when=when)
 
 
 def size_of(cast: Cast, rng: Random, actions: tuple[Action, ...]) -> float:
-    """The first size in pixels: small if the thing will grow, large if it will shrink first."""
+    """The initial size in pixels: small if the thing will grow, large if it will shrink first."""
     first = next((action.kind for action in actions if action.kind in SIZES), "")
     base = {"grow": 9.5, "shrink": 20.0}.get(first) or rng.choice((11, 12, 13, 14))
     return round(base * cast.unit)
 
 
 def path(thing: Thing, frames: int) -> Path:
-    """Where a thing is at twelve times spread over the clip: (y, x, half of its size), `None` while it is hidden."""
+    """Positions of a thing at twelve times spread over the clip: (y, x, half of its size), `None` while hidden."""
     places = (state(thing, round(i * (frames - 1) / (TIMES - 1))) for i in range(TIMES))
     return [place and (place[0], place[1], place[2] / 2) for place in places]
 
@@ -54,13 +54,13 @@ def apart(a: Path, b: Path, y: float, x: float) -> bool:
 def put(
     rng: Random, cast: Cast, part: Part, taken: list[Path], frames: int, drift: tuple[float, float]
 ) -> Thing | None:
-    """A thing at a random place where it stays on the canvas and meets no other, or `None` after some tries.
+    """A thing at a random position where it stays on the canvas and meets no other, or `None` after some tries.
 
     Args:
-        rng: the draws.
-        cast: gives the canvas.
+        rng: source of the draws.
+        cast: provides the canvas.
         part: (colour, shape) and timeline.
-        taken: paths of the earlier things; grows by this one's.
+        taken: paths of the earlier things; this one's is added.
         frames: length of the clip.
         drift: how far the camera will shift the picture (dy, dx); the thing stays visible.
     """

@@ -25,7 +25,7 @@ class Question:
 
 
 def choose(question: Question, count: int, rng: Random) -> list[str]:
-    """`count` options in random order: the answer at a uniformly drawn place, the others from the pool."""
+    """`count` options in random order: the answer at a uniformly drawn position, the others from the pool."""
     options = rng.sample(question.pool, min(count - 1, len(question.pool)))
     options.insert(rng.randrange(len(options) + 1), question.answer)
     return options
@@ -39,5 +39,5 @@ def block(text: str, options: list[str]) -> str:
 
 
 def letter(options: list[str], answer: str) -> str:
-    """ "(B)" for the place of the answer among the options."""
+    """ "(B)" for the position of the answer among the options."""
     return f"({LETTERS[options.index(answer)]})"

@@ -1,4 +1,4 @@
-"""A scene in symbols: things, what they do and when, the camera and the background. Rendering adds nothing to it."""
+"""A symbolic scene: things, what they do and when, the camera and the background. Rendering adds nothing to it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Action:
 class Thing:
     """A coloured shape: its centre (y, x) and size in pixels at the first frame, and its timeline.
 
-    `pose` is where an arrow points.
+    `pose` is the direction in which an arrow points.
     """
 
     color: str
@@ -96,13 +96,13 @@ class Scene:
         side: height and width in pixels.
         cut: (frame, name) of a second background.
         camera: still, left, right, forward or back.
-        pan: pixels by which a turning camera moves over the whole clip.
+        pan: number of pixels that a turning camera moves over the whole clip.
         dots: seed of the texture on the background, 0 = plain.
         flash: (colour, start, end) of a screen filled with one colour.
         ordered: things are described in the order of their actions ("First ... Then ...").
         row: colours from left to right at the end, for a shuffled row.
         absent: nouns that are not in the clip but might have been.
-        focus: what the family's question states beside the subject ("teal", "at the end", "first").
+        focus: what the family's question states besides the subject ("teal", "at the end", "first").
     """
 
     family: str
@@ -130,7 +130,7 @@ class Scene:
 
 
 def progress(action: Action, frame: int) -> float:
-    """How far an action is at a frame, 0..1: it reaches 1 at its last frame."""
+    """The progress of an action at a frame, 0..1: it reaches 1 at its last frame."""
     if frame < action.start:
         return 0.0
     span = action.end - 1 - action.start
@@ -138,13 +138,13 @@ def progress(action: Action, frame: int) -> float:
 
 
 def off(action: Action, frame: int) -> bool:
-    """Whether a blink hides its thing at a frame: the first half of each of its periods."""
+    """Whether a blink hides its thing at a frame, as in the first half of each of its periods."""
     period = (action.end - action.start) / action.amount
     return (frame - action.start) % period < period / 2
 
 
 def state(thing: Thing, frame: int) -> tuple[float, float, float, str] | None:
-    """(y, x, size, colour) of a thing at a frame, before the camera; `None` where it cannot be seen."""
+    """(y, x, size, colour) of a thing at a frame, before the camera; `None` if it cannot be seen."""
     y, x, size, color = thing.y, thing.x, thing.size, thing.color
     for action in thing.actions:
         kind, start = action.kind, action.start

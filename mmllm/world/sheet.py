@@ -1,4 +1,4 @@
-"""Contact sheets: a picture per task with eight frames of a few items, the question, and the right option marked."""
+"""Contact sheets: one picture per task with eight frames of a few items, the question, and the right option marked."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def seen(item: dict[str, object], path: Path) -> list[np.ndarray]:
 
 
 def captions(item: dict[str, object]) -> list[str]:
-    """The question and its options, the right one marked; the answer where there are none."""
+    """The question and its options, the right one marked; the answer if there are no options."""
     lines = [str(item["question"])]
     options = item.get("candidates")
     if isinstance(options, list):
@@ -73,7 +73,7 @@ def sheet(task: Task, root: Path, rows: int) -> Image.Image:
         items = json.loads(file.read_text(encoding="utf-8"))[:rows]
         clips = [root / "video" / task.folder / item["video"] for item in items]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(file, "damaged, or gone", hint="mmllm world make --out another folder") from error
+        raise UserError(file, "damaged or missing", hint="mmllm world make --out another folder") from error
     width, top = SHOWN * (TILE + 4) + 4, 24
     height = TILE + LINE * 7 + 8
     picture = Image.new("RGB", (width, top + height * len(items)), "white")
@@ -94,8 +94,8 @@ def contact_sheet(world: Path, out: Path, rows: int = 5) -> list[Path]:
 
     Args:
         world: a folder that `make_world` has written.
-        out: folder for the pictures; made if needed.
-        rows: number of items in a picture.
+        out: folder for the pictures; created if needed.
+        rows: number of items per picture.
 
     Raises:
         UserError: `world` is not a finished world.

@@ -19,17 +19,17 @@ Sampler = Callable[[Random, Cast], Scene]
 class Task:
     """One task.
 
-    Args:
+    name: its name in the benchmark.
         name: its name in the benchmark.
         stem: the stem of its JSON file, and the prefix of its clips.
         folder: folder below ``video/``.
         options: number of options; 0 = answered in free text.
         sample: `(rng, cast) -> Scene`.
         ask: `(scene, thing) -> Question`, or `None` where it does not apply.
-        bounded: whether items carry ``start`` and ``end`` in seconds.
+        bounded: whether items have ``start`` and ``end`` in seconds.
         reader: video (mp4) or frame (a folder of jpg files at 3 frames per second).
-        share: how many times its scenes come in one round of training scenes; 1 for scenes whose question is also
-            asked about many others.
+        share: how many times its scenes come in one round of training scenes; 1 for scenes whose question is also asked
+            about many others.
     """
 
     name: str

@@ -31,7 +31,7 @@ TEMPLATE = """\
 
 
 def language(lines: int = 4000) -> Iterator[str]:
-    """Texts of NanoWorld from a seed of its own, so that the tokenizer is the same for every world."""
+    """Texts of NanoWorld from a separate seed, so that the tokenizer is the same for every world."""
     from mmllm.world.training import text_line
 
     for index in range(lines):

@@ -22,9 +22,9 @@ ASKS: tuple[tuple[Ask, int], ...] = (
     *EXTRAS,
 )
 COMMON = frozenset({asks.exists, asks.size, asks.moving_count, *(ask for ask, _ in EXTRAS)})
-"""Questions that hold for nearly every scene: asked later than the others, or they would crowd them out."""
+"""Questions that apply to nearly every scene: asked after the others, as they would crowd those out."""
 GUESSES = 0.04
-"""Share of text lines that ask about nothing."""
+"""Share of text lines whose question has no description to go by."""
 Turn = dict[str, object]
 Fitting = tuple[Question, int]
 
@@ -39,7 +39,7 @@ class Sample:
 
 
 def draw_sample(seed: int, split: str, index: int, side: int, extra: int) -> tuple[Sample, Random]:
-    """The scene number `index` of a split, and the generator to go on with: the same for the same arguments."""
+    """Scene number `index` of a split, and the generator to continue with: the same for the same arguments."""
     rng = Random(f"{seed}/{split}/{index}")
     task = ROUND[index % len(ROUND)]
     cast = draw_cast(rng, side, extra=extra)
@@ -74,7 +74,7 @@ def say(role: str, text: str, video: Turn | None = None) -> Turn:
 
 
 def pose(question: Question, options: int, rng: Random, letters: float) -> tuple[str, str, str]:
-    """(user's text, right reply, wrong reply): lettered with probability `letters` where there are options."""
+    """(user's text, right reply, wrong reply): lettered with probability `letters` if there are options."""
     wrong = rng.choice(question.pool)
     if not options or rng.random() >= letters:
         return question.text, question.answer, wrong
@@ -84,12 +84,12 @@ def pose(question: Question, options: int, rng: Random, letters: float) -> tuple
 
 
 def reply(options: list[str], answer: str) -> str:
-    """A lettered reply: the option's words, then its letter, "moves left (B)". What is said first helps to find it."""
+    """A lettered reply: the option's words, then its letter, "moves left (B)". Saying the words first helps find it."""
     return f"{answer} {letter(options, answer)}"
 
 
 def talk(sample: Sample, rng: Random, count: int, letters: float, copies: float) -> list[tuple[str, str]]:
-    """`count` exchanges (user's text, reply) about a scene; a share `copies` of them only names an option."""
+    """`count` exchanges (user's text, reply) about a scene; a share `copies` of them only name an option."""
     pairs = []
     for question, options in fitting(sample, rng, count):
         if options and rng.random() < copies:
@@ -100,7 +100,7 @@ def talk(sample: Sample, rng: Random, count: int, letters: float, copies: float)
 
 
 def copying(question: Question, options: int, rng: Random) -> tuple[str, str]:
-    """An exchange that needs no scene: which letter stands before an option. Teaches how letters are meant."""
+    """An exchange that needs no scene: which letter an option has. Teaches how letters are used."""
     shown = choose(question, options, rng)
     named = rng.choice(shown)
     return block(f"Which option is {named}?", shown), reply(shown, named)
@@ -138,7 +138,7 @@ def preference_line(name: str, sample: Sample, video: Turn, rng: Random) -> dict
 def text_line(seed: int, index: int, side: int, extra: int, split: str = "text") -> dict[str, object]:
     """A conversation about a description in place of a clip: up to three questions, the first after the description.
 
-    A few lines have no description and a random option for an answer: about nothing one can only guess.
+    A few lines have no description and a random option as the answer: with nothing to go by, one can only guess.
     """
     sample, rng = draw_sample(seed, split, index, side, extra)
     name = f"{split}-{index:06d}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 FPS = 8
-"""Frames a second of every NanoWorld clip."""
+"""Frames per second of every NanoWorld clip."""
 
 
 def write_mp4(path: Path, frames: np.ndarray) -> None:

@@ -1,8 +1,8 @@
-"""A small training beside a busy neighbour: threads that spin while they wait, threads that sleep, and fewer threads.
+"""A small training run beside a busy neighbour: threads that spin while they wait, threads that sleep, fewer threads.
 
     python scripts/bench/busy_neighbour.py --steps 40 --out busy_neighbour.json
 
-The neighbour is one process per core that multiplies matrices. Each way of waiting is measured alone and beside it.
+The neighbour is one process per core that multiplies matrices. Each setting is measured alone and beside it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ print(time.perf_counter() - start)
 
 
 def seconds(steps: int, policy: str, threads: int | None) -> float:
-    """Wall time of some training steps in a process of its own."""
+    """Wall time of some training steps in a separate process."""
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     environment["OMP_WAIT_POLICY"] = policy
     command = [sys.executable, "-c", STEPS, str(steps), str(threads)]
@@ -58,7 +58,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     neighbours = [subprocess.Popen([sys.executable, "-c", NEIGHBOUR]) for _ in range(cores)]
     try:
-        time.sleep(5)  # until they are at work
+        time.sleep(5)  # until they are busy
         for name, way in WAYS.items():
             found[name]["beside"] = round(seconds(options.steps, *way), 2)
     finally:

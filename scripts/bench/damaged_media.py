@@ -31,12 +31,12 @@ ASKED = 16
 
 
 def read(reader: GuardedReader, kind: str, path: Path) -> dict[str, Any]:
-    """The outcome for one file, and its seconds."""
+    """The outcome for one file, and the seconds it took."""
     start = time.perf_counter()
     try:
         clip = reader.read(MediaRef(kind, str(path)), Sampling(frames=ASKED))
         outcome = f"{len(clip.frames)} frames" + (f", {clip.repeated} repeated" if clip.repeated else "")
-        outcome += ", told as damaged" if clip.corrupt else ""
+        outcome += ", reported as damaged" if clip.corrupt else ""
         cause = ""
     except UserError as error:
         outcome, cause = "error", str(error.what)
@@ -44,13 +44,13 @@ def read(reader: GuardedReader, kind: str, path: Path) -> dict[str, Any]:
 
 
 def each_row(row: dict[str, Any]) -> str:
-    """One line a file."""
+    """One line per file."""
     cells = [f"{row[name]['outcome']} {row[name]['cause']}".strip() for name in ("pyav", "decord")]
     return f"| {row['name']} | {cells[0]} | {cells[1]} | {max(row['pyav']['seconds'], row['decord']['seconds']):.2f} |"
 
 
 def group_row(group: str, rows: list[dict[str, Any]]) -> str:
-    """One line a group: how many of each outcome, and the slowest file."""
+    """One line per group: the count of each outcome, and the slowest file."""
     cells = []
     for name in ("pyav", "decord"):
         counts = Counter("errors" if row[name]["cause"] else "clips" for row in rows)
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--videos", type=Path, default=Path("../shared/data/videos"), help="folder of real clips")
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds per file (default 10)")
     parser.add_argument("--each", action="store_true", help="a table of all files instead of groups")
-    parser.add_argument("--out", type=Path, help="write the JSON there too")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     limits, rows = Limits(timeout=options.timeout), []
     with (

@@ -1,4 +1,4 @@
-"""What the caches are worth: epoch 2 against epoch 1 with a frozen tower, and a kept frame against a decoded one.
+"""What the caches save: epoch 2 against epoch 1 with a frozen tower, and a cached frame against a decoded one.
 
     python scripts/bench/feature_cache.py --videos ../shared/data/videos
     python scripts/bench/feature_cache.py --tower clip --clips 4 --frames 4 --out cache.json
@@ -43,8 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=Path, default=Path("../shared/data/videos"), help="folder of clips")
     parser.add_argument("--tower", choices=list(TOWERS), default="siglip")
-    parser.add_argument("--clips", type=int, default=8, help="how many of them (default 8)")
-    parser.add_argument("--frames", type=int, default=8, help="frames of each (default 8)")
+    parser.add_argument("--clips", type=int, default=8, help="number of clips (default 8)")
+    parser.add_argument("--frames", type=int, default=8, help="frames per clip (default 8)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     clips = sorted(path for path in options.videos.iterdir() if path.suffix in VIDEOS)[: options.clips]
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def epochs(clips: list[Path], options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Seconds of a first and a second epoch of training the connector over a frozen tower, features kept."""
+    """Seconds of a first and a second epoch of training the connector over a frozen tower, with features kept."""
     recipe = load("nano/llava", [f"model.media.frames={options.frames}"])
     recipe.model["encoders"] = {"tower": {"type": options.tower, "config": TOWERS[options.tower]}}
     recipe.model["connector"] = [
@@ -98,12 +98,12 @@ def epochs(clips: list[Path], options: argparse.Namespace, folder: Path) -> dict
 
 
 def reply() -> dict[str, str]:
-    """An answer to learn."""
+    """An answer to learn from."""
     return {"role": "assistant", "content": "a red square moves left"}
 
 
 def frames(clips: list[Path], count: int, folder: Path) -> dict[str, float]:
-    """Milliseconds for a frame that is decoded and resized, and for one that was kept; in turns, the median clip."""
+    """Milliseconds per frame, decoded and resized against cached, measured in turns; the median over clips."""
     geometry = build_model(Blueprint.of(_tower_recipe())).model.front_end.plan.geometries
     sampling = Sampling(frames=count)
     plain, kept = MediaLoader(), MediaLoader(caches=Caches.open(folder, ("frames",), None))
@@ -115,7 +115,7 @@ def frames(clips: list[Path], count: int, folder: Path) -> dict[str, float]:
         for seconds, loader in ((decoded, plain), (cached, kept)) * 3:
             start = time.perf_counter()
             loaded = loader.load(ref, sampling, geometry)
-            sum(int(pixels.sum()) for pixels in loaded.pixels.values())  # the pages are really read
+            sum(int(pixels.sum()) for pixels in loaded.pixels.values())  # make sure the pages are read
             seconds.append((time.perf_counter() - start) / count)
     for loader in (plain, kept):
         loader.reader.close()

@@ -3,8 +3,8 @@
     python scripts/bench/long_video.py
     python scripts/bench/long_video.py --short 20 --long 60 --layers 2 --out long.json
 
-Each length runs in a process of its own: frames are read, resized and encoded a few at a time, and the tokens of each
-piece are written to a file before the next one is read. One JSON object on stdout.
+Each length runs in its own process: frames are read, resized and encoded a few at a time, and the tokens of each
+chunk are written to a file before the next one is read. One JSON object on stdout.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def make_video(path: Path, frames: int) -> Path:
 
 
 def encode(video: Path, frames: int, layers: int) -> dict[str, float]:
-    """Tokens of the first frames, piece by piece into a file; seconds and the process's peak memory."""
+    """Write tokens of the first frames to a file, chunk by chunk; seconds and the process's peak memory."""
     import torch
 
     from mmllm.contract.parts import Site

@@ -2,9 +2,9 @@
 
     python scripts/bench/merv_fusion.py --out merv_fusion.json
 
-Both get the same streams and the same weights. Seconds of forward and backward are medians over turns that the two
-take in alternation. Memory is measured twice: what autograd keeps for the backward pass, and the peak of a child
-process that runs one form once, over what it held after its imports; streams, weights and gradients are in it.
+Both get the same streams and the same weights. Seconds of forward and backward are medians over alternating turns.
+Memory is measured twice: what autograd keeps for the backward pass, and the peak of a child process that runs one
+form once, minus what it held after its imports; streams, weights and gradients are included.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def make(options: argparse.Namespace) -> tuple[list[Tensor], Tensor]:
 
 
 def build(form: str, options: argparse.Namespace) -> Any:
-    """One form of the fusion, with the authors' random weights in it."""
+    """One form of the fusion, with the authors' random weights."""
     from mmllm.contract.parts import Site
     from mmllm.contract.registry import find
     from mmllm.contract.types import MediaSpec, TokenSpec
@@ -65,13 +65,13 @@ def kept(part: Any, streams: list[Tensor]) -> float:
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
-        result = part.mix(streams)  # held, or the storages' addresses would be used again
+        result = part.mix(streams)  # hold it, or the storages' addresses would be reused
     del result
     return sum(sizes.values()) / MIB
 
 
 def child(form: str, options: argparse.Namespace) -> None:
-    """Run one form once and print the MiB that it needed at most."""
+    """Run one form once and print its peak memory in MiB."""
     import mmllm.connectors.merv.fusion  # noqa: F401 - imports are not what is measured
 
     torch.ones(64, 64) @ torch.ones(64, 64)
@@ -84,7 +84,7 @@ def child(form: str, options: argparse.Namespace) -> None:
 
 
 def resident(which: str) -> int:
-    """Bytes of this process now (VmRSS) or at most (VmHWM; `getrusage` would count what the parent had), on Linux."""
+    """Bytes of this process now (VmRSS) or at most (VmHWM; `getrusage` would count the parent's peak), on Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{which}:"))
 

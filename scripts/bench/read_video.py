@@ -3,10 +3,10 @@
     python scripts/bench/read_video.py --videos ../shared/data/videos --out read_video.json
     python scripts/bench/read_video.py --repeats 3 --clips 60
 
-All read the same frames of the same files: 16 uniform ones, all of them, and 16 of ten seconds within a file of ten
-minutes that is made here. They take turns, so that a busy machine slows all of them; a time includes opening and is
-the best of the repetitions, which a busy machine disturbs least. The memory of many reads is measured in processes of
-its own.
+All read the same frames of the same files: 16 uniform ones, all of them, and 16 within ten seconds of a ten-minute
+file that is made here. They take turns, so that a busy machine slows all of them; a time includes opening and is the
+best of the repetitions, which a busy machine disturbs least. The memory of many reads is measured in separate
+processes.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ HOWS = ("pyav", "pyav guarded", "decord guarded")
 
 
 def bare_decord(path: str, indices: list[int]) -> np.ndarray:
-    """What its manual says."""
+    """As its manual shows."""
     import decord
 
     return decord.VideoReader(path).get_batch(indices).asnumpy()
 
 
 def bare_pyav(path: str, indices: list[int], fps: float) -> np.ndarray:
-    """The usual loop with threads: seek to the first frame, decode, keep what is wanted."""
+    """The usual threaded loop: seek to the first frame, decode, keep what is wanted."""
     import av
 
     wanted, kept = set(indices), {}
@@ -79,7 +79,7 @@ def make_video(path: Path, frames: int, height: int, width: int, fps: int = 25, 
 
 
 def in_turns(reads: dict[str, Read], repeats: int) -> tuple[dict[str, float], dict[str, bool]]:
-    """Best seconds of each, and whether each gives the frames of our reader."""
+    """Best seconds of each reader, and whether each gives the same frames as ours."""
     seconds: dict[str, list[float]] = {name: [] for name in reads}
     frames = {name: read() for name, read in reads.items()}
     equal = {name: bool(np.array_equal(frames[name], frames["ours"])) for name in reads}
@@ -94,7 +94,7 @@ def in_turns(reads: dict[str, Read], repeats: int) -> tuple[dict[str, float], di
 
 
 def speed(refs: list[MediaRef], sampling: Callable[[Any], Sampling], repeats: int, guarded: dict[str, Any]) -> Any:
-    """Frames a second of everybody over some files, and the ratio to the better of the two bare ones."""
+    """Frames per second of every reader over some files, and the ratio to the better of the two bare ones."""
     totals, clips, frames = dict.fromkeys(("decord", "threaded pyav"), 0.0), {}, 0
     for ref in refs:
         header = probe(ref)
@@ -127,7 +127,7 @@ def speed(refs: list[MediaRef], sampling: Callable[[Any], Sampling], repeats: in
 
 
 def overhead(ref: MediaRef, repeats: int, guarded: GuardedReader) -> dict[str, float]:
-    """What the process of its own costs a read of 16 frames."""
+    """What the separate process costs a read of 16 frames."""
     chosen = Sampling(frames=16)
     reads = {"ours": lambda: read_media(ref, chosen).frames, "guarded": lambda: guarded.read(ref, chosen).frames}
     seconds, _ = in_turns(reads, repeats)
@@ -150,7 +150,7 @@ def resident(process: int) -> int:
 def memory(how: str, paths: list[str], count: int) -> dict[str, Any]:
     """Mean resident megabytes in each quarter of many reads, of this process with its children.
 
-    One round over all clips goes before, in which everything is imported and the heap gets its size.
+    One round over all clips comes first, so that everything is imported and the heap has its final size.
     """
     backend, _, process = how.partition(" ")
     reader, sizes = GuardedReader(backend), []
@@ -188,7 +188,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=Path, default=Path("../shared/data/videos"), help="folder of clips")
-    parser.add_argument("--repeats", type=int, default=7, help="times that everybody reads everything")
+    parser.add_argument("--repeats", type=int, default=7, help="repetitions of every read (the best one counts)")
     parser.add_argument("--clips", type=int, default=200, help="reads of the memory measurement")
     parser.add_argument("--minutes", type=float, default=10.0, help="length of the long file")
     parser.add_argument("--memory", choices=HOWS, help="measure only this, in this process")

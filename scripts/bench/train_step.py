@@ -52,7 +52,7 @@ def by_hand(model: Any, prepared: list[dict[str, Any]], lr: float) -> Any:
 
 
 def by_trainer(model: Any, prepared: list[dict[str, Any]], lr: float, device: str) -> Any:
-    """A generator of step seconds of StageTrainer, its loop cut after every step."""
+    """A generator of step seconds of StageTrainer, its loop paused after every step."""
     import tempfile
     from queue import Queue
     from threading import Thread
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--world", default="runs/world-nano")
     parser.add_argument("--recipe", default="nano/llava")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--blocks", type=int, default=12, help="turns of five steps each")
+    parser.add_argument("--blocks", type=int, default=12, help="number of turns, of five steps each")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

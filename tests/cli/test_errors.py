@@ -111,11 +111,11 @@ def test_processor_of_another_recipe(capsys, model, tmp_path, clip):
         (["recipe", "show", "nano/llava", "model.connector.mlp.depth=0"], "depth is at least 1"),
         (
             ["recipe", "show", "nano/llava", "model.media=null", "model.media.frames=3"],
-            "'frames': it is no map",
+            "'frames': it is not a map",
         ),
         (
             ["recipe", "show", "nano/llava", "roots=5", "roots.world=x"],
-            "roots: has no key 'world': it is no map",
+            "roots: has no key 'world': it is not a map",
         ),
         (["recipe", "show", "nano/llava", "--plugin", "nowhere.py"], "no such plug-in"),
         (["eval", "--model", "nowhere"], "no such folder"),

@@ -95,7 +95,7 @@ def test_bases_that_double_are_read_once_each(tmp_path):
         ({"output": {"video": "mlp", "image": "mlp", "vidoe": "mlp"}}, r"output\.vidoe: unknown kind of media"),
         ({"place": {"mlp": 5}}, r"place\.mlp: unknown place"),
         ({"place": [1]}, "place: wrong type"),
-        ({"encoders": {"nano": 5}}, r"encoders\.nano: without a type"),
+        ({"encoders": {"nano": 5}}, r"encoders\.nano: has no type"),
         ({"encoders": {"nano": {"type": True}}}, r"encoders\.nano\.type: wrong type"),
         ({"encoders": {"a b": {"type": "nano_conv"}}}, "not a name"),
         ({"encoders": {5: {"type": "nano_conv"}}}, "not a name"),

@@ -139,9 +139,9 @@ def test_equal_scores_are_ranked_in_their_order():
 
 
 def test_bad_scores_are_refused_by_their_record():
-    with pytest.raises(UserError, match="score 2: it is nan"):
+    with pytest.raises(UserError, match="score 2: is nan"):
         levels_by_rank([0.1, float("nan"), 0.3], 2)
-    with pytest.raises(UserError, match="score 2: it is nan"):
+    with pytest.raises(UserError, match="score 2: is nan"):
         levels_by_edges([0.1, float("nan")], [0.2])
     with pytest.raises(UserError, match="2 scores for 3 levels"):
         levels_by_rank([0.1, 0.2], 3)
@@ -218,7 +218,7 @@ def test_given_scores_become_levels_and_edges_serve_new_data(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().err
     edges.write_text(json.dumps({"edges": [0.3, 0.5], "pair": "runs/clip"}))
     assert main([*command, "--out", str(tmp_path / "new.jsonl")]) == 0
-    assert "the edges are of scores of runs/clip, these are made elsewhere" in capsys.readouterr().err
+    assert "the edges are of scores of runs/clip, these are computed elsewhere" in capsys.readouterr().err
     assert main([*command, "--levels", "7", "--out", str(tmp_path / "new.jsonl")]) == 2
     assert "--levels 7: " in (said := capsys.readouterr().err) and "makes 3 levels" in said
 
@@ -338,4 +338,4 @@ def test_a_contrastive_run_scores_media_as_it_read_them_in_training(tmp_path, ca
         judge.score("r7", MediaRef("image", str(tmp_path / "0.png")), " ")
     save_model(tmp_path / "blind")
     assert main([*command, "--pair", str(tmp_path / "blind")]) == 2
-    assert "was not trained by the objective contrastive" in capsys.readouterr().err
+    assert "was not trained with the objective contrastive" in capsys.readouterr().err

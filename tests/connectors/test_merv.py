@@ -209,7 +209,7 @@ def test_a_recipe_whose_grids_differ_names_its_streams():
 
 def test_flat_keys_are_for_one_number_of_tokens():
     site = [tokens(0), tokens(1)]
-    with pytest.raises(ValueError, match="tokens: how many"):
+    with pytest.raises(ValueError, match="tokens: set this"):
         part("cross_attentive_fusion", site, keys="flat")
     made = part("cross_attentive_fusion", site, keys="flat", tokens=6)
     with pytest.raises(ValueError, match="flat keys of 6 tokens, a stream has 12"):
@@ -363,4 +363,4 @@ def test_a_model_that_mixes_nothing_is_refused(tmp_path, capsys):
     tiny_model(recipe).save_pretrained(tmp_path)
     tiny_processor(recipe).save_pretrained(tmp_path)
     assert main(["inspect", "fusion", "--model", str(tmp_path), "--video", "a.mp4"]) == 2
-    assert "mixes no encoders. Try: a recipe with a fusion: nano/merv" in capsys.readouterr().err
+    assert "does not mix encoders. Try: a recipe with a fusion: nano/merv" in capsys.readouterr().err

@@ -89,7 +89,7 @@ def test_a_damaged_record_is_named(tmp_path, text):
         read_record(path)
 
 
-@pytest.mark.parametrize(("number", "says"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "another folder")])
+@pytest.mark.parametrize(("number", "says"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "use another folder")])
 def test_a_disk_that_cannot_be_written_is_no_bug(monkeypatch, capsys, number, says):
     def fail(*arguments: object, **keywords: object) -> None:
         raise OSError(number, os.strerror(number), "runs/x")

@@ -167,7 +167,7 @@ BROKEN = [
     (Detached, "no gradient reaches input 1"),
     (HalfDetached, "no gradient reaches input 2"),
     (Random, "not the same twice in eval mode"),
-    (Endless, "not finite"),
+    (Endless, "non-finite"),
     (Untyped, "argument lie has no type"),
     (Unnamed, "arguments: NameError: name 'Nobody' is not defined"),
     (InPlace, "input 1: changes values in place"),

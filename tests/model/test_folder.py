@@ -75,7 +75,7 @@ def test_code_beside_a_tokenizer_is_refused_unless_it_is_trusted(tmp_path, monke
     monkeypatch.setattr("builtins.input", lambda *text: "y")
     made = tiny_recipe()
     made.model["llm"]["tokenizer"] = str(folder)
-    with pytest.raises(UserError, match=r"needs Python code of its own.*--trust-remote-code"):
+    with pytest.raises(UserError, match=r"comes with its own Python code.*--trust-remote-code"):
         build_tokenizer(made)
     assert not ran.exists()
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -91,7 +91,7 @@ def test_code_beside_an_llms_config_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *text: "y")
     made = tiny_recipe()
     made.model["llm"] = {"name": str(tmp_path / "llm"), "tokenizer": tokenizer_folder()}
-    with pytest.raises(UserError, match=r"needs Python code of its own.*--trust-remote-code"):
+    with pytest.raises(UserError, match=r"comes with its own Python code.*--trust-remote-code"):
         Blueprint.of(made)
     assert not ran.exists()
 

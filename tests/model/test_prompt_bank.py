@@ -177,7 +177,7 @@ def test_gradients_reach_a_source_that_trains_and_no_frozen_one(made):
 def test_a_part_that_needs_the_prompt_says_so(tmp_path):
     built = recipe(tmp_path)
     built.model["text"] = {}
-    with pytest.raises(UserError, match=r"asked_of_test: needs the prompt, and no text source is named for it"):
+    with pytest.raises(UserError, match=r"asked_of_test: needs the prompt, but no text source is named for it"):
         Blueprint.of(built)
     two = {"letters": {"type": "letters_of_test"}, "more": {"type": "letters_of_test"}}
     built.model["text"] = two

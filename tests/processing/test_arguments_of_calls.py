@@ -208,8 +208,8 @@ def test_another_template_and_its_variables_are_used(processor):
         ("{% for m in messages %}{{ m.content }", r"broken \(TemplateSyntaxError"),
         ("{{ nothing.at.all }}", r"broken \(UndefinedError"),
         ("{{ ''.__class__.__mro__ }}{{ messages.append(1) }}", "chat template"),
-        ("nothing", "it leaves out message 0"),
-        ("{% for m in messages %}{{ m.content }} {{ m.content }}{% endfor %}", "it writes a message twice"),
+        ("nothing", "leaves out message 0"),
+        ("{% for m in messages %}{{ m.content }} {{ m.content }}{% endfor %}", "writes a message twice"),
     ],
 )
 def test_a_broken_template_is_refused(processor, template, message):
@@ -222,7 +222,7 @@ def test_an_endless_template_is_stopped(processor, monkeypatch):
 
     monkeypatch.setattr(templates, "SECONDS", 0.2)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(UserError, match="still not rendered"):
+    with pytest.raises(UserError, match="rendering did not finish"):
         processor.apply_chat_template([turn("Hi")], chat_template=loop)
 
 
@@ -256,7 +256,7 @@ def test_an_answer_has_to_fit_behind_its_prompt(tmp_path):
     model, processor = mmllm.load(save_model(tmp_path / "model"))
     most = processor.max_length - 5  # what `What?` and its turn take
     for stream in (False, True):
-        with pytest.raises(UserError, match=f"behind a prompt of 5 tokens, expected at most {most}, got {most + 1}"):
+        with pytest.raises(UserError, match=f"after a prompt of 5 tokens, expected at most {most}, got {most + 1}"):
             mmllm.generate(model, processor, "What?", max_new_tokens=most + 1, stream=stream)
 
 
@@ -275,7 +275,7 @@ def test_arrays_and_pictures_are_media(processor):
         (lambda m, p: mmllm.generate(m, p, "?", max_new_tokens=10**9), "max_new_tokens: more than this model can hold"),
         (lambda m, p: mmllm.generate(m, p, "?", max_new_tokens=0), "max_new_tokens: out of range"),
         (lambda m, p: mmllm.generate(m, p, 5), "question: wrong type"),
-        (lambda m, p: mmllm.generate(m, p, "?", return_dict_in_generate=True), "gives the text of one answer"),
+        (lambda m, p: mmllm.generate(m, p, "?", return_dict_in_generate=True), "returns the text of a single answer"),
         (lambda m, p: mmllm.evaluate(m, p, "mlvu", root=None), "evaluate: root: wrong type"),
         (lambda m, p: mmllm.evaluate(m, p, "mlvu", root="x", out=5), "evaluate: out: wrong type"),
         (lambda m, p: mmllm.evaluate(m, p, "mlvu", root="x", limit=0), "evaluate: limit: out of range"),

@@ -116,7 +116,7 @@ def test_nothing_is_deleted_that_the_run_did_not_write(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("checkpoint-10", "checkpoint-7", "checkpoint-9", "checkpoint-best")
     ]
-    with pytest.raises(UserError, match="no checkpoint of this run"):
+    with pytest.raises(UserError, match="not a checkpoint of this run"):
         start(tmp_path / "checkpoint-7")
 
 
@@ -166,7 +166,7 @@ def test_a_failed_start_does_not_block_the_corrected_command(data, tmp_path):
     assert not (tmp_path / "run").exists()
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"id": "1", "messages": [{"role": "user", "content": "What?"}]}\n')
-    with pytest.raises(UserError, match="no assistant's turn"):
+    with pytest.raises(UserError, match="no assistant turn"):
         train(recipe(broken), tmp_path / "run", options())
     train(recipe(data, steps=1), tmp_path / "run", options())
     shutil.rmtree(tmp_path / "run")
@@ -209,7 +209,7 @@ def test_a_stage_goes_on_with_the_data_that_it_began_with(data, tmp_path, monkey
     stopped_after(mine, tmp_path / "run", 3, monkeypatch)
     whole = mine.read_bytes()
     mine.write_bytes(whole.splitlines(keepends=True)[0] + whole)
-    with pytest.raises(UserError, match=r"mine\.jsonl: not the data that this stage began with"):
+    with pytest.raises(UserError, match=r"mine\.jsonl: differs from the data this stage began with"):
         train(recipe(mine, steps=6), tmp_path / "run", options())
     mine.write_bytes(whole)
     train(recipe(mine, steps=6), tmp_path / "run", options())

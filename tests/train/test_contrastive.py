@@ -107,7 +107,7 @@ def test_scale_is_learnt_and_bounded():
     assert objective.loss.scale.item() == pytest.approx(math.log(100))  # brought back, so that it still learns
     objective(towers, rows())["contrastive"].sum.backward()
     assert objective.loss.scale.grad.abs() > 0
-    with pytest.raises(UserError, match="is above 0"):
+    with pytest.raises(UserError, match="must be above 0"):
         Contrastive(temperature=0.0)
 
 
@@ -128,7 +128,7 @@ def test_two_processes_are_one(tmp_path):
 def test_micro_batches_are_refused():
     objective, batch = Contrastive(), rows()
     assert objective.counts(batch) == {"contrastive": BATCH}
-    with pytest.raises(UserError, match="compared within themselves"):
+    with pytest.raises(UserError, match="compared only within themselves"):
         objective.counts(batch)
     objective(Towers(), batch)
     assert objective.counts(batch) == {"contrastive": BATCH}

@@ -46,10 +46,10 @@ def test_processes_without_an_accelerator_join_on_the_cpu_and_hear_what_the_main
 def test_processes_that_did_not_join_are_refused(data, tmp_path, monkeypatch):
     join(options())
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="2 processes are to train, and nothing says how they meet"):
+    with pytest.raises(UserError, match="2 processes are to train, but MASTER_ADDR is not set"):
         join(options())
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    with pytest.raises(UserError, match="2 processes were started together and 1 joined"):
+    with pytest.raises(UserError, match="2 processes were started together, but 1 joined"):
         join(options())
     with pytest.raises(UserError, match="WORLD_SIZE"):
         train(recipe(data), tmp_path / "run", options())

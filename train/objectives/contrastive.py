@@ -1,4 +1,4 @@
-"""Images and texts in one space: the losses of CLIP and of SigLIP over the whole batch of all processes.
+"""Images and texts in one space: the CLIP and SigLIP losses over the whole batch of all processes.
 
 Sources: CLIP (Radford et al. 2021, figure 3), SigLIP (Zhai et al. 2023, algorithm 1).
 """
@@ -23,7 +23,7 @@ class ClipLoss(nn.Module):
     """Each image picks its text among all texts, and each text its image.
 
     Args:
-        temperature: start of the learned temperature, which never falls below 0.01.
+        temperature: initial value of the learned temperature, which never falls below 0.01.
     """
 
     def __init__(self, temperature: float = 0.07) -> None:
@@ -31,8 +31,8 @@ class ClipLoss(nn.Module):
         self.scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
     def forward(self, images: Tensor, texts: Tensor, all_images: Tensor, all_texts: Tensor, first: int) -> Tensor:
-        """Summed over the rows of this process, [B, J] of all [A, J]; its first row is row `first` of all."""
-        with torch.no_grad():  # the value itself: beyond a bound on its use it would get no gradient, and never return
+        """Summed over this process's rows [B, J], scored against all [A, J], in which they start at `first`."""
+        with torch.no_grad():  # the value itself: clamped only where used, it would get no gradient and never recover
             self.scale.clamp_(max=math.log(100))
         scale = self.scale.exp()
         targets = first + torch.arange(len(images), device=images.device)
@@ -42,10 +42,11 @@ class ClipLoss(nn.Module):
 
 
 class SiglipLoss(nn.Module):
-    """Every pair of an image and a text is one yes-or-no question.
+    """Every pair of an image and a text is a yes-or-no question.
 
     Args:
-        temperature: start of the learned temperature. bias: start of the learned bias.
+        temperature: initial value of the learned temperature.
+        bias: initial value of the learned bias.
     """
 
     def __init__(self, temperature: float = 0.1, bias: float = -10.0) -> None:
@@ -66,18 +67,18 @@ LOSSES: dict[str, type[nn.Module]] = {"clip": ClipLoss, "siglip": SiglipLoss}
 
 @register("objective", "contrastive")
 class Contrastive(Objective):
-    """Clips and their descriptions are drawn together, clips and the descriptions of others apart.
+    """Pull clips and their descriptions together, and clips and other clips' descriptions apart.
 
     A sample is a conversation with one clip or image, which the assistant describes. The loss is that of the whole
     batch: the features of all processes are gathered, and each process scores its own rows against all; gradients
-    flow back to every process. Micro-batches would be compared within themselves only, which is another loss, so they
-    are refused.
+    flow back to every process. Micro-batches are refused: they would be compared only within themselves, which is
+    another loss.
 
     The model gives `pooled_images(batch)` [B, J] and `pooled_texts(batch, source)` [B, J], row by row the same pairs.
 
     Args:
         loss: "clip" or "siglip".
-        temperature: start of the learned temperature; None = 0.07 for clip, 0.1 for siglip.
+        temperature: initial value of the learned temperature; None = 0.07 for clip, 0.1 for siglip.
         text: the text source that reads the descriptions; None = the only one.
     """
 
@@ -90,7 +91,7 @@ class Contrastive(Objective):
     ) -> None:
         super().__init__()
         if temperature is not None and temperature <= 0:
-            raise UserError("objective contrastive: temperature", "is above 0", got=temperature)
+            raise UserError("objective contrastive: temperature", "must be above 0", got=temperature)
         self.loss = LOSSES[loss]() if temperature is None else LOSSES[loss](temperature)
         self.text = text
         self.waiting = False  # whether a batch was counted and not yet scored
@@ -128,10 +129,10 @@ class Contrastive(Objective):
         """How many pairs.
 
         Raises:
-            UserError: a second batch before the first one was scored: gradients are accumulated.
+            UserError: a second batch came before the first was scored, so gradients are being accumulated.
         """
         if self.waiting:
-            what = "micro-batches are compared within themselves only, so their loss is not the batch's"
+            what = "micro-batches are compared only within themselves, so their loss differs from the batch's"
             raise UserError("objective contrastive", what, hint="no micro_batch, a smaller batch or more processes")
         self.waiting = True
         return {"contrastive": len(batch["input_ids"])}
@@ -140,7 +141,7 @@ class Contrastive(Objective):
         """The summed loss of this process's rows.
 
         Raises:
-            UserError: the two towers do not meet in one space, or processes have unequal batches.
+            UserError: the two towers have no common space, or processes have unequal batches.
         """
         self.waiting = False
         images, texts = model.pooled_images(batch), model.pooled_texts(batch, self.text)
@@ -156,10 +157,10 @@ class Contrastive(Objective):
 
 
 def caption_of(sample: Sample) -> tuple[dict[str, Any], str]:
-    """(clip or image, what the assistant says of it) of a conversation.
+    """(clip or image, the assistant's description of it) from a conversation.
 
     Raises:
-        UserError: not one medium and an answer.
+        UserError: not exactly one medium and one answer.
     """
     media, answers = sample.media(), [answer.strip() for answer in sample.answers()]
     if len(media) != 1 or not answers or not answers[0]:
@@ -169,7 +170,7 @@ def caption_of(sample: Sample) -> tuple[dict[str, Any], str]:
 
 
 def gather(rows: Tensor) -> tuple[Tensor, int]:
-    """The rows [B, J] of all processes [A, J], with gradients to each of them, and which is the first of this one.
+    """The rows [B, J] of all processes [A, J], with gradients to each of them, and the index of this one's first row.
 
     Raises:
         UserError: processes have unequal numbers of rows.
@@ -186,7 +187,7 @@ def gather(rows: Tensor) -> tuple[Tensor, int]:
 
 
 class _Gather(torch.autograd.Function):
-    """All rows forward; back come the gradients that all processes have for this one's rows."""
+    """All processes' rows in the forward; in the backward, the sum of all processes' gradients for this one's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:

@@ -24,18 +24,18 @@ class LanguageModeling(Objective):
     Only the scored positions reach the head: logits over a large vocabulary are never made for a whole sequence.
 
     Args:
-        groups: how many parts of a micro-batch go through the LLM one after the other, rows of similar length together
-            and cut where the longest of them ends. The loss is the same; where padding is a large share it costs less.
+        groups: number of parts of a micro-batch that go through the LLM one after the other, rows of similar length
+            together and cut at the longest of them. The loss is the same; where padding is a large share it costs less.
     """
 
     def __init__(self, *, groups: int = 1) -> None:
         super().__init__()
         if groups < 1:
-            raise UserError("objective language_modeling: groups", "is 1 or more", got=groups)
+            raise UserError("objective language_modeling: groups", "must be 1 or more", got=groups)
         self.groups = groups
 
     def prepare(self, samples: list, processor: Any) -> Batch:
-        """Conversations -> padded batch; `names` says whose rows they are, `groups` (first, last, length) of each.
+        """Conversations -> padded batch; `names` are the rows' samples, `groups` the parts' (first, last, length).
 
         Raises:
             UserError: a sample has no answer to learn.
@@ -43,7 +43,7 @@ class LanguageModeling(Objective):
         examples = [processor.encode(sample.messages, name=sample.id, level=level_of(sample)) for sample in samples]
         for example in examples:
             if all(label == -100 for label in example.labels):
-                raise UserError(f"sample {example.name}", "has no assistant's turn to learn")
+                raise UserError(f"sample {example.name}", "has no assistant turn to learn from")
         if self.groups > 1:
             examples.sort(key=lambda example: -len(example.labels))
         batch = processor.collate(examples, padding_side="right")
@@ -56,7 +56,7 @@ class LanguageModeling(Objective):
         return [(first, last, max(lengths[first:last])) for first, last in pairwise(borders)]
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """How many tokens are scored."""
+        """The number of scored tokens."""
         return {"language_modeling": int((batch["labels"][:, 1:] != -100).sum())}
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
@@ -64,7 +64,7 @@ class LanguageModeling(Objective):
         sequence, labels = model.embed(batch), batch["labels"]
         states, targets = [], []
         for first, last, length in batch["groups"]:
-            # No mask: rows are padded behind, and what is before reads nothing of it. Causal kernels then skip half.
+            # No mask: rows are right-padded, and no token reads what follows it. Causal kernels can then skip half.
             hidden = model.run(replace(sequence.part(slice(first, last), length), mask=None))
             wanted = labels[first:last, 1:length]
             scored = wanted != -100

@@ -1,1 +1,1 @@
-"""Media files: reading them in a process of their own, sampling, resizing, keeping."""
+"""Media files: reading them in a separate process, sampling, resizing, caching."""

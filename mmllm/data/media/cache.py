@@ -1,7 +1,7 @@
-"""Tensors kept on disk by the hash of all that they depend on: complete or absent, bounded in size.
+"""Tensors kept on disk under a hash of everything they depend on: complete or absent, bounded in size.
 
 Several processes may read and write at the same time, and any of them may be killed at any moment: an entry is written
-under another name and renamed, and what cannot be read back counts as absent.
+under a temporary name and renamed, and what cannot be read back counts as absent.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 
 UNFINISHED = ".part"
 ABANDONED = 600.0
-"""Seconds after which a file that was never finished belongs to a writer that died."""
+"""Seconds after which an unfinished file is taken to belong to a writer that died."""
 LOW_WATER = 0.9
-"""Evicting goes on down to this share of the limit, so that it does not happen at every write."""
+"""Eviction goes down to this share of the limit, so that it does not happen at every write."""
 TOUCH = 60.0
-"""Seconds within which an entry is not marked as used again."""
+"""An entry used again within this many seconds is not marked again."""
 
 
 def key_of(facts: Any) -> str:
@@ -40,7 +40,7 @@ def key_of(facts: Any) -> str:
 
 @dataclass
 class Rate:
-    """How often an entry was there: `hits` of `hits + misses` look-ups."""
+    """How often an entry was found: `hits` of `hits + misses` look-ups."""
 
     hits: int = 0
     misses: int = 0
@@ -52,11 +52,11 @@ class Rate:
 
 @dataclass
 class DiskCache:
-    """Maps of tensors by key, one safetensors file an entry.
+    """Maps of tensors by key, one safetensors file per entry.
 
     Args:
-        folder: where; made when something is written.
-        limit: bytes that all entries may take; the least recently used ones go first. None = no limit.
+        folder: created when something is written.
+        limit: bytes that all entries may take; the least recently used are evicted first. None = no limit.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ class DiskCache:
         return self.path(key).is_file()
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors of an entry, mapped into memory rather than read; None where there is none."""
+        """The tensors of an entry, mapped into memory rather than read; None if there is no entry."""
         from safetensors import SafetensorError, safe_open
 
         path = self.path(key)
@@ -83,7 +83,7 @@ class DiskCache:
             self.rate.misses += 1
             return None
         except SafetensorError:
-            # a disk that was full or lost power: worth computing again, not worth stopping for
+            # the disk was full or lost power: worth recomputing, not worth stopping for
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
             self.rate.misses += 1
@@ -95,7 +95,7 @@ class DiskCache:
         return tensors
 
     def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors; whoever reads sees all of them or none. What cannot be written is not kept, with a warning."""
+        """Keep tensors; readers see all of them or none. What cannot be written is not kept, with a warning."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -115,17 +115,17 @@ class DiskCache:
             fresh.unlink(missing_ok=True)
             raise
         self.written += size
-        # The folder is looked through each time a twentieth of the limit was written here: others write too.
+        # Scan the folder each time a twentieth of the limit was written here: other processes write too.
         if self.limit is not None and self.written >= self.limit // 20:
             self.written = 0
             self.evict()
 
     def size(self) -> int:
-        """Bytes that all entries take."""
+        """Bytes taken by all entries."""
         return sum(size for _, size, _ in self._entries())
 
     def evict(self) -> None:
-        """Take out the least recently used entries until the rest is well below the limit, and what was abandoned."""
+        """Remove the least recently used entries until the rest is well below the limit, and abandoned files."""
         now = time.time()
         for path in self.folder.glob(f"*/*{UNFINISHED}"):
             if _age(path, now) > ABANDONED:
@@ -152,7 +152,7 @@ class DiskCache:
 
 
 def _remove(path: Path) -> bool:
-    """Take out an entry; another user's, in a cache that is shared, may have to stay."""
+    """Remove an entry; in a shared cache, another user's may have to stay."""
     try:
         path.unlink(missing_ok=True)
     except OSError:
@@ -168,7 +168,7 @@ def _age(path: Path, now: float) -> float:
 
 
 class Digests:
-    """Content digests of media files, each file read once: remembered by path, size and time of change.
+    """Content digests of media files, each read once: remembered by path, size and modification time.
 
     Args:
         file: an SQLite file that several processes share.
@@ -196,7 +196,7 @@ class Digests:
     def _file(self, path: Path) -> str:
         status, name = path.stat(), str(path.resolve())
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{path} is no regular file")  # opening a pipe would wait for ever
+            raise OSError(f"{path} is not a regular file")  # opening a pipe would wait forever
         stamp = (status.st_size, status.st_mtime_ns)
         database = self._open()
         row = database.execute("SELECT size, changed, digest FROM digests WHERE path = ?", (name,)).fetchone()
@@ -209,7 +209,7 @@ class Digests:
         return digest
 
     def _open(self) -> sqlite3.Connection:
-        """A connection of this process: one must not travel through a fork."""
+        """A connection of this process: one must not survive a fork."""
         if self._connection is None or self._connection[0] != os.getpid():
             self.file.parent.mkdir(parents=True, exist_ok=True)
             connection = sqlite3.connect(self.file, timeout=60, check_same_thread=False)

@@ -18,21 +18,21 @@ FORMATS = (
     *("h261", "h263", "h264", "hevc", "vvc", "av1", "vc1", "m4v", "mjpeg", "mjpeg_2000", "dirac", "yuv4mpegpipe"),
     # moving and still pictures
     *("gif", "apng", "jpeg_pipe", "png_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe"),
-    # what has no pictures, and is told so
+    # formats without pictures, which get an error saying so
     *("mp3", "wav", "flac", "aac", "ac3", "aiff", "amr", "tty"),
 )
-"""What is opened: formats that hold everything in the one file. Playlists, manifests, patterns of names, network
+"""The formats that are opened: each holds everything in one file. Playlists, manifests, file name patterns, network
 descriptions and devices (concat, hls, dash, imf, image2, sdp, lavfi, ...) make FFmpeg open other things."""
 FROM_ZERO = ("matroska,webm", "asf", "asf_o", "nut")
-"""Formats whose duration is the end of the last frame, not counted from the first."""
+"""Formats whose duration is the end time of the last frame rather than being counted from the first."""
 COUNT_BYTES = 64 << 20
 """Files up to this size without a frame count in the header are counted packet by packet."""
 UNEVEN = 0.02
-"""From this deviation on, frame count and duration tell the rate, not the nominal rate: the frames come unevenly."""
+"""From this deviation on, frame count and duration give the rate, not the nominal rate: the frames are uneven."""
 
 
 def open_container(path: str, limits: Limits = DEFAULTS) -> av.container.InputContainer:
-    """Open a local file, never following it to other files or protocols, or say why it cannot be opened."""
+    """Open a local file, never following it to other files or protocols, or explain why it cannot be opened."""
     import av
 
     # opening decodes a frame where the header alone does not say enough
@@ -53,7 +53,7 @@ def open_container(path: str, limits: Limits = DEFAULTS) -> av.container.InputCo
             ) from error
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, av.error.ArgumentError):
-            reason = "its header is invalid, or its format is none of those that are read"
+            reason = "its header is invalid, or its format is not one of those that are read"
         hint = "a video such as mp4, avi, mkv or webm, or check how the file was made"
         raise UserError(path, f"not a video, it cannot be opened as one ({reason})", hint=hint) from error
     if container.format.name == "tty":
@@ -64,7 +64,7 @@ def open_container(path: str, limits: Limits = DEFAULTS) -> av.container.InputCo
 
 
 def picture_stream(container: av.container.InputContainer, path: str) -> av.VideoStream:
-    """The first video stream that is no cover picture of an audio file."""
+    """The first video stream that is not the cover picture of an audio file."""
     from av.stream import Disposition
 
     for stream in container.streams.video:
@@ -79,26 +79,26 @@ def picture_stream(container: av.container.InputContainer, path: str) -> av.Vide
 
 
 def header_count(stream: av.VideoStream) -> tuple[int, float]:
-    """(frames, frames per second) as the header says; (0, 0.0) where it does not say both."""
+    """(frames, frames per second) from the header; (0, 0.0) if it does not give both."""
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     frames = stream.frames
     container = stream.container.format.name
     if not frames or not rate or container == "gif":
         return 0, 0.0
-    # the duration of an avi is guessed where its index is cut off; its frames come evenly by nature
+    # the duration of an avi is guessed if its index is cut off; its frames are even by design
     if stream.duration and container != "avi":
         seconds = stream.duration * float(stream.time_base)
-        # a cut file counts the frames before its edit list too, which are never shown
+        # a trimmed file also counts the frames before its edit list, which are never shown
         frames = min(frames, max(1, round(seconds * rate)))
         rate = _even_rate(frames, rate, seconds)
     return frames, rate
 
 
 def count_packets(container: av.container.InputContainer, stream: av.VideoStream, path: str) -> tuple[int, float]:
-    """(frames, frames per second) of a file whose header lacks them; the container is at its end afterwards.
+    """(frames, frames per second) of a file whose header lacks them; leaves the container at its end.
 
-    Small files are counted; where the packets end well before the header's duration the file is cut off, and the
-    duration counts, so that reading notices. Big files are taken at their duration.
+    Small files are counted; if the packets end well before the header's duration, the file is cut off and the duration
+    counts, so that reading notices. For big files the duration is trusted.
     """
     import av
 
@@ -119,7 +119,7 @@ def count_packets(container: av.container.InputContainer, stream: av.VideoStream
             end = (packet.pts + (packet.duration or 0)) * tick
             spans[index] = (min(low, packet.pts * tick), max(high, end))
     except (av.error.FFmpegError, OSError):
-        # cut off in the middle of a packet: the comparison with the duration below tells
+        # cut off in the middle of a packet: the comparison with the duration below detects it
         pass
     low, high = spans.get(stream.index, (0.0, 0.0))
     rate = _even_rate(max(1, frames), rate, high - low) or 25.0
@@ -132,9 +132,9 @@ def count_packets(container: av.container.InputContainer, stream: av.VideoStream
 
 
 def count_stored(path: str, limits: Limits = DEFAULTS) -> tuple[int, bool]:
-    """(frames that are stored, whether some are stored behind a key frame but shown before it); decodes none.
+    """(stored frames, whether some are stored after a key frame but shown before it); decodes none.
 
-    The latter is called open GOP; a damaged file counts as one, since nobody can jump around safely in it.
+    The latter is called open GOP; a damaged file counts as such, since jumping around in it is not safe.
     """
     import av
 
@@ -155,13 +155,13 @@ def count_stored(path: str, limits: Limits = DEFAULTS) -> tuple[int, bool]:
 
 
 def _length(container: av.container.InputContainer) -> float:
-    """Seconds from the first frame to the end, as the header says; 0.0 where it does not."""
+    """Seconds from the first frame to the end, from the header; 0.0 if it does not say."""
     seconds, start = float(container.duration or 0) / 1e6, float(container.start_time or 0) / 1e6
     return seconds - start if container.format.name in FROM_ZERO and 0 < start < seconds else seconds
 
 
 def _even_rate(frames: int, rate: float, seconds: float) -> float:
-    """The nominal rate, or frames / seconds where that deviates or there is no nominal rate."""
+    """The nominal rate, or frames / seconds if that deviates or there is no nominal rate."""
     if seconds > 0 and (not rate or abs(frames / rate - seconds) > max(2 / rate, UNEVEN * seconds)):
         return frames / seconds
     return rate

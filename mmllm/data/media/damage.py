@@ -1,4 +1,4 @@
-"""Damage inside a video: which frames it reaches, and what is said or done about it."""
+"""Damage inside a video: which frames it reaches, and how it is reported or handled."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OnDamage = Literal["error", "warn"]
-"""What becomes of a clip with damaged frames: refused, or read with a warning."""
+"""What to do with a clip with damaged frames: refuse it, or read it with a warning."""
 Spans = tuple[tuple[float, float], ...]
-"""(first, last) seconds, ascending and apart."""
+"""(first, last) seconds, ascending and disjoint."""
 Clock = Callable[[int], float]
-"""Turns the time stamps of a stream into seconds since its first frame."""
+"""Converts the time stamps of a stream to seconds since its first frame."""
 SHOWN = 5
-"""So many spans are named in a message."""
+"""Number of spans named in a message."""
 INTRA, BIDIRECTIONAL = 1, 3
-"""FFmpeg's picture types of frames that are predicted from no other, and from others on both sides."""
+"""FFmpeg's types of pictures that are predicted from no other, and from others on both sides."""
 
 
 class Damage:
-    """Follows the frames of one decoder in display order and notes which of those that are taken may be damaged.
+    """Follows the frames of one decoder in display order and notes which of the frames taken may be damaged.
 
-    A frame may be damaged if the decoder flags it, or a frame before it as far back as the last key frame: what is
-    wrong in one frame is handed on to those predicted from it. These also are the B-frames shown just before it. A
-    packet that does not decode, or that the container flags, counts like a flagged frame.
+    A frame may be damaged if the decoder flags it or any frame back to the last key frame: errors in a frame carry over
+    to those predicted from it, including the B-frames shown just before it. A packet that does not decode, or that the
+    container flags, counts like a flagged frame.
 
     Attributes:
-        packets: how many packets did not decode since the decoder started at the beginning of the file.
+        packets: number of packets that did not decode since the decoder started at the beginning of the file.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Damage:
         self.restart()
 
     def restart(self) -> None:
-        """The decoder goes on somewhere else, at a key frame."""
+        """The decoder continues somewhere else, at a key frame."""
         self._since: float | None = None
         self._last = -math.inf
         self._lost: list[int | None] = []
@@ -52,17 +52,17 @@ class Damage:
 
     @property
     def open_end(self) -> bool:
-        """Whether the last frame taken may be predicted from one that has not come on screen yet."""
+        """Whether the last frame taken may be predicted from one that has not been shown yet."""
         return bool(self._between)
 
     def lose(self, pts: int | None) -> None:
-        """A packet of this time stamp does not decode, or is flagged."""
+        """A packet with this time stamp does not decode, or is flagged."""
         self._lost.append(pts)
 
     def passes(self, frame: av.VideoFrame, now: float, clock: Clock | None) -> None:
-        """A frame comes on screen, at so many seconds."""
+        """A frame is shown, at this time in seconds."""
         self._settle(now, clock)
-        # a key frame without intra coding (gradual refresh) ends nothing; nor does one before what was lost
+        # damage is not ended by a key frame without intra coding (gradual refresh), nor by one before the loss
         if self._since is not None and now > self._last and frame.key_frame and frame.pict_type == INTRA:
             self._since, self._last = None, -math.inf
         if frame.is_corrupt:
@@ -74,7 +74,7 @@ class Damage:
             self._between = []
 
     def take(self, frame: av.VideoFrame, moment: float, now: float, clock: Clock | None) -> None:
-        """The frame on screen, of this moment, is taken; the decoder has come to the moment `now` (seconds)."""
+        """The frame shown at this moment is taken; the decoder has reached the moment `now` (seconds)."""
         self._settle(now, clock)
         if self._since is not None:
             self._taken.append((max(0.0, min(self._since, moment)), moment))
@@ -82,7 +82,7 @@ class Damage:
             self._between.append(moment)
 
     def _settle(self, now: float, clock: Clock | None) -> None:
-        """Note the moments of lost packets, which are not known before the first frame of a file is."""
+        """Note the moments of lost packets, which are unknown until that of a file's first frame is known."""
         for pts in self._lost:
             self._note(now if pts is None or clock is None else clock(pts))
         self._lost.clear()
@@ -92,7 +92,7 @@ class Damage:
         self._last = max(self._last, moment)
 
     def spans(self) -> Spans:
-        """The seconds from where the damage begins to the last frame taken that it may reach; forgotten afterwards."""
+        """The seconds from where damage begins to the last taken frame that it may reach; forgotten afterwards."""
         merged: list[tuple[float, float]] = []
         for start, end in sorted(self._taken):
             if merged and start <= merged[-1][1]:
@@ -104,20 +104,20 @@ class Damage:
 
 
 def check_choice(corrupt: str, backend: str, tells: bool) -> None:
-    """Refuse what is no choice, and `error` where the back end cannot tell.
+    """Refuse an unknown choice, and `error` where the back end cannot detect damage.
 
     Raises:
-        UserError: names the choices, or the way out.
+        UserError: names the choices, or the alternative.
     """
     if corrupt not in get_args(OnDamage):
         raise UserError("corrupt", "unknown choice", expected="error or warn", got=corrupt)
     if corrupt == "error" and not tells:
-        what = f"the back end {backend} does not tell damaged frames, so that none could be refused"
+        what = f"the back end {backend} does not detect damaged frames, so it cannot refuse any"
         raise UserError("corrupt error", what, hint="--backend pyav, or --corrupt warn")
 
 
 def judge(where: str, spans: Spans, corrupt: OnDamage) -> None:
-    """Warn of damaged frames, or refuse the clip.
+    """Warn about damaged frames, or refuse the clip.
 
     Raises:
         UserError: there are some, and `corrupt` is `error`.
@@ -125,7 +125,7 @@ def judge(where: str, spans: Spans, corrupt: OnDamage) -> None:
     if not spans:
         return
     if corrupt == "error":
-        hint = "--corrupt warn to take them as they are, or make the file anew"
+        hint = "--corrupt warn to use them as they are, or make the file again"
         raise UserError(where, f"the video is damaged, {_reach(spans)}", hint=hint)
     log.warning("%s", describe(where, spans))
 

@@ -23,22 +23,22 @@ from mmllm.data.media.sampling import SAMPLERS, Sampling
 from mmllm.data.media.types import VIDEO_SUFFIXES, MediaRef, Probe, kind_of
 
 HOLES = ("missing", "broken", "mixed up", "out of bounds")
-"""A run would stop at these."""
+"""Problems that would stop a run."""
 NOTES = ("corrupt", "damaged", "short", "variable rate", "still")
-"""These are read, and may not be what was meant."""
+"""Problems of files that can be read but may not be what was meant."""
 PACKETS = 3000
-"""Packets that are looked at for the rate: two minutes at 25 frames per second."""
+"""Number of packets checked for the rate: two minutes at 25 frames per second."""
 LOOK = 2
-"""Raised when more is looked for: facts of an earlier look are not enough then."""
+"""Raise this when more is checked: facts from earlier checks are then no longer enough."""
 REORDERED = 16
-"""So many packets at the end of those may be waiting for some that are stored behind them."""
+"""At most this many of the latest time stamps may have gaps that packets stored later fill."""
 UNEVEN = 0.1
-"""Share by which the intervals between frames may differ."""
+"""Relative amount by which the intervals between frames may differ."""
 
 
 @dataclass
 class MediaFile:
-    """A file, and what the samples say of it: their names (the first few), their number, and the bounds they give."""
+    """A file, and what the samples say about it: their names (the first few), their number, and their bounds."""
 
     kind: str
     path: str
@@ -49,7 +49,7 @@ class MediaFile:
 
     @property
     def name(self) -> str:
-        """Under which name facts about it are kept."""
+        """The name under which its facts are kept."""
         return f"{self.kind} {self.path}" + ("" if self.fps is None else f" at {self.fps:g}")
 
 
@@ -59,10 +59,12 @@ def examine(
     quick: bool = False,
     jobs: int = 1,
 ) -> Iterator[dict[str, Any]]:
-    """Facts of every medium, as they come; what is `known` of a file that has not changed is not asked again.
+    """Yield facts about every medium as they come; unchanged files with `known` facts are not examined again.
 
     Args:
-        known: facts of an earlier time, by name. quick: read headers only. jobs: files at a time.
+        known: earlier facts, by name.
+        quick: read headers only.
+        jobs: files examined at a time.
     """
     left = []
     for medium in media:
@@ -71,7 +73,7 @@ def examine(
             yield facts
         else:
             left.append(medium)
-    # every reader has a process of its own, which is stopped where a file makes it hang
+    # every reader has its own process, which is stopped if a file makes it hang
     readers: SimpleQueue[GuardedReader] = SimpleQueue()
     made = [GuardedReader() for _ in range(max(1, min(jobs, len(left))))]
     for reader in made:
@@ -101,7 +103,7 @@ def examine(
 
 
 class _LogCapture(logging.Handler):
-    """Takes what the readers warn of, for each thread, so that it is told of the file and not in between."""
+    """Captures the readers' warnings, per thread, so that they are reported with the file and not in between."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -111,11 +113,11 @@ class _LogCapture(logging.Handler):
         self.logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note one record."""
+        """Record one log record."""
         self.here.texts = [*getattr(self.here, "texts", []), record.getMessage()]
 
     def take(self) -> list[str]:
-        """What this thread has noted since the last time."""
+        """What this thread has recorded since the last call."""
         texts, self.here.texts = getattr(self.here, "texts", []), []
         return texts
 
@@ -127,7 +129,7 @@ class _LogCapture(logging.Handler):
 
 
 def inspect(medium: MediaFile, reader: GuardedReader, quick: bool = False) -> dict[str, Any]:
-    """What a file is: `size`, `mtime`, `frames`, `rate` (frames per second), `seconds`, and its `problems`."""
+    """Describe a file: `size`, `mtime`, `frames`, `rate` (frames per second), `seconds`, and its `problems`."""
     size, mtime = _stamp(medium.path)
     facts: dict[str, Any] = {"name": medium.name, "kind": medium.kind, "path": medium.path, "size": size}
     facts |= {"mtime": mtime, "look": LOOK, "quick": quick, "bounds": _listed(medium.bounds), "problems": []}
@@ -153,7 +155,7 @@ def inspect(medium: MediaFile, reader: GuardedReader, quick: bool = False) -> di
         facts["problems"].append(["still", f"{medium.path}: a video item names an image, it is read as one frame"])
     spread = None
     if header.kind == "video" and not quick:
-        with suppress(UserError):  # what can be wrong with the file is said above
+        with suppress(UserError):  # problems with the file are reported above
             spread = rate_spread(medium.path)
     if spread is not None:
         text = f"{medium.path}: frames come every {spread[0] * 1000:.0f} to {spread[1] * 1000:.0f} ms"
@@ -162,18 +164,18 @@ def inspect(medium: MediaFile, reader: GuardedReader, quick: bool = False) -> di
 
 
 def _decode(ref: MediaRef, reader: GuardedReader) -> list[Spans]:
-    """Decode the first, the middle and the last frame, and keep none of them; what damage each read has met."""
-    # the sampler that takes both ends
+    """Decode the first, the middle and the last frame and keep none; returns the damage that each read has met."""
+    # the sampler that includes both ends
     sampler = next(name for name, sampler in SAMPLERS.items() if sampler(0, 9, 2) == [0, 9])
     clips = [reader.read(ref, Sampling(frames=3, sampler=sampler), lambda picture: None)]
     if clips[0].repeated:
-        # one frame less than the header says is common; more than a twentieth is a file that was cut off
+        # one frame fewer than the header says is common; losing more than a twentieth means a truncated file
         clips.append(reader.read(ref, Sampling(frames=20, sampler=sampler), lambda picture: None))
     return [clip.corrupt for clip in clips]
 
 
 def rate_spread(path: str) -> tuple[float, float] | None:
-    """(shortest, longest) seconds between two frames where they differ; None where the rate is constant."""
+    """(shortest, longest) seconds between two frames if they differ; None if the rate is constant."""
     import av
 
     times: list[int] = []
@@ -187,7 +189,7 @@ def rate_spread(path: str) -> tuple[float, float] | None:
                 if len(times) >= PACKETS:
                     break
         except (av.error.FFmpegError, OSError):
-            pass  # damage that decoding has got over
+            pass  # damage that decoding coped with
     whole = len(times) < PACKETS
     times = sorted(times) if whole else sorted(times)[:-REORDERED]
     steps = [after - before for before, after in pairwise(times) if after > before]
@@ -199,7 +201,7 @@ def rate_spread(path: str) -> tuple[float, float] | None:
 
 
 def problems(facts: dict[str, Any], frames: int) -> list[tuple[str, str]]:
-    """(name, text) of what is wrong with a file; fewer frames than `frames` in what a sample takes of it is short."""
+    """(name, text) of each problem of a file; it is short if a sample's part of it has fewer frames than `frames`."""
     found = [(name, text) for name, text in facts["problems"]]
     if facts["kind"] == "image" or any(name in HOLES for name, _ in found):
         return found
@@ -214,7 +216,7 @@ def problems(facts: dict[str, Any], frames: int) -> list[tuple[str, str]]:
 
 
 def _holds(facts: dict[str, Any], medium: MediaFile, quick: bool) -> bool:
-    """Whether facts of an earlier time still tell all that is asked."""
+    """Whether facts from an earlier check still answer everything that is asked."""
     size, mtime = _stamp(medium.path)
     same = facts.get("mtime") is not None and (facts["size"], facts["mtime"], facts.get("look")) == (size, mtime, LOOK)
     return same and (quick or not facts["quick"]) and facts["bounds"] == _listed(medium.bounds)
@@ -226,7 +228,7 @@ def _listed(bounds: set[tuple[float | None, float | None]]) -> list[list[float |
 
 
 def _stamp(path: str) -> tuple[int | None, int | None]:
-    """(bytes, or entries of a folder; time of the last change in ns); None where there is nothing."""
+    """(bytes, or entries of a folder; modification time in ns); None if it does not exist."""
     try:
         found = os.stat(path)
         return (len(os.listdir(path)) if os.path.isdir(path) else found.st_size), found.st_mtime_ns

@@ -1,4 +1,4 @@
-"""Reading in a process of its own, which is killed and replaced where a file makes it hang, crash or grow.
+"""Reading in a separate process, which is killed and replaced if a file makes it hang, crash or grow.
 
 Nothing inside a process can stop a decoder that hangs while it holds Python's lock, so the time limit is enforced from
 outside. Works on Linux and macOS.
@@ -30,27 +30,27 @@ from mmllm.data.media.sampling import Sampling
 from mmllm.data.media.types import Clip, MediaRef, Probe
 
 FILES = 5000
-"""After this many files a fresh process takes over, since decoders leak."""
+"""After this many files a fresh process takes over, since decoders leak memory."""
 GROWTH = 1 << 30
 """Bytes that the process may grow by before a fresh one takes over."""
 START_SECONDS = 120.0
-"""Time that a new process may take to import what it needs."""
+"""Time for a new process to import what it needs."""
 
 
 class GuardedReader:
-    """What :func:`mmllm.data.media.reader.read_media` does, in a process that cannot take this one down with it.
+    """:func:`mmllm.data.media.reader.read_media`, in a process that cannot take this one down with it.
 
-    A context manager. The process is started by the first read, and anew after a file that had to be stopped. The
-    reader may be pickled and may be used in forked workers: only its settings travel, every process starts its own.
+    A context manager. The first read starts the process, and a file that had to be stopped causes a new start. The
+    reader may be pickled and used in forked workers: only its settings are passed on, each process starts its own.
 
     Args:
         backend: name of the back end for video files.
-        limits: caps on a file; ``limits.timeout`` is the time (seconds) that one file may take.
-        plugins: files that register back ends, imported there if ``backend`` is none of the shipped ones.
-        corrupt: what becomes of clips with damaged frames, see :class:`mmllm.data.media.reader.VideoReader`.
+        limits: caps on a file; ``limits.timeout`` is the time limit per file, in seconds.
+        plugins: files that register back ends, imported there if ``backend`` is not a shipped one.
+        corrupt: what to do with clips with damaged frames, see :class:`mmllm.data.media.reader.VideoReader`.
 
     Raises:
-        UserError: damage is to be refused, and the back end is known to tell none.
+        UserError: damage is to be refused, but the back end is known not to detect it.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class GuardedReader:
         """The header of a media file or folder.
 
         Raises:
-            UserError: see :func:`mmllm.data.media.reader.probe`; and a file that takes too long or crashes its reader.
+            UserError: see :func:`mmllm.data.media.reader.probe`; or the file takes too long or crashes its reader.
         """
         return Probe(**self._ask(ref, {})[0]["probe"])
 
     def read(self, ref: MediaRef, sampling: Sampling, convert: Convert | None = None) -> Clip:
-        """The frames that ``sampling`` takes of ``ref``, uint8 ``[T, H, W, 3]``, or the list of converted ones.
+        """The frames that ``sampling`` takes from ``ref``, uint8 ``[T, H, W, 3]``, or the list of converted ones.
 
         Raises:
-            UserError: see :class:`mmllm.data.media.reader.VideoReader`; and a file that takes too long or crashes
+            UserError: see :class:`mmllm.data.media.reader.VideoReader`; or the file takes too long or crashes
                 its reader.
         """
         chosen = [sampling.frames, sampling.fps, sampling.max_frames, sampling.sampler]
@@ -98,7 +98,7 @@ class GuardedReader:
     def _ask(
         self, ref: MediaRef, request: dict[str, Any], convert: Convert | None = None
     ) -> tuple[dict[str, Any], Pictures]:
-        """Send a request, take the answer; an error in it is raised."""
+        """Send a request and receive the answer; an error in it is raised."""
         if self._process_id != os.getpid():
             self._forget()
         fields = [ref.kind, ref.path, ref.start, ref.end, ref.fps]
@@ -108,7 +108,7 @@ class GuardedReader:
             pictures = Pictures(convert)
             try:
                 if not child.send(message):
-                    # it went while nobody asked for anything, which is no file's fault
+                    # it ended while idle, which is no file's fault
                     self._stop()
                     child = self._running()
                     child.send(message)
@@ -122,10 +122,10 @@ class GuardedReader:
                 if code == -signal.SIGALRM:
                     raise self._too_long(ref) from None
                 what = f"the process that read it died ({_cause(code)})"
-                hint = "the file is probably damaged; convert it anew, or read it with another back end"
+                hint = "the file is probably damaged; convert it again, or read it with another back end"
                 raise UserError(ref.describe(), what, hint=hint) from None
             except BaseException:
-                # the rest of the answer is still under way
+                # the rest of the answer is still coming
                 self._stop()
                 raise
             if answer.get("last"):
@@ -141,11 +141,11 @@ class GuardedReader:
             ref.describe(),
             "reading it took too long and was stopped",
             expected=f"at most {self.limits.timeout:g} s",
-            hint="convert it anew, read it with another back end, or raise Limits(timeout=)",
+            hint="convert it again, read it with another back end, or raise Limits(timeout=)",
         )
 
     def _running(self) -> ReaderProcess:
-        """The process, started where there is none."""
+        """The process, started if there is none."""
         if self._child is None:
             settings = {
                 "backend": self.backend,
@@ -172,13 +172,13 @@ class GuardedReader:
         return self._child
 
     def _stop(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process, whatever it is doing."""
         if self._child is not None:
             self._end()
             self._child = None
 
     def _forget(self) -> None:
-        """Start without a process; one that belongs to the process we were forked from is left to it."""
+        """Start without a process; one inherited by a fork is left to the process that owns it."""
         if self._end is not None:
             self._end()
         self._child: ReaderProcess | None = None
@@ -203,7 +203,7 @@ class GuardedReader:
 def _cause(code: int | None) -> str:
     """An exit code in words."""
     if code is None:
-        return "it answered nonsense"
+        return "its answer was invalid"
     if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
@@ -211,7 +211,7 @@ def _cause(code: int | None) -> str:
 
 
 def _rebuilt(fields: dict[str, Any]) -> UserError:
-    """An error of the process as itself."""
+    """An error of the process as the original UserError."""
     return UserError(
         fields["where"], fields["what"], expected=fields["expected"], got=fields["got"], hint=fields["hint"]
     )

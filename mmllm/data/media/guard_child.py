@@ -1,12 +1,12 @@
 """The reading process behind :class:`mmllm.data.media.guard.GuardedReader`: requests on stdin, answers on stdout.
 
-Both ways a message is a head (one byte kind, four bytes length, little endian) and a body. Kind ``J`` is JSON. Between
-the shape and the end of an answer the child also sends pictures, raw uint8 ``[H, W, 3]``: ``P`` with the picture as
-body, or ``S`` without a body, where the picture lies behind the one before in memory that both processes share (a pipe
-moves about 3 GB/s, which one sees in the time of a large clip). Nothing here imports torch.
+In both directions a message is a header (one byte of kind, four bytes of length, little endian) and a body. Kind ``J``
+is JSON. Between the shape and the end of an answer the child also sends pictures, raw uint8 ``[H, W, 3]``: ``P`` with
+the picture as body, or ``S`` without a body, where the picture follows the previous one in shared memory (a pipe moves
+about 3 GB/s, which is noticeable for a large clip). Nothing here imports torch.
 
-On Linux the process that was started imports everything once and forks the one that reads, so that a fresh reader
-costs milliseconds; it takes over when the old one has read many files or has grown, as decoders leak.
+On Linux the first process imports everything once and forks the one that reads, so that a fresh reader costs
+milliseconds; one takes over when the old one has read many files or has grown, as decoders leak memory.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ JSON, PICTURE, SHARED = b"J", b"P", b"S"
 BATCH_BYTES = 256 << 10
 """Pictures are collected up to this size, so that a small clip is one message."""
 BATCH_PARTS = 500
-"""Parts of one ``writev``, below the limit of the systems (1024)."""
+"""Buffers per ``writev``, below the system limit (1024)."""
 FORKS = sys.platform == "linux"
-"""Elsewhere a forked process may not use what its parent has loaded, and a new one is started instead."""
+"""Elsewhere a forked process may not use its parent's libraries, so a new one is started instead."""
 RETIRED = 64
 """Exit code that asks for a fresh process."""
 GRACE = 5.0
-"""Seconds after the time limit at which the process ends itself, should its parent have gone without it."""
+"""Seconds after the time limit at which the process ends itself, in case its parent is gone."""
 
 
 def pack(message: dict[str, Any]) -> bytes:
-    """A JSON message with its head."""
+    """A JSON message with its header."""
     body = json.dumps(message).encode()
     return HEAD.pack(JSON, len(body)) + body
 
@@ -101,9 +101,9 @@ def serve(requests: int, sender: Sender, settings: dict[str, Any]) -> int:
 
 
 def _serve(requests: int, sender: Sender, settings: dict[str, Any]) -> int:
-    """:func:`serve` where nothing may come out but an exit code: a forked process must not run its parent's code."""
+    """:func:`serve` that ends in an exit code only: a forked process must not run its parent's code."""
     try:
-        # where memory runs out this process is the one to go, not the training that waits for it
+        # if memory runs out, this process is to be killed, not the training that waits for it
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("500")
         return serve(requests, sender, settings)
@@ -115,7 +115,7 @@ def _serve(requests: int, sender: Sender, settings: dict[str, Any]) -> int:
 
 
 def _answer(request: dict[str, Any], settings: dict[str, Any], limits: Limits, sender: Sender) -> dict[str, Any]:
-    """Read what is asked for; pictures are sent as they come, the rest is returned."""
+    """Read what is requested; pictures are sent as they come, the rest is returned."""
     from mmllm.data.media.reader import VideoReader, probe
     from mmllm.data.media.sampling import Sampling
     from mmllm.data.media.types import MediaRef
@@ -136,11 +136,11 @@ def _answer(request: dict[str, Any], settings: dict[str, Any], limits: Limits, s
 
 
 class Sender:
-    """Writes answers; small parts are collected, and the time limit stands still while the parent is slow to take them.
+    """Writes answers; small parts are collected, and the time limit pauses while the parent is slow to take them.
 
     Args:
         file: descriptor to write to.
-        shared: descriptor and bytes of the memory that the parent sees too, or None.
+        shared: descriptor and size in bytes of the memory shared with the parent, or None.
     """
 
     def __init__(self, file: int, shared: tuple[int, int] | None) -> None:
@@ -149,18 +149,18 @@ class Sender:
         self.expect(0)
 
     def expect(self, count: int) -> None:
-        """Begin an answer of so many pictures."""
+        """Begin an answer with this many pictures."""
         self.count, self.pictures, self.shape, self.used = count, 0, None, 0
 
     def put(self, part: bytes | memoryview, beside: int = 0) -> None:
-        """Add a part to the answer, which announces so many bytes beside it."""
+        """Add a part to the answer; `beside` bytes of other memory belong to it."""
         self.parts.append(part)
         self.size += len(part) + beside
         if self.size >= BATCH_BYTES or len(self.parts) >= BATCH_PARTS:
             self.flush()
 
     def picture(self, picture: np.ndarray) -> int:
-        """Add a picture uint8 ``[H, W, 3]``, contiguous; returns its number within the answer."""
+        """Add a contiguous uint8 picture ``[H, W, 3]``; returns its number within the answer."""
         if picture.shape != self.shape:
             self.shape = picture.shape
             self.put(pack({"shape": [self.count, *picture.shape]}))
@@ -193,7 +193,7 @@ class Sender:
         self.limit(left)
 
     def limit(self, seconds: float) -> float:
-        """End this process in so many seconds, whatever it does then; 0 = never. Returns what was left before."""
+        """End this process after this many seconds, whatever it is doing; 0 = never. Returns what was left before."""
         return signal.setitimer(signal.ITIMER_REAL, seconds)[0]
 
 
@@ -205,17 +205,17 @@ class _LogCapture(logging.Handler):
         self.records: list[tuple[str, int, str]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note one record."""
+        """Record one log record."""
         self.records.append((record.name, record.levelno, record.getMessage()))
 
     def take(self) -> list[tuple[str, int, str]]:
-        """What was logged since the last time."""
+        """What was logged since the last call."""
         records, self.records = self.records, []
         return records
 
 
 def _take_pipes() -> tuple[int, int]:
-    """The pipes to the parent, moved away from where libraries print."""
+    """The pipes to the parent, moved away from the descriptors that libraries print to."""
     pipes = os.dup(0), os.dup(1)
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
@@ -224,7 +224,7 @@ def _take_pipes() -> tuple[int, int]:
 
 
 def _soften_crashes() -> None:
-    """No core dumps, and an alarm that ends the process without Python's help."""
+    """Disable core dumps, and use an alarm that ends the process without Python's help."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -232,7 +232,7 @@ def _soften_crashes() -> None:
 
 
 def _prepare(settings: dict[str, Any]) -> None:
-    """Import what reading needs; plug-ins only where the back end is not one of ours, since they may import anything.
+    """Import what reading needs; plug-ins only if the back end is not one of ours, since they may import anything.
 
     Raises:
         UserError: unknown back end, or a file that is not a plug-in.
@@ -245,13 +245,13 @@ def _prepare(settings: dict[str, Any]) -> None:
             load_plugin(plugin)
     packages = {"av", "av.video.reformatter", "PIL.Image", backend_class(settings["backend"]).package}
     for package in packages - {None}:
-        # what is missing is said when a file is opened
+        # a missing package is reported when a file is opened
         with contextlib.suppress(ImportError, OSError):
             importlib.import_module(package)
 
 
 def _receive(file: int) -> dict[str, Any] | None:
-    """The next request; None where the parent has closed its end."""
+    """The next request; None if the parent has closed its end."""
     head = _read(file, HEAD.size)
     if head is None:
         return None
@@ -260,7 +260,7 @@ def _receive(file: int) -> dict[str, Any] | None:
 
 
 def _read(file: int, size: int) -> bytes | None:
-    """So many bytes, or None at the end of the pipe."""
+    """This many bytes, or None at the end of the pipe."""
     data = b""
     while len(data) < size:
         more = os.read(file, size - len(data))

@@ -1,4 +1,4 @@
-"""The parent's end of the reading process: how it is started, spoken to and ended."""
+"""The parent's end of the reading process: how it is started, talked to and ended."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from mmllm.data.media.backends.base import Convert
 from mmllm.data.media.guard_child import HEAD, JSON, SHARED
 
 PIPE_BYTES = 1 << 20
-"""Size of the pipe where the system lets us choose: a small clip fits into it whole."""
+"""Size of the pipe where the system lets us choose: a small clip fits as a whole."""
 SHARED_BYTES = 64 << 20
-"""Memory that we share with the process, for the first pictures of an answer (Linux); others come through the pipe."""
+"""Shared memory for the first pictures of an answer (Linux); others come through the pipe."""
 JSON_BYTES = 16 << 20
-"""No message of text is longer."""
+"""Upper limit of the length of a text message."""
 START = (
     "import sys; sys.path.insert(0, sys.argv[1]); import mmllm; del sys.path[0]; "
     "from mmllm.data.media.guard_child import main; sys.exit(main())"
 )
-"""What the new process runs, after the folder that holds this package."""
+"""The code of the new process; its argument is the folder that holds this package."""
 
 
 class TooLong(Exception):
-    """No answer within the time."""
+    """No answer within the time limit."""
 
 
 class ReaderDied(Exception):
-    """The process has ended, or says what it never should."""
+    """The process has ended, or has sent something invalid."""
 
 
 class ReaderProcess:
@@ -48,15 +48,15 @@ class ReaderProcess:
     def __init__(self) -> None:
         file, self.memory = _shared_memory()
         self.shared = None if file is None else (file, len(self.memory))
-        # it finds this very package, in isolation from the folder that the user happens to be in
+        # it finds this very package, isolated from the user's current folder
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", START, str(Path(__file__).resolve().parents[3])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            # decoders' threads scatter memory over as many heaps as there are; two keep it flat (glibc's own switch)
+            # decoders' threads scatter memory over all available heaps; two keep it flat (glibc's own switch)
             env={"MALLOC_ARENA_MAX": "2", **os.environ},
-            # Ctrl-C is for us to answer; and the process and what it forks can be killed together
+            # we handle Ctrl-C; and the process and its forks can be killed together
             start_new_session=True,
             pass_fds=() if file is None else (file,),
         )
@@ -70,7 +70,7 @@ class ReaderProcess:
         self.budget = 0.0
 
     def send(self, message: bytes) -> bool:
-        """Write a request; False if nobody is there to read it."""
+        """Write a request; False if there is no reader."""
         try:
             while message:
                 message = message[self.process.stdin.write(message) :]
@@ -118,7 +118,7 @@ class ReaderProcess:
                 raise ReaderDied
 
     def exit_code(self) -> int | None:
-        """How it ended; negative = the signal; None if it has not."""
+        """Its exit code; negative = the signal; None if it has not ended."""
         try:
             code = self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -127,7 +127,7 @@ class ReaderProcess:
 
 
 class Pictures:
-    """Where the pictures of an answer go: into one array ``[T, H, W, 3]``, or one by one through ``convert``."""
+    """Destination of an answer's pictures: one array ``[T, H, W, 3]``, or one by one through ``convert``."""
 
     def __init__(self, convert: Convert | None) -> None:
         self.convert, self.values, self.count = convert, [], 0
@@ -143,7 +143,7 @@ class Pictures:
             self.frames = np.empty(self.shape, np.uint8)
 
     def place(self, size: int) -> memoryview:
-        """Memory for the next picture; more than asked for come where a back end had to be given up half-way."""
+        """Memory for the next picture; more than requested come if a back end had to be given up halfway."""
         if size != self.size or self.count >= 2 * self.shape[0]:
             raise ReaderDied
         within = self.frames is not None and self.count < len(self.frames)
@@ -156,31 +156,31 @@ class Pictures:
         self.values.append(self.current if self.convert is None else self.convert(self.current))
 
     def sizes(self, order: list[int]) -> list[tuple[int, int]]:
-        """The different (height, width) of the frames that are asked for, those of the first one first."""
+        """The distinct (height, width) of the requested frames, those of the first one first."""
         return list(dict.fromkeys(self.values[number].shape[:2] for number in order))
 
     def at(self, order: list[int]) -> np.ndarray:
-        """The frames in the order asked for; nothing is copied where all came in it."""
+        """The frames in the requested order; nothing is copied if they all came in it."""
         if order == list(range(len(self.frames))):
             return self.frames
         return np.stack([self.values[number] for number in order])
 
 
 def end_process(process: subprocess.Popen, owner: int) -> None:
-    """Kill a process of ours and what it has forked, and let its pipes go."""
+    """Kill a process of ours and its forks, and release its pipes."""
     if os.getpid() == owner:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     else:
-        # a fork has inherited the handle, not the process
+        # a fork inherits the handle, not the process
         process.returncode = 0
     process.stdin.close()
     process.stdout.close()
 
 
 def _shared_memory() -> tuple[int | None, memoryview]:
-    """A file in memory and its bytes; (None, nothing) where the system has none."""
+    """A file in memory and its bytes; (None, empty) if the system has none."""
     try:
         file = os.memfd_create("mmllm-frames")
         os.ftruncate(file, SHARED_BYTES)
@@ -190,7 +190,7 @@ def _shared_memory() -> tuple[int | None, memoryview]:
 
 
 def _widen(pipe: int) -> None:
-    """Give a pipe more room, where that is possible and allowed."""
+    """Enlarge a pipe, where that is possible and allowed."""
     import fcntl
 
     if hasattr(fcntl, "F_SETPIPE_SZ"):

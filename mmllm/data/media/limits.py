@@ -1,4 +1,4 @@
-"""What one file may cost: checked against its header before anything of that size is allocated."""
+"""The cost limits of one file: checked against its header before anything of that size is allocated."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Limits:
     """Caps of one read.
 
     Args:
-        frames: frames that one read may ask for.
+        frames: frames that one read may request.
         pixels: pixels (height times width) of one frame or image.
         seconds: duration that a header may claim, in seconds.
-        megabytes: millions of bytes of all decoded frames that one read would hold at a time.
-        timeout: seconds that one file may take; enforced by :class:`mmllm.data.media.guard.GuardedReader`, since
+        megabytes: millions of bytes of decoded frames that one read may hold at a time.
+        timeout: seconds per file; enforced by :class:`mmllm.data.media.guard.GuardedReader`, since
             nothing inside a process can stop a decoder that hangs.
 
     Raises:
-        UserError: a limit that is no positive number.
+        UserError: a limit that is not a positive number.
     """
 
     frames: int = 4096
@@ -37,7 +37,7 @@ class Limits:
     timeout: float = 60.0
 
     def __post_init__(self) -> None:
-        """Refuse limits that mean nothing."""
+        """Refuse meaningless limits."""
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -49,11 +49,11 @@ class Limits:
         Args:
             ref: what is read; it is named in the error.
             probe: its header.
-            count: frames that are asked for.
-            held: whether all of them are kept at full size; not so where each is converted as it comes.
+            count: number of requested frames.
+            held: whether all of them are kept at full size; False if each is converted as it comes.
 
         Raises:
-            UserError: which figure is above which limit, and what to do.
+            UserError: names the figure, the limit it exceeds, and what to do.
         """
         where = ref.describe()
         self.check_picture(where, probe.height, probe.width)
@@ -75,7 +75,7 @@ class Limits:
         """Refuse a picture of too many pixels.
 
         Raises:
-            UserError: with the size.
+            UserError: states the size.
         """
         if height * width > self.pixels:
             raise UserError(
@@ -87,10 +87,10 @@ class Limits:
             )
 
     def check_duration(self, where: str, seconds: float) -> None:
-        """Refuse a header that claims to be too long.
+        """Refuse a header that claims too long a duration.
 
         Raises:
-            UserError: with the duration.
+            UserError: states the duration.
         """
         if not seconds <= self.seconds:
             raise UserError(
@@ -103,4 +103,4 @@ class Limits:
 
 
 DEFAULTS = Limits()
-"""The limits where nothing else is said."""
+"""The limits unless others are given."""

@@ -1,4 +1,4 @@
-"""From a reference to what the encoders take: read, resized for each of them, or taken from a cache."""
+"""From a media reference to encoder inputs: read and resized for each encoder, or taken from a cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmllm.data.media.tiling import Tiling
 from mmllm.data.media.types import Clip, MediaRef
 
 FORMAT = 2
-"""Part of every key: raised when the same facts come to mean other tensors."""
+"""Part of every key; raise it when the same facts come to mean different tensors."""
 
 
 @dataclass
@@ -30,9 +30,11 @@ class Loaded:
     """One clip or image, ready for the encoders.
 
     Attributes:
-        times: [F] seconds. pixels: {geometry: uint8 [F, 3, h, w]}, of the encoders without kept features.
-        features: {encoder: its kept tensors}. keys: {encoder: under which key to keep what it makes}.
-        corrupt: (first, last) seconds within which frames may be damaged; such a clip is never kept.
+        times: [F] seconds.
+        pixels: {geometry: uint8 [F, 3, h, w]}, for the encoders without cached features.
+        features: {encoder: its cached tensors}.
+        keys: {encoder: the key under which to cache its output}.
+        corrupt: (first, last) seconds within which frames may be damaged; such a clip is never cached.
     """
 
     spec: MediaSpec
@@ -48,8 +50,10 @@ class Caches:
     """What is kept between epochs and runs.
 
     Args:
-        digests: of media files. frames: decoded and resized frames. features: tokens of frozen encoders.
-        encoders: {encoder: digest of all that its tokens depend on}; those that are not named are never kept.
+        digests: of media files.
+        frames: decoded and resized frames.
+        features: tokens of frozen encoders.
+        encoders: {encoder: digest of all that its tokens depend on}; encoders not named here are never cached.
     """
 
     digests: Digests
@@ -79,7 +83,7 @@ class MediaLoader:
     def load(
         self, ref: MediaRef, sampling: Sampling, wanted: dict[str, Geometry], tiling: Tiling | None = None
     ) -> Loaded:
-        """A file for the encoders that want it.
+        """Load a file for the encoders that want it.
 
         Args:
             wanted: {encoder: its geometry}.
@@ -106,7 +110,7 @@ class MediaLoader:
     ) -> Loaded:
         if tiling is not None and ref.kind == "image":
             return resized(self.reader.read(ref, sampling), ref.kind, geometries, tiling, ref.describe())
-        # Each frame is resized as it comes: the full size of a long clip is never held, and sizes may differ.
+        # Each frame is resized as it comes: a long clip is never held at full size, and sizes may differ.
         geometries = tuple(dict.fromkeys(geometries))
         where, limits = ref.describe(), self.reader.limits
 
@@ -126,7 +130,7 @@ def resized(
     tiling: Tiling | None = None,
     where: str = "picture in memory",
 ) -> Loaded:
-    """Frames [T, H, W, 3] in memory to the sizes that the encoders want.
+    """Resize frames [T, H, W, 3] in memory to the sizes that the encoders want.
 
     Raises:
         UserError: see `to_geometry`.
@@ -141,7 +145,7 @@ def resized(
 
 
 def _stacked(frames: list[list[Tensor | None]], place: int) -> Tensor:
-    """[F, 3, h, w] out of one of the sizes of each frame, which is let go of: a long clip is not held twice."""
+    """[F, 3, h, w] from one of the sizes of each frame, which is released: a long clip is not held twice."""
     whole = frames[0][place].new_empty(len(frames), *frames[0][place].shape)
     for index, frame in enumerate(frames):
         whole[index] = frame[place]
@@ -154,8 +158,8 @@ class _Kept:
     """The cache entries of one clip.
 
     Attributes:
-        known: whether the file can be distinguished from others.
-        corrupt: the damage that reading it has found; what is kept had none, since damaged clips are left out: they are
+        known: whether the file has a digest that identifies it.
+        corrupt: the damage found while reading; cached clips had none, since damaged clips are never cached: they are
             reported, or refused, at every read.
     """
 
@@ -173,17 +177,17 @@ class _Kept:
         try:
             clip["media"] = caches.digests(ref.path)
         except (OSError, sqlite3.Error):
-            self.known = False  # the reader says what is wrong with it
+            self.known = False  # the reader reports what is wrong with it
         tiles = asdict(tiling) if tiling is not None and ref.kind == "image" else None
         self.facts = {"format": FORMAT, "backend": backend, "clip": clip, "sampling": asdict(sampling), "tiles": tiles}
 
     def feature_key(self, name: str) -> str:
-        """Where the tokens of an encoder are kept."""
+        """The key of an encoder's cached tokens."""
         geometry = asdict(self.wanted[name])
         return key_of({**self.facts, "geometry": geometry, "encoder": self.caches.encoders[name]})
 
     def features(self) -> dict[str, dict[str, Tensor]]:
-        """{encoder: what is kept of this clip}."""
+        """{encoder: what is cached for this clip}."""
         found = {}
         cache = self.caches.features
         for name in self.wanted if cache is not None and self.known else ():
@@ -194,7 +198,7 @@ class _Kept:
     def pixels(
         self, geometries: Any, read: Callable[[tuple[Geometry, ...]], Loaded]
     ) -> dict[Geometry, dict[str, Tensor]]:
-        """{geometry: frames, times and layout}: kept ones, and what `read` gives for the others."""
+        """{geometry: frames, times and layout}: cached ones, and those that `read` returns for the others."""
         geometries = tuple(dict.fromkeys(geometries))
         cache, found = self.caches.frames if self.known else None, {}
         keys = {geometry: key_of({**self.facts, "geometry": asdict(geometry)}) for geometry in geometries}

@@ -1,4 +1,4 @@
-"""Decoded frames to the size an encoder wants, on uint8, by the geometry it declares."""
+"""Decoded uint8 frames to the size an encoder wants, by the geometry it declares."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ def to_geometry(
     """uint8 [T, H, W, 3] -> uint8 [T, 3, geometry.height, geometry.width]; antialiased.
 
     Args:
-        where: what the frames belong to, for errors. limits: `pixels` bounds a frame between resizing and cropping too.
+        where: what the frames belong to, for errors.
+        limits: `pixels` also bounds a frame between resizing and cropping.
 
     Raises:
-        UserError: a long and narrow picture, whose short side cannot be brought to size within the limit.
+        UserError: a long and narrow picture whose short side cannot be brought to size within the limit.
     """
     pixels = torch.from_numpy(np.require(frames, requirements=["C", "W"])).permute(0, 3, 1, 2)
     if geometry.fit == "crop":
@@ -38,7 +39,7 @@ def to_geometry(
 def _short_side(pixels: Tensor, geometry: Geometry) -> tuple[int, int]:
     height, width = pixels.shape[2:]
     short = geometry.short or min(geometry.height, geometry.width)
-    # The library's rule, truncating the long side, so that frames equal those of the models' own processors.
+    # The library's rule of truncating the long side, so that frames equal those of the models' own processors.
     return (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
 
 
@@ -74,7 +75,7 @@ def _pillow(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor
 
 
 def _centre(pixels: Tensor, geometry: Geometry, fill: int) -> Tensor:
-    """Cut or pad around the middle."""
+    """Crop or pad around the middle."""
     from torchvision.transforms.v2 import functional
 
     height, width = geometry.height, geometry.width

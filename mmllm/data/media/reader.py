@@ -1,4 +1,4 @@
-"""Reading media: probe a header, decode the frames a sampler asks for, and say plainly what is wrong with a file."""
+"""Reading media: probe a header, decode the frames a sampler requests, and report plainly what is wrong with a file."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from mmllm.data.media.types import Clip, MediaRef, Probe
 log = logging.getLogger(__name__)
 
 MISSING_SHARE = 0.05
-"""Share of the frames asked for that may be missing at the end of a file."""
+"""Share of the requested frames that may be missing at the end of a file."""
 
 
 def probe(ref: MediaRef, backend: str = "pyav", limits: Limits = DEFAULTS) -> Probe:
     """Read the header of a media file or folder.
 
     Raises:
-        UserError: it is missing, empty, not what it should be, above a limit, or the bounds of ``ref`` do not fit it.
+        UserError: it is missing, empty, of the wrong kind, above a limit, or the bounds of ``ref`` do not fit it.
     """
     with VideoReader(ref, backend_class(backend).header_by or backend, limits) as reader:
         return reader.probe
@@ -44,7 +44,7 @@ def read_media(
     convert: Convert | None = None,
     corrupt: OnDamage = "warn",
 ) -> Clip:
-    """Read the frames that ``sampling`` takes of ``ref``: a clip of uint8 ``[T, H, W, 3]``, or of converted frames.
+    """Read the frames that ``sampling`` takes from ``ref``: a clip of uint8 ``[T, H, W, 3]``, or of converted frames.
 
     Raises:
         UserError: see :class:`VideoReader`.
@@ -57,7 +57,7 @@ def backend_class(name: str) -> type[Backend]:
     """The back end registered under a name.
 
     Raises:
-        UserError: there is none; the text gives the nearest names.
+        UserError: there is none; the message suggests the nearest names.
     """
     known = parts("backend")
     if name not in known:
@@ -71,14 +71,14 @@ class VideoReader:
     Args:
         ref: what to read.
         backend: ``"pyav"`` (the reference), ``"decord"`` or the name of a registered one; only for video files.
-        limits: caps on what a file may cost, checked against its header. The time limit needs a
+        limits: caps on the cost of a file, checked against its header. The time limit needs a
             :class:`mmllm.data.media.guard.GuardedReader`.
-        corrupt: what becomes of a clip in which frames that are taken may be damaged, as far as the decoder can tell:
-            ``"warn"`` reads it and says so, ``"error"`` refuses it.
+        corrupt: what to do with a clip if frames taken from it may be damaged, as far as the decoder can tell:
+            ``"warn"`` reads it and warns, ``"error"`` refuses it.
 
     Raises:
-        UserError: unknown back end, or one that cannot tell damage that is to be refused; a file that is missing,
-            empty, damaged, above a limit, or not what it should be; bounds that do not fit the file.
+        UserError: unknown back end, or one that cannot detect the damage to refuse; a file that is missing,
+            empty, damaged, above a limit, or of the wrong kind; bounds that do not fit the file.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class VideoReader:
         return self._backend.probe
 
     def read(self, sampling: Sampling, convert: Convert | None = None) -> Clip:
-        """Frames of the part that is meant (``ref.start`` to ``ref.end``), as many as ``sampling.count`` says.
+        """Frames of the requested part (``ref.start`` to ``ref.end``), as many as ``sampling.count`` says.
 
         Args:
             sampling: how many and where.
@@ -122,7 +122,7 @@ class VideoReader:
             in seconds since the start of the file.
 
         Raises:
-            UserError: too many of them are missing at the end of the file, some are damaged and that is to be refused,
+            UserError: too many are missing at the end of the file, some are damaged and damage is to be refused,
                 or they are above a limit.
         """
         bounds = (self.ref.start, self.ref.end)
@@ -133,7 +133,7 @@ class VideoReader:
         """Frames ``[T, H, W, 3]`` at indices in ``[0, probe.frames)`` of the file, in any order, with repeats.
 
         Raises:
-            UserError: an index outside the file, none at all, too many missing, or a limit.
+            UserError: an index outside the file, no index, too many frames missing, or a limit exceeded.
         """
         for index in indices:
             if not 0 <= index < self.probe.frames:
@@ -146,7 +146,7 @@ class VideoReader:
         """The frames ``[T, H, W, 3]`` on screen at these seconds since the start of the file, in any order.
 
         Raises:
-            UserError: a moment outside the file, none at all, too many missing, or a limit.
+            UserError: a moment outside the file, no moment, too many frames missing, or a limit exceeded.
         """
         for moment in times:
             if not 0 <= moment <= self.probe.duration:
@@ -155,7 +155,7 @@ class VideoReader:
         return self._deliver([float(moment) for moment in times], convert)
 
     def _deliver(self, times: list[float], convert: Convert | None) -> Clip:
-        """Read, and judge what is damaged, and missing at the end."""
+        """Read the frames, and judge damage and missing frames at the end."""
         if not times:
             raise UserError(self.ref.describe(), "no frames asked for", hint="at least one index or time")
         self.limits.check(self.ref, self.probe, len(times), held=convert is None)
@@ -174,7 +174,7 @@ class VideoReader:
         """The stacked frames, or the list of what ``convert`` makes of them."""
         shape = (self.probe.height, self.probe.width, 3)
         keep = _Stack(len(times), shape) if convert is None else _own(convert)
-        if convert is not None and self.probe.kind == "folder":  # each file may have a size of its own
+        if convert is not None and self.probe.kind == "folder":  # files may differ in size
             return self._backend.read_times(times, keep)
         try:
             values = self._backend.read_times(times, _of_shape(shape, keep))
@@ -202,12 +202,12 @@ class VideoReader:
         log.warning(text, self.ref.describe(), missing, asked, found)
 
     def _fall_back(self, failure: BackendFailure) -> None:
-        """Go on with PyAV and say so."""
+        """Continue with PyAV and report it."""
         log.warning("%s: %s; reading it with pyav instead", self.ref.describe(), failure)
         self._backend = PyAVBackend.open(self.ref.path, limits=self.limits)
 
     def close(self) -> None:
-        """Let the file go."""
+        """Release the file."""
         self._backend.close()
 
     def __enter__(self) -> Self:
@@ -218,11 +218,11 @@ class VideoReader:
 
 
 class _WrongShape(Exception):
-    """A picture is not of the size in the header."""
+    """The size of a picture differs from the header's."""
 
 
 def _of_shape(shape: tuple[int, ...], keep: Convert) -> Convert:
-    """``keep`` behind a check of the picture's shape."""
+    """``keep`` after a check of the picture's shape."""
 
     def checked(picture: np.ndarray) -> Any:
         if picture.shape != shape:
@@ -233,7 +233,7 @@ def _of_shape(shape: tuple[int, ...], keep: Convert) -> Convert:
 
 
 def _own(convert: Convert) -> Convert:
-    """``convert`` on pictures that are contiguous and may be written to."""
+    """``convert`` on contiguous, writable pictures."""
 
     def own(picture: np.ndarray) -> Any:
         flags = picture.flags
@@ -254,5 +254,5 @@ class _Stack:
         return self.used - 1
 
     def at(self, numbers: list[int]) -> np.ndarray:
-        """The pictures of these numbers; nothing is copied where all came in order."""
+        """The pictures with these numbers; nothing is copied if all came in order."""
         return self.frames if numbers == list(range(len(self.frames))) else self.frames[numbers]

@@ -67,7 +67,7 @@ def check_bounds(ref: MediaRef, header: Probe) -> None:
     if ref.end is not None and ref.end <= start:
         what = "zero length" if ref.end == start else "negative length"
         raise UserError(
-            where, f"the bound has {what}", expected="an end behind the start", hint="correct start and end"
+            where, f"the bound has {what}", expected="an end later than the start", hint="correct start and end"
         )
     if start >= header.duration:
         hint = "correct start and end, they are seconds"

@@ -13,7 +13,7 @@ from mmllm.data.media.types import Probe
 
 DEFAULT_FRAMES = 8
 MOST_FRAMES = 65_536
-"""No recipe takes more frames of a clip."""
+"""Upper limit of frames per clip in a recipe."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Sampling:
     """How many frames to take and where. The count is known from the header alone.
 
     Args:
-        frames: a fixed number of frames. 8 where neither ``frames`` nor ``fps`` is given.
-        fps: frames per second of the part that is meant; instead of ``frames``.
+        frames: a fixed number of frames. 8 if neither ``frames`` nor ``fps`` is given.
+        fps: frames per second of the requested part; instead of ``frames``.
         max_frames: upper limit of the count.
         sampler: ``"uniform"`` (middle of equal segments) or ``"linspace"`` (both ends included).
 
     Raises:
-        UserError: both or bad numbers given, or an unknown sampler.
+        UserError: both given, invalid numbers, or an unknown sampler.
     """
 
     frames: Annotated[int, Within(least=1, most=MOST_FRAMES)] | None = None
@@ -62,7 +62,7 @@ class Sampling:
         max_frames: int | None = None,
         sampler: str | None = None,
     ) -> Sampling:
-        """This sampling with what is given in place of its own; a limit holds for a number of frames, too.
+        """This sampling with the given values in place of its own; a limit also applies to a number of frames.
 
         Raises:
             UserError: both frames and fps, or an unknown sampler.
@@ -80,8 +80,8 @@ class Sampling:
 
         Args:
             probe: the header of the file.
-            start: first second that is meant, or None.
-            end: last second that is meant, or None.
+            start: first second requested, or None.
+            end: last second requested, or None.
         """
         if probe.kind == "image":
             return 1
@@ -95,8 +95,8 @@ class Sampling:
     def indices(self, probe: Probe, start: float | None = None, end: float | None = None) -> list[int]:
         """Frame indices in ``[0, probe.frames - 1]``, as many as :meth:`count` says, in the sampler's order.
 
-        Bounds are clamped to the clip; frames repeat where more are asked for than there are. Whether a bound
-        makes sense at all is checked by the reader, which knows the file's name.
+        Bounds are clamped to the clip; frames repeat if more are requested than exist. Whether a bound makes sense
+        is checked by the reader, which knows the file's name.
         """
         number = self.count(probe, start, end)
         # folders follow the reference, which counts files from 1
@@ -121,7 +121,7 @@ def _uniform(low: int, high: int, number: int) -> list[int]:
 
 def _linspace(low: int, high: int, number: int) -> list[int]:
     """Evenly spaced with both ends, truncated."""
-    # numpy's own arithmetic: another order of operations truncates some points one lower
+    # numpy's own arithmetic: a different order of operations truncates some points one lower
     import numpy as np
 
     return [int(value) for value in np.linspace(low, high, number)]

@@ -1,7 +1,7 @@
 """Any-resolution images: a view of the whole image and, at a higher resolution, tiles of it.
 
 Source: LLaVA-NeXT (Liu et al. 2024) and LLaVA-OneVision (Li et al. 2024, section 3.2); arithmetic as in the models
-that were published with it.
+published with it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ class Tiling:
     """How an image is cut into views.
 
     Args:
-        size: side of a view in pixels. patches: tokens along a side of a view.
-        up_to: most tiles, (rows, columns); every smaller grid is a candidate.
+        size: side of a view in pixels.
+        patches: tokens along a side of a view.
+        up_to: largest grid of tiles, (rows, columns); every smaller grid is a candidate.
     """
 
     size: int
@@ -29,7 +30,7 @@ class Tiling:
     up_to: tuple[int, int] = (6, 6)
 
     def tiles(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of tiles for an image of these pixels: most of the image kept, then least padding."""
+        """(rows, columns) of tiles for an image of this size: keep most of the image, then pad least."""
         best, least = (0, -math.inf), (1, 1)
         for rows in range(1, self.up_to[0] + 1):
             for columns in range(1, self.up_to[1] + 1):
@@ -41,7 +42,7 @@ class Tiling:
         return least
 
     def spec(self, height: int, width: int) -> MediaSpec:
-        """What the encoders will see of an image of these pixels; needs no pixel."""
+        """What the encoders will see of an image of this size; needs no pixels."""
         rows, columns = self.tiles(height, width)
         high, wide = rows * self.patches, columns * self.patches
         if width / height > wide / high:
@@ -66,7 +67,7 @@ class Tiling:
 
 
 def _fit(height: int, width: int, high: int, wide: int) -> tuple[int, int]:
-    """(height, width) of the image inside a canvas, its aspect ratio kept."""
+    """(height, width) of the image inside a canvas, with its aspect ratio kept."""
     if wide / width < high / height:
         return min(math.ceil(height * (wide / width)), high), wide
     return high, min(math.ceil(width * (high / height)), wide)

@@ -19,18 +19,18 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".ts", ".3gp", ".ogv"}
 )
 FOLDER_FPS = 3.0
-"""Frames per second of a folder of frames where nothing else is said (MVBench's folders)."""
+"""Frames per second of a folder of frames unless given (as in MVBench's folders)."""
 
 
 @dataclass(frozen=True)
 class MediaRef:
-    """One video or image and the part of it that is meant.
+    """One video or image, and the requested part of it.
 
     Args:
         kind: what the item is, ``"video"`` or ``"image"``.
         path: a local file, or a folder of frames for a video.
-        start: first second that is meant, since the start of the file; None = the beginning.
-        end: last second that is meant; None = the end.
+        start: first second requested, since the start of the file; None = the beginning.
+        end: last second requested; None = the end.
         fps: frames per second of a folder of frames (default 3.0); not for files.
 
     Raises:
@@ -67,7 +67,7 @@ class MediaRef:
         if text.startswith("file://"):
             text = unquote(text.removeprefix("file://"))
         path, mark, fragment = text.rpartition("#")
-        # a '#' inside a file or folder name is no fragment: clip#1.mp4, take#2/a.mp4
+        # a '#' inside a file or folder name is not a fragment: clip#1.mp4, take#2/a.mp4
         in_name = "/" in fragment or ("=" not in fragment and re.search(r"\.[A-Za-z]\w*$", fragment))
         if not mark or in_name:
             return cls(kind, text)
@@ -112,11 +112,11 @@ class Clip:
     """Decoded frames.
 
     Args:
-        frames: uint8 ``[T, H, W, 3]``, RGB; where a converter was given, the list of its T values.
-        times: float64 ``[T]``, the moment each frame was asked for, in seconds since the start of the *file*.
-        repeated: how many frames at the end stand in for frames that the file lacks.
+        frames: uint8 ``[T, H, W, 3]``, RGB; if a converter was given, the list of its T values.
+        times: float64 ``[T]``, the moment requested for each frame, in seconds since the start of the *file*.
+        repeated: number of frames at the end that stand in for frames the file lacks.
         corrupt: (first, last) seconds of the file within which frames that were taken may be damaged, as far as the
-            decoder can tell; ascending and apart.
+            decoder can tell; ascending and disjoint.
     """
 
     frames: np.ndarray | list[Any]
@@ -136,10 +136,10 @@ def kind_of(path: str) -> str:
 
 
 def _refuse_remote(text: str) -> None:
-    """Raise for anything that is no local path."""
+    """Raise for anything that is not a local path."""
     scheme = re.match(r"([A-Za-z][\w+.-]*)://", text)
     if (scheme and scheme[1].lower() != "file") or text.startswith("data:"):
-        raise UserError(text[:200], "nothing remote is read", expected="a local path", hint="download it first")
+        raise UserError(text[:200], "remote media are not read", expected="a local path", hint="download it first")
 
 
 def _parse_seconds(text: str, fragment: str) -> tuple[float | None, float | None]:

@@ -1,7 +1,7 @@
 """Alignment levels: how completely a text covers its image, as ranks of a score cut into groups of equal size.
 
-Source: AlignGPT (Zhao et al. 2024, arXiv 2405.14129), section on pre-training; the authors published ids only, the rule
-for ties and remainders is ours.
+Source: AlignGPT (Zhao et al. 2024, arXiv 2405.14129), section on pre-training; the authors published ids only, so the
+rule for ties and remainders is ours.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 FIELD = "level"
 """The field of a record that holds its level; 0 is the weakest."""
 AUTHORS_FIELD = "similarity"
-"""The same in the authors' published records, where it is a whole number."""
+"""The same in the authors' published records, where it is an integer."""
 
 
 def level_of(sample: Sample) -> Any:
-    """What a record says of its level; None where it says nothing."""
+    """The level that a record gives; None if it gives none."""
     theirs = sample.fields.get(AUTHORS_FIELD)
     return sample.fields.get(FIELD, theirs if isinstance(theirs, int) else None)
 
@@ -34,7 +34,7 @@ def levels_by_rank(scores: Sequence[float] | np.ndarray, levels: int) -> np.ndar
     """Scores [M] -> level [M] of each: floor(rank * levels / M), ranks by a stable ascending sort.
 
     Raises:
-        UserError: fewer scores than levels, or one that is not a number.
+        UserError: fewer scores than levels, or a score that is not a number.
     """
     import numpy as np
 
@@ -46,7 +46,7 @@ def levels_by_rank(scores: Sequence[float] | np.ndarray, levels: int) -> np.ndar
 
 
 def level_edges(scores: Sequence[float] | np.ndarray, levels: int) -> np.ndarray:
-    """The lowest score [levels - 1] of every level but the first, to give new data the levels of these."""
+    """The lowest score [levels - 1] of every level except the first, to sort new data into these levels."""
     import numpy as np
 
     scores = np.sort(_checked(scores, levels))
@@ -54,10 +54,10 @@ def level_edges(scores: Sequence[float] | np.ndarray, levels: int) -> np.ndarray
 
 
 def levels_by_edges(scores: Sequence[float] | np.ndarray, edges: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Scores [M] -> level [M]; a score that equals an edge belongs above it.
+    """Scores [M] -> level [M]; a score equal to an edge belongs to the level above it.
 
     Raises:
-        UserError: one is not a number.
+        UserError: a score is not a number.
     """
     import numpy as np
 
@@ -65,7 +65,7 @@ def levels_by_edges(scores: Sequence[float] | np.ndarray, edges: Sequence[float]
 
 
 def with_levels(records: Iterable[dict[str, Any]], levels: Iterable[int | None]) -> Iterator[dict[str, Any]]:
-    """Records with the field `level`; those whose level is None as they are."""
+    """Records with the field `level`; those whose level is None are left unchanged."""
     for record, level in zip(records, levels, strict=True):
         yield record if level is None else {**record, FIELD: int(level)}
 
@@ -79,13 +79,14 @@ def clip_score(images: Tensor, text: Tensor) -> float:
 
 
 class Pair:
-    """An image-text model of transformers with its own processors, that scores how a text fits frames.
+    """An image-text model of transformers, with its own processors, that scores how well a text fits frames.
 
     Args:
-        name: hub id or folder. device: where it runs.
+        name: hub id or folder.
+        device: where it runs.
 
     Raises:
-        UserError: it cannot be loaded, or has no space for both.
+        UserError: it cannot be loaded, or has no joint space.
     """
 
     def __init__(self, name: str, device: str = "cpu") -> None:
@@ -101,15 +102,15 @@ class Pair:
             what = f"no such folder, and as a hub id it cannot be loaded ({error.__class__.__name__})"
             raise UserError(name, what, hint=f"hf download {name}") from error
         if not hasattr(self.model, "get_image_features"):
-            raise UserError(name, "no image-text model", expected="CLIP, SigLIP or another with a joint space")
+            raise UserError(name, "not an image-text model", expected="CLIP, SigLIP or another with a joint space")
         self.length = self.model.config.text_config.max_position_embeddings
 
     def score(self, frames: np.ndarray, text: str) -> float:
-        """Of frames [T, H, W, 3] uint8 and a text, which is cut where the tower ends."""
+        """The score of frames [T, H, W, 3] uint8 and a text, which is cut at the tower's maximum length."""
         import torch
 
         pixels = self.processor(images=list(frames), return_tensors="pt")["pixel_values"]
-        # Padded as SigLIP was trained; behind the end of a text CLIP reads nothing.
+        # Padded as SigLIP was trained; CLIP reads nothing after the end of a text.
         options = {"padding": "max_length", "truncation": True, "max_length": self.length, "return_tensors": "pt"}
         ids = self.tokenizer([text], **options)["input_ids"]
         with torch.no_grad():
@@ -119,17 +120,17 @@ class Pair:
 
 
 def media_and_answer(sample: Sample) -> tuple[MediaRef, str] | None:
-    """The first medium of a conversation and what the assistant says; None where there is no medium.
+    """The first medium of a conversation and the assistant's text; None if there is no medium.
 
     Raises:
-        UserError: the medium is no file.
+        UserError: the medium is not a file.
     """
     media = sample.media()
     if not media:
         return None
     first = media[0]
     if not isinstance(first.get("path"), str):
-        raise UserError(sample.id, "its medium is no file", expected="a record that names a path")
+        raise UserError(sample.id, "its medium is not a file", expected="a record that names a path")
     bounds = {key: first[key] for key in ("start", "end", "fps") if first.get(key) is not None}
     return MediaRef(first["type"], first["path"], **bounds), " ".join(sample.answers())
 
@@ -139,7 +140,7 @@ def _checked(scores: Sequence[float] | np.ndarray, levels: int) -> np.ndarray:
     if levels < 2:
         raise UserError("align-levels: levels", "too few to tell apart", expected="2 or more", got=levels)
     if len(scores) < levels:
-        raise UserError("align-levels", f"{len(scores)} scores for {levels} levels", expected="a score a level or more")
+        raise UserError("align-levels", f"{len(scores)} scores for {levels} levels", expected="one or more per level")
     return scores
 
 
@@ -149,5 +150,5 @@ def _numbers(scores: Sequence[float] | np.ndarray) -> np.ndarray:
     scores = np.asarray(scores, np.float64)
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
-        raise UserError(f"align-levels: score {bad[0] + 1}", f"it is {scores[bad[0]]}", expected="a number")
+        raise UserError(f"align-levels: score {bad[0] + 1}", f"is {scores[bad[0]]}", expected="a number")
     return scores

@@ -1,4 +1,4 @@
-"""Training data before a run: every record through its format, and what media the records name."""
+"""Checking training data before a run: every record through its format, and the media that the records name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mmllm.data.records.conversations import Sample
 from mmllm.data.records.mix import open_entry, read_mix
 
 ERRORS = 1000
-"""How many schema errors are kept; all are counted."""
+"""Number of schema errors that are kept; all are counted."""
 NAMED = 5
-"""How many samples a medium names."""
+"""Number of samples recorded per medium."""
 CHUNK = 256
 """Records that a thread takes at a time."""
 LOCATORS = ("path", "url", "image", "video")
@@ -23,11 +23,14 @@ LOCATORS = ("path", "url", "image", "video")
 
 @dataclass
 class Scan:
-    """What the records say.
+    """What the records contain.
 
     Attributes:
-        records: how many there are. errors: what is wrong with some, the first ones. failed: how many are wrong.
-        media: the files that they name. in_memory: media given as bytes, decoded by now.
+        records: their number.
+        errors: the first errors.
+        failed: number of records with an error.
+        media: the files that they name.
+        in_memory: number of media given as bytes, already decoded.
         as_video: how often `<image>` stands for a video.
     """
 
@@ -39,13 +42,13 @@ class Scan:
     as_video: int = 0
 
     def refuse(self, error: UserError) -> None:
-        """Note an error."""
+        """Record an error."""
         self.failed += 1
         if len(self.errors) < ERRORS:
             self.errors.append(str(error))
 
     def take(self, sample: Sample) -> None:
-        """Note the media of a sample."""
+        """Record the media of a sample."""
         contents = [message["content"] for message in sample.messages]
         for entry in (entry for content in contents if isinstance(content, list) for entry in content):
             if entry["type"] == "text":
@@ -62,7 +65,7 @@ class Scan:
             medium.ids = [*medium.ids, sample.id][:NAMED]
 
     def add(self, other: Scan) -> None:
-        """Note what another scan has found."""
+        """Add the findings of another scan."""
         self.records += other.records
         self.failed += other.failed
         self.errors += other.errors[: ERRORS - len(self.errors)]
@@ -87,11 +90,14 @@ def scan(
     """Send every record through its format.
 
     Args:
-        paths: data files, folders or mixes. root: what media are relative to. spill: where bytes of videos go.
-        limit: only the first records of each data file. progress: called with (done, total).
+        paths: data files, folders or mixes.
+        root: the folder that media paths are relative to.
+        spill: where bytes of videos are written.
+        limit: only the first records of each data file.
+        progress: called with (done, total).
 
     Raises:
-        UserError: a file that is not a mix; what is wrong with a data file is noted.
+        UserError: a file that is not a mix; errors in a data file are recorded.
     """
     found, parts = Scan(), []
     for path in paths:
@@ -107,7 +113,7 @@ def scan(
         for part, size in zip(parts, sizes, strict=True)
         for start in range(0, size, CHUNK)
     ]
-    # threads are enough: the time goes into decoding pictures, and JSON is quick
+    # threads are enough: most time goes into decoding pictures, and JSON is quick
     with ThreadPoolExecutor(jobs) as pool:
         for piece in pool.map(_scan_chunk, chunks):
             found.add(piece)

@@ -1,4 +1,4 @@
-"""Conversations: the one type that all training data becomes, and how a file of any format becomes many of them."""
+"""Conversations: the one type that all training data becomes, and how a file of any format becomes a set of them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mmllm.data.records.formats.records import CONTAINERS, JsonRecords, first_re
 from mmllm.data.records.json_files import short
 
 NAMES, BRACES = 100_000, 8
-"""A name with braces stands for no more files, and has no more braces."""
+"""Upper limits of files a name with braces stands for, and of its braces."""
 DIGITS = re.compile(r"\{(\d{19,}\.\.|\d+\.\.\d{19,})")
-"""Numbers of so many digits in braces: more than there are files, and Python takes none of thousands."""
+"""Upper limit of digits of a number in braces: more than there are files, and Python refuses thousands of digits."""
 ENTRIES = 100_000
-"""A folder of data has no more files and folders below it."""
+"""Upper limit of files and folders in a folder of data."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Sample:
 
 
 class Source(Sequence):
-    """The samples of one data file, read when they are asked for; a format is a subclass.
+    """The samples of one data file, read on demand; each format is a subclass.
 
     Args:
         path: the file, a folder, or a name with braces for several shards.
         root: the folder that media paths are relative to; default: the folder of the file.
-        spill: where videos that the data hold as bytes are written, once each; default: `default_spill()`.
+        spill: where videos given as bytes in the data are written, once each; default: `default_spill()`.
 
     Raises:
         UserError: the file is missing, empty or broken.
@@ -72,15 +72,15 @@ class Source(Sequence):
 
     @classmethod
     def recognises(cls, path: Path, first: dict[str, Any] | None) -> bool:
-        """Whether a file is of this format; `first` is its first record where it is JSON."""
+        """Whether a file is of this format; `first` is its first record if it is JSON."""
         raise NotImplementedError
 
     def open_records(self) -> Sequence[tuple[dict[str, Any], str]]:
-        """The records as (record, where it stands), by index; cheap to hand to a worker."""
+        """The records as (record, its location), by index; cheap to pass to a worker."""
         return JsonRecords(self.path)
 
     def sample(self, record: dict[str, Any], where: str) -> Sample:
-        """What a record means.
+        """The sample that a record stands for.
 
         Raises:
             UserError: `file:line:key`, and what is wrong there.
@@ -97,10 +97,10 @@ class Source(Sequence):
 def open_source(
     path: str | Path, root: str | Path | None = None, name: str | None = None, spill: Path | None = None
 ) -> Source:
-    """A data file as samples, in the format called `name` or the one that recognises the file.
+    """Open a data file as samples, in the format called `name` or the one that recognises the file.
 
     Raises:
-        UserError: missing, empty, or of no known format; the text lists the formats and the keys that were seen.
+        UserError: missing, empty, or of an unknown format; the message lists the formats and the keys that were seen.
     """
     files = files_of(path)
     if name is not None:
@@ -121,12 +121,12 @@ def open_source(
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """The files behind a path: itself, the Parquet, Arrow or tar files of a folder, or what its braces stand for.
+    """The files behind a path: itself, a folder's Parquet, Arrow or tar files, or the files that its braces stand for.
 
-    Of a folder whose files or subfolders are named by their split only `train*` is meant.
+    If a folder's files or subfolders are named by split, only `train*` are used.
 
     Raises:
-        UserError: one does not exist, or the folder holds no data.
+        UserError: one does not exist, or the folder contains no data.
     """
     path = Path(path)
     if exists(path) and path.is_dir():
@@ -134,7 +134,7 @@ def files_of(path: str | Path) -> list[Path]:
         inside = {file: file.relative_to(path).parts for file in files}
         files = [file for file in files if any(part.startswith("train") for part in inside[file])] or files
         if not files:
-            raise UserError(path, "the folder holds no data", expected="Parquet or Arrow files, or tar shards")
+            raise UserError(path, "the folder contains no data", expected="Parquet or Arrow files, or tar shards")
         return files
     files = [path] if exists(path) and path.is_file() else [Path(text) for text in expand_braces(str(path))]
     for file in files:
@@ -145,7 +145,7 @@ def files_of(path: str | Path) -> list[Path]:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is something of this name, also where no file can have it because it is too long."""
+    """Whether a file or folder of this name exists; False for a name too long for any file."""
     try:
         return path.exists()
     except OSError:
@@ -156,7 +156,7 @@ def expand_braces(text: str) -> list[str]:
     """`a_{x,y}.json` as two names and `s-{00..12}.tar` as thirteen; a name without braces as itself.
 
     Raises:
-        UserError: more names than anybody has files.
+        UserError: an implausible number of names.
     """
     names = [] if text.count("{") > BRACES or DIGITS.search(text) else list(islice(_names(text), NAMES + 1))
     if not names or len(names) > NAMES:
@@ -186,11 +186,11 @@ def _containers(folder: Path) -> Iterator[Path]:
     """The Parquet, Arrow and tar files below a folder, however deep.
 
     Raises:
-        UserError: so many entries that this is no folder of data.
+        UserError: too many entries for a folder of data.
     """
     waiting, seen = [folder], 0
     while waiting:
-        # what may not be looked into is passed over, and links to folders are not followed
+        # unreadable folders are skipped, and links to folders are not followed
         with suppress(OSError), os.scandir(waiting.pop()) as entries:
             for entry in entries:
                 seen += 1

@@ -1,4 +1,4 @@
-"""JSON as people and programs write it: what is read is checked once, and what is wrong is one line with its place."""
+"""JSON as people and programs write it: input is checked once, and an error is one line with its location."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from typing import Any
 from mmllm.contract.errors import UserError
 
 DEEPEST = 100
-"""Levels of lists and objects; what is deeper is no data, and more than Python's recursion takes."""
+"""Levels of lists and objects; anything deeper is not data, and exceeds Python's recursion limit."""
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 NAMES: dict[type, str] = {str: "a text", dict: "an object", list: "a list", int: "a whole number", float: "a number"}
 _decoder = json.JSONDecoder()
 
 
 def parse_json(data: bytes | str, where: str, *, expected: str | None = None, followed: bool = False) -> Any:
-    """One JSON value; a mark of UTF-8 at its beginning (BOM) is passed over.
+    """Parse one JSON value; a UTF-8 byte order mark (BOM) at its beginning is skipped.
 
     Args:
-        where: its place, such as `file:line`. expected: what should be there, for the error.
+        where: its location, such as `file:line`.
+        expected: what should be there, for the error.
         followed: whether something else may follow it.
 
     Raises:
-        UserError: not UTF-8, not JSON, nested too deeply, a number of thousands of digits, or a text that is no valid
+        UserError: not UTF-8, not JSON, nested too deeply, a number of thousands of digits, or a text that is not valid
             Unicode.
     """
     try:
@@ -40,14 +41,14 @@ def parse_json(data: bytes | str, where: str, *, expected: str | None = None, fo
         raise not_json(error, where, expected) from error
     if text.count("[") + text.count("{") > DEEPEST and _is_deep(value):
         raise UserError(where, "nested too deeply", expected=f"at most {DEEPEST} levels")
-    # half a pair of surrogates passes as JSON, and no tokenizer or file takes it
+    # half a surrogate pair passes as JSON, but no tokenizer or file accepts it
     if SURROGATE.search(text) and not _is_unicode(value):
-        raise UserError(where, "a text is no valid Unicode, it holds half a surrogate pair", hint="export it again")
+        raise UserError(where, "a text is not valid Unicode, it contains half a surrogate pair", hint="export it again")
     return value
 
 
 def not_json(error: Exception, where: str, expected: str | None = None) -> UserError:
-    """What is wrong with a text that Python's JSON does not take."""
+    """The error for a text that Python's JSON rejects."""
     if isinstance(error, RecursionError):
         return UserError(where, "nested too deeply", expected=f"at most {DEEPEST} levels")
     reason = error if isinstance(error, json.JSONDecodeError) else "a number has too many digits"
@@ -55,7 +56,7 @@ def not_json(error: Exception, where: str, expected: str | None = None) -> UserE
 
 
 def read_json(path: str | Path) -> Any:
-    """A file that is one JSON value.
+    """Parse a file that is one JSON value.
 
     Raises:
         UserError: missing, not a regular file, or see :func:`parse_json`.
@@ -65,7 +66,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
-    """(`file:line`, value) of a file with one JSON value a line; blank lines are passed over.
+    """(`file:line`, value) of a file with one JSON value per line; blank lines are skipped.
 
     Raises:
         UserError: missing, not a regular file, or see :func:`parse_json`.
@@ -77,14 +78,15 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
 
 
 def take(record: dict[str, Any], key: str, kind: type, where: str, default: Any = ...) -> Any:
-    """The value of a key, of its type: a whole number is a `float` too, and true and false are no numbers.
+    """The value of a key, checked for its type: an integer is a `float` too, but true and false are not numbers.
 
     Args:
-        kind: str, dict, list, int or float. where: place of the record.
-        default: what a missing key (or null) means; none = it must be there.
+        kind: str, dict, list, int or float.
+        where: location of the record.
+        default: the value of a missing key (or null); without it, the key is required.
 
     Raises:
-        UserError: `where:key` (`where.key` behind an index), missing or of another type; a number that is not finite.
+        UserError: `where:key` (`where.key` after an index), missing or of another type; a non-finite number.
     """
     value = record.get(key)
     if value is None and default is not ...:
@@ -123,7 +125,7 @@ def _is_deep(value: Any) -> bool:
 def _is_finite(value: Any) -> bool:
     try:
         return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
+    except OverflowError:  # an integer too large for a float
         return False
 
 

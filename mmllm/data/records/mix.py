@@ -1,6 +1,6 @@
-"""What training reads: a data file of any format, several, or a mix of them in YAML.
+"""What training reads: a data file of any format, several of them, or a YAML mix.
 
-A mix is LLaVA-NeXT's `datasets: - json_path: ..., sampling_strategy: first:10%` as it is, with keys of our own beside.
+A mix is LLaVA-NeXT's `datasets: - json_path: ..., sampling_strategy: first:10%` unchanged, plus keys of our own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MIX_SUFFIXES = frozenset({".yaml", ".yml"})
 ENTRY_KEYS = ("json_path", "sampling_strategy", "weight", "root", "format", "start")
 TOP_KEYS = ("datasets", "root", "seed", "length")
 MOST = 2**40
-"""No number of a mix is larger: what counts with it would overflow."""
+"""Upper limit of the numbers in a mix: larger ones would overflow what computes with them."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,13 @@ class Entry:
     """One data file of a mix.
 
     Attributes:
-        path: the file, folder or name with braces. where: `mix.yaml:datasets[0]`, for errors.
+        path: the file, folder or name with braces.
+        where: `mix.yaml:datasets[0]`, for errors.
         strategy: which records: `all`, or `first:`, `end:` or `random:` with a number or a percentage.
-        start: records left out at the beginning, before the strategy.
-        weight: share of the mixture. root: what its media are relative to. format: its name; default: by its look.
+        start: number of records left out at the beginning, before the strategy applies.
+        weight: share of the mixture.
+        root: the folder that its media paths are relative to.
+        format: its name; default: recognised from the file.
     """
 
     path: Path
@@ -47,7 +50,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Mix:
-    """Data files, and how they come together: mixed where they have weights, else one after the other."""
+    """Data files and how they are combined: mixed if they have weights, otherwise one after the other."""
 
     entries: tuple[Entry, ...]
     seed: int = 0
@@ -55,10 +58,10 @@ class Mix:
 
 
 def read_mix(path: str | Path, root: str | Path | None = None) -> Mix:
-    """The mix that a path means; a data file is a mix of itself.
+    """The mix that a path stands for; a data file is a mix of itself.
 
     Args:
-        root: what media are relative to where the mix does not say it.
+        root: the folder that media paths are relative to if the mix does not say.
 
     Raises:
         UserError: not a mix; names the key.
@@ -77,12 +80,12 @@ def read_mix(path: str | Path, root: str | Path | None = None) -> Mix:
     weighted = [entry for entry in entries if entry.weight is not None]
     if weighted and len(weighted) < len(entries):
         missing = next(entry for entry in entries if entry.weight is None)
-        raise UserError(f"{missing.where}.weight", "missing, other datasets have one", hint="a weight for all or none")
+        raise UserError(f"{missing.where}.weight", "missing: other datasets have one", hint="a weight for all or none")
     return Mix(tuple(entries), _number(data, "seed", path, 0) or 0, _number(data, "length", path, 1))
 
 
 def data_files(paths: str | Path | Sequence[str | Path], root: str | Path | None = None) -> list[Path]:
-    """All files that the samples come from, the mixes among them.
+    """All files that the samples come from, including the mixes.
 
     Raises:
         UserError: one is missing.
@@ -98,11 +101,11 @@ def data_files(paths: str | Path | Sequence[str | Path], root: str | Path | None
 def load_data(
     paths: str | Path | Sequence[str | Path], root: str | Path | None = None, spill: Path | None = None
 ) -> Sequence[Sample]:
-    """The samples of a data file, a folder, a mix, or of several of them joined.
+    """The samples of a data file, a folder, a mix, or several of them joined.
 
     Args:
         root: the folder that media paths are relative to; default: that of each data file.
-        spill: where videos that the data hold as bytes are written.
+        spill: where videos given as bytes in the data are written.
 
     Raises:
         UserError: a file is missing, empty, broken or of an unknown format.
@@ -119,10 +122,10 @@ def load_data(
 
 
 def open_entry(entry: Entry, seed: int = 0, spill: Path | None = None) -> Sequence[Sample]:
-    """The samples of one data file that its sampling strategy takes.
+    """The samples of one data file that its sampling strategy selects.
 
     Raises:
-        UserError: it cannot be read, or the strategy takes nothing.
+        UserError: it cannot be read, or the strategy selects nothing.
     """
     source = open_source(entry.path, entry.root, entry.format, spill)
     name, _, amount = entry.strategy.partition(":")
@@ -133,9 +136,9 @@ def open_entry(entry: Entry, seed: int = 0, spill: Path | None = None) -> Sequen
         return Subset(source, entry.start, rest) if entry.start else source
     try:
         share = float(amount.removesuffix("%"))
-        # as LLaVA-NeXT counts: percentages are rounded up
+        # as in LLaVA-NeXT: percentages are rounded up
         count = math.ceil(share * rest / 100) if amount.endswith("%") else int(amount)
-    except (ValueError, OverflowError):  # not a number, or one without end
+    except (ValueError, OverflowError):  # not a number, or an infinite one
         count = 0
     if name not in ("first", "end", "random") or count < 1:
         expected = "all, or first:, end: or random: with a number or a percentage"
@@ -185,12 +188,12 @@ def _entries(item: Any, where: str, folder: Path, root: Path | None) -> list[Ent
 
 
 def _split(name: str) -> list[str]:
-    """The data files that braces stand for; shards are one."""
+    """The data files that braces stand for; shards count as one."""
     return [name] if Path(name).suffix in CONTAINERS or exists(Path(name)) else expand_braces(name)
 
 
 def _find(name: str, folder: Path, root: Path | None) -> Path:
-    """A file or folder that a mix names: beside the mix, below the root, or from the current folder."""
+    """The file or folder that a mix names: beside the mix, below the root, or relative to the current folder."""
     places = [folder / name, *([root / name] if root else []), Path(name)]
     there = (place for place in places if all(exists(Path(text)) for text in expand_braces(str(place))))
     return next(there, places[0])

@@ -1,6 +1,6 @@
 """Several sources as one sequence: one after the other, a part of one, or mixed by weight.
 
-All of it is a pure function of the index, so it does not matter which worker or process asks for a sample, in which
+All of it is a pure function of the index, so it does not matter which worker or process requests a sample, in which
 order, or after how many resumptions.
 """
 
@@ -38,7 +38,7 @@ class Joined(Sequence):
 
 
 class Subset(Sequence):
-    """Some samples of a source: `count` from `start` on, or `count` drawn from `start` on without repeats.
+    """Some samples of a source: `count` from `start` on, in order or drawn without repeats.
 
     Args:
         seed: of the draw; None = in the order of the source.
@@ -60,15 +60,17 @@ class Subset(Sequence):
 class Mixture(Sequence):
     """Sources mixed by weight.
 
-    Every beginning of the mixture holds each source's share to within one sample, and a source repeats a sample only
-    when all its others were taken; each pass over a source has an order of its own.
+    Every prefix of the mixture contains each source's share to within one sample, and a source repeats a sample only
+    when all its others were taken; each pass over a source has its own order.
 
     Args:
-        sources: what is mixed. weights: shares, relative to each other.
-        length: samples in all; default: as many as the sources hold together. seed: of the orders.
+        sources: what is mixed.
+        weights: shares, relative to each other.
+        length: total number of samples; default: as many as the sources have together.
+        seed: of the orders.
 
     Raises:
-        UserError: weights that are no positive numbers, or too few of them.
+        UserError: weights that are not positive numbers, or too few of them.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Mixture(Sequence):
         common = math.lcm(*(share.denominator for share in shares))
         whole = [max(1, int(share * common)) for share in shares]
         divisor = math.gcd(*whole)
-        # the order of the sources repeats itself with the sum of the weights as period
+        # the order of the sources is periodic, with the sum of the weights as its period
         self.weights = [weight // divisor for weight in whole]
         self.period = sum(self.weights)
         self.turn, self.number, taken = array("i"), array("q"), [0] * len(self.sources)
@@ -112,10 +114,10 @@ class Mixture(Sequence):
 
 
 def interleave(weights: Sequence[int]) -> Iterator[int]:
-    """Numbers of the sources for one period, each in its share of every beginning to within one.
+    """Indices of the sources for one period; every prefix contains each source's share to within one sample.
 
-    The j-th sample of a source with share p must stand at a place in [floor(j / p), ceil((j + 1) / p)) for that. Taking
-    the earliest deadline among the samples whose time has come meets all of them (Steiner and Yeomans, Level schedules
+    For that, the j-th sample of a source with share p must have a position in [floor(j / p), ceil((j + 1) / p)). Taking
+    the earliest deadline among the samples that are due meets all of them (Steiner and Yeomans, Level schedules
     for mixed-model, just-in-time processes, 1993).
     """
     period = sum(weights)
@@ -134,9 +136,9 @@ def interleave(weights: Sequence[int]) -> Iterator[int]:
 
 
 def permuted(index: int, size: int, key: int) -> int:
-    """Where `index` goes in a permutation of `range(size)` that is fixed by `key`; nothing is stored.
+    """The position of `index` in a permutation of `range(size)` that is fixed by `key`; nothing is stored.
 
-    A Feistel network permutes the next power of four; what lands outside the range is sent through it again.
+    A Feistel network permutes the next power of four; a result outside the range is fed through it again.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -150,7 +152,7 @@ def permuted(index: int, size: int, key: int) -> int:
 
 
 def mixed(key: int, value: int) -> int:
-    """Two numbers as one of 64 bits in which every bit depends on all of theirs."""
+    """Two numbers hashed to one of 64 bits in which every bit depends on all of theirs."""
     state = (key * 0x9E3779B97F4A7C15 + value + 0xD1B54A32D192ED03) & MASK
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         state = (state ^ state >> shift) * factor & MASK

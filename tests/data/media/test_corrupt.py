@@ -188,7 +188,7 @@ def test_a_back_end_that_cannot_tell_is_no_help_with_error(damaged: Callable) ->
         lambda: VideoReader(item(path), "decord", corrupt="error"),
         lambda: GuardedReader("decord", corrupt="error"),
     ):
-        with pytest.raises(UserError, match=r"back end decord does not tell damaged frames.*--backend pyav"):
+        with pytest.raises(UserError, match=r"back end decord does not detect damaged frames.*--backend pyav"):
             refused()
     with pytest.raises(UserError, match="expected error or warn, got maybe"):
         GuardedReader(corrupt="maybe")
@@ -237,7 +237,7 @@ def test_the_flag_reaches_the_reader() -> None:
     for words, choice in (([], "warn"), (["--corrupt", "error"], "error")):
         options = parser.parse_args(words)
         assert media_reader(options.backend, options.time_limit, options.corrupt).corrupt == choice
-    with pytest.raises(UserError, match="decord does not tell damaged frames"):
+    with pytest.raises(UserError, match="decord does not detect damaged frames"):
         media_reader("decord", 60.0, "error")
 
 

@@ -71,7 +71,7 @@ def test_an_array_is_cut_at_its_records_whatever_the_block(tmp_path, monkeypatch
     ("text", "says"),
     [
         ('[{"messages": []},\n{"a": tru}]', ":2: not JSON"),
-        ('[{"messages": []}\n{"a": 1}]', ":2: not JSON: '{' behind a record"),
+        ('[{"messages": []}\n{"a": 1}]', ":2: not JSON: '{' after a record"),
         ('[{"messages": []},\n{"a": "x', ":2: not JSON"),
         ('[{"messages": []},\n{"a": 1}', "the array does not end, it is cut off"),
         ("[]", "the data file is empty"),

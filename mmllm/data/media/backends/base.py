@@ -1,6 +1,6 @@
-"""What a back end is: one open media file that gives the pictures on screen at the moments it is asked for.
+"""A back end: one open media file that returns the pictures on screen at the requested moments.
 
-A back end is asked for moments (seconds since the first frame) and gives for each the last frame that is on screen
+A back end is asked for moments (seconds since the first frame) and returns for each the last frame on screen by
 then: the last with ``pts - pts0 <= t``. Index ``i`` means the moment ``i / fps``, which in a file of constant frame
 rate is exactly the i-th frame in display order.
 """
@@ -17,26 +17,26 @@ from mmllm.data.media.limits import DEFAULTS, Limits
 from mmllm.data.media.types import Probe
 
 Convert = Callable[[np.ndarray], Any]
-"""Called once with each distinct picture, uint8 ``[H, W, 3]``, as soon as it is decoded; its value is kept instead."""
+"""Called once with each distinct picture, uint8 ``[H, W, 3]``, as soon as it is decoded; its result is kept instead."""
 
 
 class BackendFailure(Exception):
-    """An optional back end cannot read this file; the reader falls back to PyAV and says so."""
+    """An optional back end cannot read this file; the reader falls back to PyAV and reports it."""
 
 
 class Backend:
     """One open media file: ``probe``, ``read_times`` in any order with repeats, ``close``; a context manager.
 
-    A back end of one's own is a subclass with ``open`` and ``read_times`` under ``@register("backend", name)``.
+    To add a back end, write a subclass with ``open`` and ``read_times`` under ``@register("backend", name)``.
 
     Attributes:
-        package: the package to import for it, None if none is needed beyond those always installed.
-        header_by: name of the back end that reads the same header faster, None if there is none.
+        package: the package to import for it, None if it needs none beyond those always installed.
+        header_by: name of a back end that reads the same header faster, None if there is none.
         probe: what the header says.
-        missing: how many moments of the last read lie behind everything that could be decoded; the last decoded
+        missing: number of moments of the last read that are later than anything that decoded; the last decoded
             frame stands in for them.
-        last: seconds of that last decoded frame, where ``missing`` is not 0.
-        tells_damage: whether it notices damaged frames, and fills in ``corrupt``.
+        last: seconds of that last decoded frame, if ``missing`` is not 0.
+        tells_damage: whether it detects damaged frames and fills in ``corrupt``.
         corrupt: (first, last) seconds within which frames of the last read may be damaged.
     """
 
@@ -58,11 +58,11 @@ class Backend:
         Args:
             path: an existing local path.
             fps: frames per second of a folder of frames; other back ends ignore it.
-            limits: the size of a picture and the duration are checked before anything is decoded.
+            limits: the picture size and the duration are checked before anything is decoded.
 
         Raises:
-            UserError: it cannot be opened, or its header is above a limit.
-            BackendFailure: this back end cannot, PyAV may.
+            UserError: it cannot be opened, or its header exceeds a limit.
+            BackendFailure: this back end cannot open it, but PyAV may.
         """
         raise NotImplementedError
 
@@ -71,17 +71,17 @@ class Backend:
 
         Args:
             times: in any order, with repeats.
-            convert: applied to each distinct picture as it comes, so that no two pictures need be held at a time. Its
+            convert: applied to each distinct picture as it comes, so that no two pictures need be held at once. Its
                 argument may be a view with strides; it is not overwritten later.
 
         Returns:
-            One value a moment: what ``convert`` gave, or uint8 ``[H, W, 3]`` of ``probe``'s size without it. Moments
+            One value per moment: ``convert``'s result, or uint8 ``[H, W, 3]`` of ``probe``'s size without it. Moments
             that show the same picture share one value.
         """
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let the file go."""
+        """Release the file."""
 
     def __enter__(self) -> Self:
         return self

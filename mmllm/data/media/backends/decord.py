@@ -1,4 +1,4 @@
-"""decord as an optional back end that gives the frames PyAV gives."""
+"""decord as an optional back end that returns the same frames as PyAV."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     import decord
 
 TRIED = ("mp4", "matroska", "avi")
-"""Containers where decord decodes every frame; in transport streams it drops some, read from the start too."""
+"""Containers in which decord decodes every frame; in transport streams it drops some, even when read from the start."""
 MANY_SECONDS = 1e9
-"""No time stamp is larger; a lone broken one has no order to tell it by."""
+"""Upper limit of a valid time stamp; a single broken one cannot be told by its order."""
 CHUNK_BYTES = 16 << 20
-"""About this much is decoded at a time."""
+"""The amount that is decoded at a time."""
 
 
 @register("backend", "decord")
 class DecordBackend(Backend):
-    """Random access where that gives the right frames, else one pass from the start.
+    """Random access where that gives the right frames, otherwise one pass from the start.
 
-    decord's random access silently returns other frames where its time stamps are not finite and increasing (some avi
-    files), and where frames are stored behind a key frame but shown before it (open GOP, usual in HEVC). It may hang
+    decord's random access silently returns wrong frames where its time stamps are not finite and increasing (some avi
+    files), and where frames are stored after a key frame but shown before it (open GOP, usual in HEVC). It may hang
     where a file lacks frames that its header lists. The header is PyAV's, so that the number of frames does not depend
     on the back end.
     """
@@ -54,7 +54,7 @@ class DecordBackend(Backend):
         if not any(name in container for name in TRIED):
             raise BackendFailure(f"decord is not reliable in {container} files")
         if lying:
-            raise BackendFailure("decord cannot turn pictures by 90 degrees")
+            raise BackendFailure("decord cannot rotate pictures by 90 degrees")
         try:
             importlib.import_module("decord")
         except ImportError as error:
@@ -64,7 +64,7 @@ class DecordBackend(Backend):
         stored, leading = count_stored(path, limits)
         if stored < self.probe.frames:
             raise BackendFailure(
-                f"frames are missing ({stored} of {self.probe.frames} are stored), where decord may hang"
+                f"frames are missing ({stored} of {self.probe.frames} are stored), and decord may hang"
             )
         with _failures("open"):
             self._reader = self._open_reader()
@@ -79,7 +79,7 @@ class DecordBackend(Backend):
         """See :class:`Backend`.
 
         Raises:
-            BackendFailure: decord fails while decoding; ``convert`` may have been called by then.
+            BackendFailure: decord fails while decoding; ``convert`` may already have been called.
         """
         # decord's time stamps are float32
         moments = np.asarray(times, np.float64) * (1 + 2.0**-22) + self.slack
@@ -91,7 +91,7 @@ class DecordBackend(Backend):
         return values
 
     def close(self) -> None:
-        """Let the file go."""
+        """Release the file."""
         self._reader = None
 
     def _open_reader(self) -> decord.VideoReader:
@@ -114,7 +114,7 @@ class DecordBackend(Backend):
         return [values[place] for place in back.tolist()], self._stamps
 
     def _sequential(self, moments: np.ndarray, keep: Convert) -> tuple[list[Any], np.ndarray]:
-        """Values in one pass from the start, at constant rate; and the time stamps that follow from it."""
+        """Values in one pass from the start, at constant rate; and the time stamps implied by it."""
         places = np.floor(moments * self.probe.fps).astype(int).tolist()
         reader = self._reader if self._reader is not None else self._open_reader()
         self._reader = None
@@ -129,7 +129,7 @@ class DecordBackend(Backend):
         return [values[min(place, count)] for place in places], np.arange(count + 1) / self.probe.fps
 
     def _check_shape(self, found: tuple[int, ...]) -> None:
-        """Refuse pictures of another size than the header's."""
+        """Refuse pictures whose size differs from the header's."""
         shape = (self.probe.height, self.probe.width, 3)
         if tuple(found) != shape:
             raise BackendFailure(f"decord gives frames of shape {tuple(found)} instead of {shape}")
@@ -137,7 +137,7 @@ class DecordBackend(Backend):
 
 @contextmanager
 def _failures(verb: str) -> Iterator[None]:
-    """Turns decord's errors into :class:`BackendFailure`; they carry a stack, whose first line says enough."""
+    """Turn decord's errors into :class:`BackendFailure`; they carry a stack trace, whose first line says enough."""
     import decord
 
     try:

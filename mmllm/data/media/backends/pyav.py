@@ -25,35 +25,35 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SEEK_FRAMES = 600
-"""A wider gap than this between two wanted frames is jumped over where the file has no index of its key frames."""
+"""A gap between two wanted frames wider than this is jumped over if the file has no index of its key frames."""
 MARGIN, WIDE_MARGIN = 4, 16
 """A jump aims this many frames early, then this many: indexes are in decoding time, which B-frames shift."""
 GAIN = 12
-"""A jump pays where it spares this many frames; it costs the decoder's threads a fresh start."""
+"""A jump pays if it saves this many frames; it costs the decoder's threads a fresh start."""
 SMALL_PIXELS = 16_000_000
-"""Up to this many pixels in all frames together one thread is faster than starting several."""
+"""Up to this many pixels in all frames together, one thread is faster than starting several."""
 JUMPS = ("mp4", "matroska")
-"""Containers whose index can be trusted to list key frames only as such."""
+"""Containers whose index can be trusted to mark only true key frames as such."""
 SKIPS = ("h264", "hevc")
-"""Decoders that can leave out frames which no other needs, from one packet to the next."""
+"""Decoders that can skip frames that no others need, from one packet to the next."""
 SPARSE = 8
-"""Fewer than one frame in so many wanted: it pays to leave frames out."""
+"""If fewer than one in this many frames is wanted, skipping frames pays."""
 KEEP_BEFORE, KEEP_AFTER = 2.5, 0.5
-"""Frames around a wanted moment within which none is left out."""
+"""Frames around a wanted moment within which none is skipped."""
 DAMAGED_PACKETS = 1000
-"""After this many packets that do not decode nothing more is hoped for."""
+"""After this many undecodable packets we give up."""
 
 
 class _Missed(Exception):
-    """A jump landed behind the wanted frame, or it may be among those left out; read again the simple way."""
+    """A jump landed after the wanted frame, or that frame may have been skipped; read again the simple way."""
 
 
 @register("backend", "pyav")
 class PyAVBackend(Backend):
     """One forward pass over the wanted moments.
 
-    It jumps to a key frame where one lies ahead, leaves out frames that neither anybody wants nor another frame needs,
-    and turns only wanted pictures into RGB.
+    It jumps to a key frame if one lies ahead, skips frames that are neither wanted nor needed by others, and converts
+    only wanted pictures to RGB.
     """
 
     package = "av"
@@ -64,7 +64,7 @@ class PyAVBackend(Backend):
         import av
         from av.video.reformatter import VideoReformatter
 
-        # one for all frames: a frame's own would set up its tables anew each time
+        # one for all frames: a frame's own would rebuild its tables each time
         self._reformatter = VideoReformatter()
         self._container: av.container.InputContainer | None = None
         self._stream: av.VideoStream | None = None
@@ -72,14 +72,14 @@ class PyAVBackend(Backend):
         self._ahead: Iterator[av.VideoFrame] | None = None
         self._fresh = False
         self._damage = Damage()
-        # moments between which frames may be left out
+        # moments between which frames may be skipped
         self._only: list[float] = []
-        # several threads for one small picture cost more than they save; before version 17 there were none
+        # several threads for one small picture cost more than they save; not available before version 17
         self._scaling = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
 
     @classmethod
     def open(cls, path: str, fps: float | None = None, limits: Limits = DEFAULTS) -> PyAVBackend:
-        """Open a video or GIF; the first frame is decoded, as only frames say how they are rotated."""
+        """Open a video or GIF; the first frame is decoded, as only frames tell their rotation."""
         self = cls(path, limits)
         try:
             self._start()
@@ -92,12 +92,12 @@ class PyAVBackend(Backend):
             self._first = next(self._ahead, None)
             if self._first is None:
                 hint = "play it elsewhere; copy or download it again if it is damaged there too"
-                size = "" if self._stream.width and self._stream.height else ", its header gives no possible size"
+                size = "" if self._stream.width and self._stream.height else ", its header gives no valid size"
                 raise UserError(path, f"no frame of this video can be decoded{size}", hint=hint)
             self._fresh = True
             self._origin = self._first.pts or 0
             self._tick = float(self._stream.time_base)
-            # half a tick takes up the rounding of time stamps (1 ms in webm), and stays far below a frame
+            # half a tick absorbs the rounding of time stamps (1 ms in webm), and stays far below a frame
             self.slack = min(self._tick * 0.5, 0.1 / rate) + 1e-9
             # avi stores no display times: with B-frames they come out shuffled
             self.format = self._container.format.name
@@ -121,7 +121,7 @@ class PyAVBackend(Backend):
         self._damage.restart()
         self._damage.packets = 0
         self.limits.check_picture(self.path, stream.height, stream.width)
-        # what the stream itself says may differ from its container, and change on the way
+        # the stream's own values may differ from its container's, and change midway
         stream.codec_context.options = {"max_pixels": str(int(self.limits.pixels))}
         small = 0 < stream.width * stream.height * stream.frames <= SMALL_PIXELS
         stream.thread_type = "NONE" if small else "AUTO"
@@ -129,7 +129,7 @@ class PyAVBackend(Backend):
             stream.codec_context.thread_count = 1
 
     def _decoded(self) -> Iterator[av.VideoFrame]:
-        """Frames from here on in display order; damaged packets are noted and left out."""
+        """Frames from here on in display order; damaged packets are noted and skipped."""
         import av
 
         packets, context, packet = self._container.demux(self._stream), self._stream.codec_context, None
@@ -158,7 +158,7 @@ class PyAVBackend(Backend):
         return index < len(self._only) and self._only[index] < moment + KEEP_BEFORE * step
 
     def read_times(self, times: Sequence[float], convert: Convert | None = None) -> list[Any]:
-        """See :class:`Backend`. ``missing`` counts the moments behind the end of what decodes."""
+        """See :class:`Backend`. ``missing`` counts the moments after the end of what decodes."""
         order = sorted(range(len(times)), key=times.__getitem__)
         wanted = [times[index] for index in order]
         sparse = len(wanted) * SPARSE < (wanted[-1] - wanted[0]) * self.probe.fps
@@ -187,7 +187,7 @@ class PyAVBackend(Backend):
         """Add the values at the moments that ``walk`` lacks.
 
         Raises:
-            _Missed: a frame may be another than the wanted one; what was found until then is right.
+            _Missed: a frame may not be the wanted one; what was found so far is right.
         """
         walk.restart(self._from_start(), 1 / self.probe.fps)
         while not walk.done:
@@ -197,7 +197,7 @@ class PyAVBackend(Backend):
             before, walk.now = walk.now, self._time(frame, walk.now, walk.shown)
             due = walk.due(self.slack)
             if due and walk.shown is None and walk.margin == MARGIN:
-                # the key frame comes on screen just after the moment
+                # the key frame is shown just after the moment
                 walk.now = before
                 self._jump(walk, WIDE_MARGIN)
                 continue
@@ -245,14 +245,14 @@ class PyAVBackend(Backend):
             walk.found += [self._value(walk.shown, walk.convert)] * len(rest)
 
     def _margin(self, now: float, moment: float) -> int | None:
-        """How many frames early a jump to a moment should aim; None if it does not pay to jump."""
+        """Number of frames early that a jump to a moment should aim for; None if jumping does not pay."""
         # the index of key frames can be read since version 17
         entries = getattr(self._stream, "index_entries", None)
         if not entries or not any(name in self.format for name in JUMPS):
             return WIDE_MARGIN if moment - now > SEEK_FRAMES / self.probe.fps else None
         if moment - now <= (GAIN + MARGIN) / self.probe.fps:
             return None
-        # the index of an mp4 is in decoding time, a jump aims at the time on screen
+        # the index of an mp4 is in decoding time, but a jump aims at display time
         delay = max(0, self._origin - entries[0].timestamp)
         index = entries.search_timestamp(self._aim(moment, MARGIN) - delay)
         key = entries[max(0, index)].timestamp + delay - self._origin
@@ -264,7 +264,7 @@ class PyAVBackend(Backend):
         return int(max(0.0, moment - margin / self.probe.fps) / self._tick) + self._origin
 
     def _from_start(self) -> Iterator[av.VideoFrame]:
-        """Decoded frames from the first one; the file is opened anew unless it still stands at its first frame."""
+        """Decoded frames from the first one; the file is reopened unless it is still at its first frame."""
         if not self._fresh:
             self._start()
             return self._decoded()
@@ -274,7 +274,7 @@ class PyAVBackend(Backend):
     def _sought(self, moment: float, margin: int) -> Iterator[av.VideoFrame]:
         """Decoded frames from the key frame before the moment (seconds).
 
-        Those that are stored behind it but shown before it are left out: they need frames from before the jump.
+        Those stored after it but shown before it are left out: they need frames from before the jump.
         """
         import av
 
@@ -290,7 +290,7 @@ class PyAVBackend(Backend):
         return (pts - self._origin) * self._tick
 
     def _time(self, frame: av.VideoFrame, now: float, shown: av.VideoFrame | None) -> float:
-        """Seconds since the first frame; counted where the time stamps are no good."""
+        """Seconds since the first frame; counted if the time stamps are unusable."""
         if frame.pts is not None and not self._counted:
             return self._seconds(frame.pts)
         if shown is None and frame is not self._first and not self._counted:
@@ -298,7 +298,7 @@ class PyAVBackend(Backend):
         return 0.0 if shown is None else now + 1 / self.probe.fps
 
     def _value(self, frame: av.VideoFrame, convert: Convert | None) -> Any:
-        """RGB uint8 ``[H, W, 3]``, upright and of the size of the first frame; or what ``convert`` makes of it."""
+        """RGB uint8 ``[H, W, 3]``, upright and in the size of the first frame; or what ``convert`` makes of it."""
         size = {"width": self._first.width, "height": self._first.height}
         picture = self._reformatter.reformat(frame, format="rgb24", **size, **self._scaling).to_ndarray()
         if self.turns:
@@ -306,7 +306,7 @@ class PyAVBackend(Backend):
         return convert(picture) if convert else picture
 
     def close(self) -> None:
-        """Let the file go; and the decoder with its buffers, which our generator would keep until Python tidies up."""
+        """Release the file, and the decoder's buffers, which our generator would keep until garbage collection."""
         self._ahead = self._first = None
         self._close_container()
 

@@ -1,4 +1,4 @@
-"""Back ends over pictures: one image as a one-frame clip, and a folder of frames as a video."""
+"""Back ends for pictures: one image as a one-frame clip, and a folder of frames as a video."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ORIENTATION = 274
-"""EXIF tag that says how the camera was held."""
+"""EXIF tag for the orientation of the camera."""
 UPRIGHT = (
     "FLIP_LEFT_RIGHT",
     "ROTATE_180",
@@ -35,11 +35,11 @@ UPRIGHT = (
     "TRANSVERSE",
     "ROTATE_90",
 )
-"""What turns a picture of orientation 2, 3, ..., 8 upright."""
+"""How to turn a picture of orientation 2, 3, ..., 8 upright."""
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF", "JPEG2000", "AVIF")
-"""What is opened as an image. Some other formats of Pillow run programs (EPS) or open other files."""
+"""Formats that are opened as images. Some other formats of Pillow run programs (EPS) or open other files."""
 _warnings_lock = Lock()
-"""The filters of warnings belong to the whole process."""
+"""Warning filters are shared by the whole process."""
 
 
 class ImageBackend(Backend):
@@ -64,7 +64,7 @@ class FolderBackend(Backend):
     """The image files of a folder, sorted by name with numbers by value, as the frames of a video.
 
     Attributes:
-        reading: the file that was read last, for errors.
+        reading: the last file read, for errors.
     """
 
     tells_damage = True
@@ -75,7 +75,7 @@ class FolderBackend(Backend):
         """List the folder and read the header of its first image.
 
         Raises:
-            UserError: no image in it, or something else under the name of one, such as a pipe.
+            UserError: it holds no image, or something else under an image's name, such as a pipe.
         """
         self = cls(path, limits)
         with os.scandir(path) as entries:
@@ -84,13 +84,13 @@ class FolderBackend(Backend):
             for entry in found:
                 if not entry.is_file():  # a link to a file is one
                     what = "not a regular file in a folder of frames"
-                    hint = "take it away: a folder, a pipe, a device or a link to nothing is no frame"
+                    hint = "remove it: a folder, a pipe, a device or a broken link is not a frame"
                     raise UserError(entry.path, what, hint=hint)
         self.files = sorted((Path(entry.path) for entry in found), key=_by_number)
         if not self.files:
             raise UserError(
                 path,
-                "the folder holds no image",
+                "the folder holds no images",
                 expected="a folder of frames such as 00001.jpg",
                 hint="name a video file in it, or the folder that holds the frames",
             )
@@ -116,10 +116,11 @@ def load_image(source: str | BytesIO, limits: Limits = DEFAULTS, where: str = ""
     """Decode an image: RGB uint8 ``[H, W, 3]``, upright by its EXIF tag.
 
     Args:
-        source: a path, or the bytes of a file. where: its name in messages; default: the path.
+        source: a path, or the bytes of a file.
+        where: its name in messages; default: the path.
 
     Raises:
-        UserError: the file is no image, is damaged, or is larger than the limit (seen before it is decoded).
+        UserError: the file is not an image, is damaged, or exceeds the limit (checked before decoding).
     """
     from PIL import Image
 
@@ -128,10 +129,10 @@ def load_image(source: str | BytesIO, limits: Limits = DEFAULTS, where: str = ""
     if doubts:
         log.warning("%s: the image is read, but parts of the file are damaged (%s)", where, "; ".join(doubts))
     with image:
-        # the decoders of the many formats raise anything on damaged data
+        # the decoders of the many formats raise all kinds of errors on damaged data
         try:
             image.load()
-            # it is dropped anyway, and Pillow warns where it cannot go along
+            # it is dropped anyway, and Pillow warns where it cannot carry it over
             image.info.pop("transparency", None)
             if image.mode.startswith("I;16"):
                 # Pillow would clip 16-bit values to white
@@ -145,16 +146,16 @@ def load_image(source: str | BytesIO, limits: Limits = DEFAULTS, where: str = ""
 
 
 def _opened(source: str | BytesIO, limits: Limits, where: str) -> tuple[Image, int, list[str]]:
-    """An image file with its header read, its orientation (EXIF), and what Pillow warns of in it.
+    """An image file with its header read, its orientation (EXIF), and Pillow's warnings about it.
 
-    Pillow's warnings are taken in, so that none is printed without the name of its file.
+    Pillow's warnings are captured, so that none is printed without the name of its file.
 
     Raises:
-        UserError: no image, damaged, or larger than the limit.
+        UserError: not an image, damaged, or larger than the limit.
     """
     from PIL import Image, UnidentifiedImageError
 
-    # only headers are read in here: pictures are decoded side by side
+    # only headers are read under this lock: pictures are decoded in parallel
     with _warnings_lock, warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:
@@ -168,15 +169,15 @@ def _opened(source: str | BytesIO, limits: Limits, where: str) -> tuple[Image, i
             raise UserError(where, what, hint="check the file") from error
         try:
             limits.check_picture(where, image.height, image.width)
-            # the base's own: that of a PNG decodes the picture, in case a tag stands behind it
+            # the base class's method: that of a PNG decodes the picture, in case a tag follows it
             tag = Image.Image.getexif(image).get(ORIENTATION)
         except UserError:
             image.close()
             raise
         except Exception as error:
             image.close()
-            raise UserError(where, f"the EXIF data is damaged ({error})", hint="save the image anew") from error
-    # our own limit takes the place of Pillow's
+            raise UserError(where, f"the EXIF data is damaged ({error})", hint="save the image again") from error
+    # our own limit replaces Pillow's
     heard = [one for one in heard if not issubclass(one.category, Image.DecompressionBombWarning)]
     doubts = dict.fromkeys(str(one.message) for one in heard if "PIL" in Path(one.filename).parts)
     return image, tag if tag in range(1, 9) else 1, list(doubts)

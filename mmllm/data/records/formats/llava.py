@@ -1,7 +1,7 @@
 """LLaVA's JSON or JSONL: `conversations` of human and gpt, and the paths under `image` and `video`.
 
-Sets that write the same as `messages` of user and assistant, with `images` and `videos` beside them, are read too.
-`<image>` and `<video>` in the texts say where the media stand; published sets write `<image>` for a video too. Line
+Sets with the same content as `messages` of user and assistant, with `images` and `videos` beside them, are read too.
+`<image>` and `<video>` in the texts mark where the media go; published sets write `<image>` for a video too. Line
 breaks around a placeholder belong to it. Without placeholders the media come first.
 """
 

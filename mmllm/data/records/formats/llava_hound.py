@@ -1,7 +1,7 @@
 """LLaVA-Hound's preference pairs: `{"id", "video", "prompt", "chosen", "rejected", ...}`.
 
 The video is a folder of frames, as its authors distribute it, or a file; a name without a suffix finds `name.mp4`. The
-prompt becomes the message, both answers stay fields. Where `chosen` is missing, `answer` is the chosen one.
+prompt becomes the message, both answers stay fields. If `chosen` is missing, `answer` is used instead.
 """
 
 from __future__ import annotations

@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 
 
 def media(record: dict[str, Any], kind: str, where: str, root: Path, spill: Path) -> list[dict[str, Any]]:
-    """Content entries of what a record holds under `image` or `video` (or `images`, `videos`): one or a list.
+    """Content entries for what a record has under `image` or `video` (or `images`, `videos`): one or a list.
 
     A record with one video may bound it by `start` and `end`, in seconds.
 
     Args:
-        kind: "image" or "video". root: what paths are relative to. spill: where bytes of videos are written.
+        kind: "image" or "video".
+        root: the folder that paths are relative to.
+        spill: where bytes of videos are written.
 
     Raises:
-        UserError: a value that is neither a path nor bytes, bytes that do not decode, or a bound that is no number.
+        UserError: a value that is neither a path nor bytes, bytes that do not decode, or a bound that is not a number.
     """
     key = next((key for key in (kind, f"{kind}s") if record.get(key)), kind)
     values = record.get(key) or []
@@ -43,7 +45,7 @@ def media(record: dict[str, Any], kind: str, where: str, root: Path, spill: Path
 def _seconds(record: dict[str, Any], side: str, where: str) -> float:
     value = record[side]
     try:
-        seconds = math.nan if isinstance(value, bool) else float(value)  # some sets write them as texts
+        seconds = math.nan if isinstance(value, bool) else float(value)  # some sets write them as strings
     except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not math.isfinite(seconds):
@@ -78,7 +80,7 @@ def _picture(content: bytes, where: str) -> np.ndarray:
 
 
 def _spilled(content: bytes, suffix: str, folder: Path) -> Path:
-    """Bytes of a video as a file named by their hash; written once, complete or absent."""
+    """Write the bytes of a video to a file named by their hash; once, complete or not at all."""
     digest = hashlib.sha256(content).hexdigest()[:32]
     path = folder / digest[:2] / f"{digest}{suffix}"
     if not path.is_file():

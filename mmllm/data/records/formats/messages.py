@@ -18,7 +18,7 @@ LOCATORS = ("path", "url", "image", "video")
 
 @register("format", "messages")
 class Messages(Source):
-    """`messages` are chat messages; an entry of a medium has a `path` relative to `root`."""
+    """`messages` are chat messages; the entry of a medium has a `path` relative to `root`."""
 
     @classmethod
     def recognises(cls, path: Path, first: dict[str, Any] | None) -> bool:

@@ -1,7 +1,7 @@
 """Hugging Face datasets: Parquet or Arrow files, or a folder of them, with media as bytes or paths.
 
-The library turns Parquet into memory-mapped Arrow files once, under the cache folder, so that any row is read without
-its neighbours. Rows are read as they are stored: the library's own decoders are not used.
+The library converts Parquet to memory-mapped Arrow files once, in the cache folder, so that any row is read without
+its neighbours. Rows are read as stored: the library's own decoders are not used.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Rows(Sequence):
                 rows = concatenate_datasets([Dataset.from_file(str(file)) for file in files])
             else:
                 rows = Dataset.from_parquet([str(file) for file in files], cache_dir=str(spill / "arrow"))
-        except Exception as error:  # the library wraps what Arrow says in errors of its own
+        except Exception as error:  # the library wraps Arrow's errors in its own
             cause = error.__cause__ or error
             raise UserError(path, f"cannot be read ({str(cause)[:200]})", hint="download it again") from error
         self.rows = rows.with_format("arrow")

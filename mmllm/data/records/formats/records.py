@@ -1,7 +1,7 @@
 """Records of JSON files by byte offset: a JSON array or one object per line; nothing parsed is kept.
 
-One pass finds where each record begins. Two arrays of integers are all that a loader worker gets, so a file of a
-million records costs it 16 MB, whatever the records hold.
+One pass finds where each record begins. A loader worker gets only two arrays of integers, so a file of a million
+records costs it 16 MB, whatever the records contain.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from mmllm.contract.errors import UserError
 from mmllm.data.records.json_files import not_json, parse_json, short
 
 BLOCK = 1 << 24
-"""Bytes read at a time while an array is scanned."""
+"""Bytes read at a time while scanning an array."""
 JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
 CONTAINERS = frozenset({".parquet", ".arrow", ".tar"})
-"""What holds records in another way; a folder of data is a folder of these."""
+"""Suffixes of files that are not JSON; a folder of data consists of these."""
 BLANK = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
 
@@ -30,7 +30,7 @@ class JsonRecords(Sequence):
     """Records of a JSON file as (record, `file:line`).
 
     Raises:
-        UserError: not JSON, not UTF-8, or a record that is no object; names the line.
+        UserError: not JSON, not UTF-8, or a record that is not an object; names the line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +39,7 @@ class JsonRecords(Sequence):
         for start, line in _array_starts(path) if self.is_array else _line_starts(path):
             self.starts.append(start)
             self.lines.append(line)
-        # an array written on one line has one line number for all: its records are counted instead
+        # in an array on a single line all records have the same line number: they are counted instead
         self.on_one_line = self.is_array and len(set(self.lines)) == 1 < len(self.lines)
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class JsonRecords(Sequence):
             text = file.read(-1 if last else self.starts[index + 1] - self.starts[index])
         place = f"record {index + 1}" if self.on_one_line else self.lines[index]
         where = f"{self.path}:{place}"
-        # what follows a record in an array is known to be a comma or the end
+        # in an array, a record is known to be followed by a comma or the end
         value = parse_json(text, where, followed=self.is_array)
         if not isinstance(value, dict):
             raise UserError(where, "not a record", expected="an object with named fields", got=short(value))
@@ -61,10 +61,10 @@ class JsonRecords(Sequence):
 
 
 def first_record(path: Path) -> dict[str, Any] | None:
-    """The first record of a JSON file; None where the file is something else.
+    """The first record of a JSON file; None if the file is of another kind.
 
     Raises:
-        UserError: the file is empty, or it should be JSON by its name and is not.
+        UserError: the file is empty, or is not JSON although its name says so.
     """
     if path.suffix in CONTAINERS:
         return None
@@ -85,7 +85,7 @@ def first_record(path: Path) -> dict[str, Any] | None:
 
 
 def _first_byte(path: Path) -> bytes:
-    """The first byte that is no blank; nothing in an empty file."""
+    """The first non-blank byte; empty for an empty file."""
     with path.open("rb") as file:
         while block := file.read(4096):
             text = block.removeprefix(codecs.BOM_UTF8).lstrip()
@@ -95,7 +95,7 @@ def _first_byte(path: Path) -> bytes:
 
 
 def _line_starts(path: Path) -> Iterator[tuple[int, int]]:
-    """(byte, line) of every line that is not blank."""
+    """(byte, line) of every non-blank line."""
     start = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -111,7 +111,7 @@ def _array_starts(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _array_values(path: Path) -> Iterator[tuple[int, int, Any]]:
-    """(byte, line, value) of every element of an array, reading a block at a time."""
+    """(byte, line, value) of every element of an array, reading one block at a time."""
     with path.open("rb") as file:
         window = _Window(path, file)
         window.peek()
@@ -126,13 +126,13 @@ def _array_values(path: Path) -> Iterator[tuple[int, int, Any]]:
             if after == "]":
                 return
             if after != ",":
-                what = f"not JSON: {after!r} behind a record" if after else "the array does not end, it is cut off"
+                what = f"not JSON: {after!r} after a record" if after else "the array does not end, it is cut off"
                 raise UserError(f"{path}:{window.line}", what, expected="a comma or ]")
             window.advance(1)
 
 
 class _Window:
-    """The part of a file that is looked at: its text, and the byte and line where that begins."""
+    """The part of a file being scanned: its text, and the byte and line where it begins."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self.file = path, file
@@ -154,14 +154,14 @@ class _Window:
         return bool(block)
 
     def advance(self, characters: int) -> None:
-        """Go on by some characters."""
+        """Move forward by some characters."""
         passed = self.text[self.at : self.at + characters]
         self.start += characters if passed.isascii() else len(passed.encode())
         self.line += passed.count("\n")
         self.at += characters
 
     def peek(self) -> str:
-        """The next character that is no blank; nothing at the end of the file."""
+        """The next non-blank character; empty at the end of the file."""
         while True:
             self.advance(BLANK.match(self.text, self.at).end() - self.at)
             if self.at < len(self.text):
@@ -170,7 +170,7 @@ class _Window:
                 return ""
 
     def value(self) -> Any:
-        """The value that begins here; reads on where it does not end yet."""
+        """The value that begins here; reads on if it is incomplete so far."""
         while True:
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)

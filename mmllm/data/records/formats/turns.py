@@ -1,4 +1,4 @@
-"""A record with turns and media as a conversation: who speaks, and where `<image>` and `<video>` stand."""
+"""A record with turns and media as a conversation: who speaks, and where `<image>` and `<video>` belong."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ def conversation(
     """A record as a sample; what is neither turns nor media becomes a field.
 
     Args:
-        where: `file:line` of the record. root: what media paths are relative to. spill: where bytes of videos go.
-        turns: what is said, where the format reads it itself, out of the key `used`; else it is found by key.
+        where: `file:line` of the record.
+        root: the folder that media paths are relative to.
+        spill: where bytes of videos are written.
+        turns: the turns, if the format reads them itself, from the key `used`; otherwise they are found by key.
 
     Raises:
-        UserError: a turn or a medium that is malformed, or placeholders and media that do not fit.
+        UserError: a malformed turn or medium, or placeholders and media that do not match.
     """
     if turns is None:
         used = next((key for key in READERS if record.get(key)), "")
@@ -54,7 +56,7 @@ def said(turns: Any, where: str) -> list[Turn]:
     """`[{"from": "human", "value": ...}]` or `[{"role": "user", "content": ...}]`.
 
     Raises:
-        UserError: a turn without speaker or text, or a speaker that nobody knows.
+        UserError: a turn without speaker or text, or an unknown speaker.
     """
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(where, "not a list of turns", got=short(turns))
@@ -69,7 +71,7 @@ def said(turns: Any, where: str) -> list[Turn]:
 
 
 def _text(content: Any, where: str) -> str:
-    """A text, or the entries of a content list as one; an entry of a medium becomes its placeholder."""
+    """A text, or the entries of a content list as one text; the entry of a medium becomes its placeholder."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content or not all(isinstance(entry, dict) for entry in content):
@@ -105,16 +107,16 @@ READERS: dict[str, Callable[[Any, str], list[Turn]]] = {
     "texts": _exchanges,
     "prompt": _prompt,
 }
-"""key of a record -> what reads the turns there."""
+"""{key of a record: function that reads the turns there}."""
 
 
 def _place(turns: list[Turn], found: dict[str, list[dict[str, Any]]], where: str) -> list[dict[str, Any]]:
-    """Messages with each medium at its placeholder; media that no text places come first."""
+    """Messages with each medium at its placeholder; media without a placeholder come first."""
     if not any(PLACEHOLDER.search(text) for _, text in turns):
         loose = [entry for entries in found.values() for entry in entries]
         first = next((index for index, (role, _) in enumerate(turns) if role == "user"), None)
         if loose and first is None:
-            raise UserError(where, "media, but no question that they could stand in")
+            raise UserError(where, "media, but no question to put them in")
         return [
             {"role": role, "content": _content([*loose, text]) if loose and index == first else text}
             for index, (role, text) in enumerate(turns)
@@ -134,7 +136,7 @@ def _place(turns: list[Turn], found: dict[str, list[dict[str, Any]]], where: str
 
 
 def _next(waiting: dict[str, list[dict[str, Any]]], kind: str, where: str) -> dict[str, Any]:
-    """The medium that a placeholder stands for; `<image>` may stand for a video, and the entry then says so."""
+    """The medium for a placeholder; `<image>` may stand for a video, and the entry then records that."""
     if waiting[kind]:
         return waiting[kind].pop(0)
     if kind == "image" and waiting["video"]:

@@ -1,6 +1,6 @@
 """VideoChat2-IT: a video or an image with questions, `{"video", "QA": [{"i", "q", "a"}], "start", "end"}`.
 
-`i` instructs how to answer and is said once, before the question that it comes with; `q` is empty in captions.
+`i` is an instruction on how to answer, given once, before the question that it comes with; `q` is empty in captions.
 """
 
 from __future__ import annotations

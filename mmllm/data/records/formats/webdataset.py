@@ -1,7 +1,7 @@
 """WebDataset shards: tar files in which the files of one sample share their name up to the first dot.
 
-The library groups the members into samples. Where each member lies is noted in one pass over the headers, so that any
-sample is read without those before it; that is why a shard may not be compressed.
+The library groups the members into samples. One pass over the headers notes where each member lies, so that any
+sample is read without those before it; therefore a shard must not be compressed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mmllm.data.records.json_files import parse_json
 
 @register("format", "webdataset")
 class WebDataset(Source):
-    """`.json` holds the turns as in the other formats, or `.txt` a caption; images and videos lie beside it."""
+    """`.json` contains the turns as in the other formats, or `.txt` a caption; images and videos lie beside it."""
 
     @classmethod
     def recognises(cls, path: Path, first: dict[str, Any] | None) -> bool:
@@ -51,7 +51,7 @@ class _Members(Sequence):
             hint = 'pip install "mmllm[data]"'
             raise UserError(path, "tar shards need the library webdataset", hint=hint) from error
         self.shards = [file for file in files_of(path) if file.suffix == ".tar"]
-        # one text for all: a million small objects would be copied into every worker
+        # one string for all: a million small objects would be copied into every worker
         self.index, self.starts = bytearray(), array("q", [0])
         for number, shard in enumerate(self.shards):
             try:
@@ -62,7 +62,7 @@ class _Members(Sequence):
                     self.starts.append(len(self.index))
             except (tarfile.TarError, OSError, ValueError) as error:
                 hint = "an uncompressed tar, not cut off"
-                raise UserError(shard, f"not a tar shard that can be read ({error.args[0]})", hint=hint) from error
+                raise UserError(shard, f"not a readable tar shard ({error.args[0]})", hint=hint) from error
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -90,13 +90,13 @@ class _Members(Sequence):
 
 
 def _headers(shard: Path) -> Iterator[dict[str, Any]]:
-    """Members as the library's grouping takes them, with (byte, size) in place of the content."""
+    """Members in the form that the library's grouping takes, with (byte, size) in place of the content."""
     with tarfile.open(shard, "r:") as file:
         while (member := file.next()) is not None:
             if member.isreg() and not member.name.startswith("__"):
                 yield {"fname": member.name, "data": (member.offset_data, member.size), "__url__": str(shard)}
             file.members = []
-        # the library takes the end of a file for the end of the archive, which is a block of zeros
+        # the library takes the end of the file as the end of the archive, which is really a block of zeros
         file.fileobj.seek(file.offset)
         if file.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it is cut off")
