@@ -66,5 +66,5 @@ def test_the_padding_of_a_row_is_read_by_nothing_though_there_is_no_mask(data):
 def test_no_group_is_refused():
     from mmllm.train.stage import build_objective
 
-    with pytest.raises(UserError, match="groups: is 1 or more, got 0"):
+    with pytest.raises(UserError, match="groups: must be 1 or more, got 0"):
         build_objective({"type": "language_modeling", "groups": 0}, "stages.x.objective")

@@ -76,7 +76,7 @@ def test_a_run_waits_for_another_that_trains_a_shared_stage(data, tmp_path):
     train(made, tmp_path / "mine", options(cache=tmp_path / "empty"))
     thread.join()
     first, second = events.read_text().splitlines()
-    assert "waits for a run that trains an equal stage" in first and "taken from" in second
+    assert "waiting for a run that trains an equal stage" in first and "taken from" in second
     same = weights(tmp_path / "known")
     assert all(
         torch.equal(value, same[key]) for key, value in weights(tmp_path / "mine").items() if "language_model" in key
