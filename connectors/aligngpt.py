@@ -72,7 +72,7 @@ class LevelGate(Part):
         tokens = inputs[0]
         # All weights take part in every batch, whatever its records carry: all processes must use the same parameters.
         token = self.table[-1] + self.weights(tokens.values, prompt).to(self.table.dtype) @ self.table[:-1]
-        level = None if prompt is None else prompt.level
+        level = None if prompt is None else prompt.alignment_level
         if level is not None:
             token = token.where(level[:, None] < 0, self.table[level.clamp_min(0)])
         first = torch.full((1,), -1, device=tokens.values.device)

@@ -81,8 +81,8 @@ class AnyResolution(Part):
         area = math.prod(tokens.media.crop) / (rows * columns)
         sizes = tokens.sizes.new_tensor([[*[area] * columns, 0.0]]).expand(rows, -1).flatten()
         sizes = torch.cat([tokens.sizes[:, :whole], sizes.expand(batch, -1)], dim=1)
-        places = _places(rows, columns, tokens.positions).expand(batch, -1, -1)
-        positions = torch.cat([tokens.positions[:, :whole], places], dim=1)
+        centres = _centres(rows, columns, tokens.positions).expand(batch, -1, -1)
+        positions = torch.cat([tokens.positions[:, :whole], centres], dim=1)
         return VisualTokens(values, tokens.media, None, positions, sizes, tokens.times)
 
     @classmethod
@@ -112,9 +112,9 @@ def _resized(joint: Tensor, rows: int, columns: int) -> Tensor:
         return nn.functional.interpolate(image, (rows, columns), mode="bilinear").movedim(1, -1).to(joint.dtype)
 
 
-def _places(rows: int, columns: int, like: Tensor) -> Tensor:
+def _centres(rows: int, columns: int, like: Tensor) -> Tensor:
     """[rows * (columns + 1), 3]: second 0, y and x of each token's centre; a newline lies at the right edge."""
     y = (torch.arange(rows, device=like.device, dtype=like.dtype) + 0.5) / rows
     x = (torch.arange(columns + 1, device=like.device, dtype=like.dtype) + 0.5).clamp(max=columns) / columns
-    places = torch.stack([y[:, None].expand(-1, columns + 1), x.expand(rows, -1)], dim=-1).flatten(0, 1)
-    return torch.cat([torch.zeros_like(places[:, :1]), places], dim=1)
+    centres = torch.stack([y[:, None].expand(-1, columns + 1), x.expand(rows, -1)], dim=-1).flatten(0, 1)
+    return torch.cat([torch.zeros_like(centres[:, :1]), centres], dim=1)

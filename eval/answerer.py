@@ -7,10 +7,9 @@ import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.files import held, read_record, write_json
@@ -20,6 +19,11 @@ from mmllm.eval.benchmarks import find_benchmark
 from mmllm.eval.protocol import PROTOCOLS, Protocol
 from mmllm.eval.report import Report
 from mmllm.eval.runner import run_benchmark
+
+if TYPE_CHECKING:
+    from mmllm.model.modeling import MMLLMForConditionalGeneration
+    from mmllm.processing.collate import VisualBatch
+    from mmllm.processing.processor import MMLLMProcessor
 
 SUBJECT = "subject.json"
 """The file that records whose answers a folder holds."""
@@ -37,7 +41,13 @@ class ModelAnswerer:
         damaged: files in which the decoder has found damaged frames so far.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, sampler: str | None = None, frames: int | None = None) -> None:
+    def __init__(
+        self,
+        model: MMLLMForConditionalGeneration,
+        processor: MMLLMProcessor,
+        sampler: str | None = None,
+        frames: int | None = None,
+    ) -> None:
         self.model, self.processor, self.sampler, self.frames = model, processor, sampler, frames
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="reading")
         self._ahead: list[tuple[Any, Future]] = []
@@ -57,7 +67,7 @@ class ModelAnswerer:
         answers = output[:, batch["input_ids"].shape[1] :]
         return self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
-    def _taken(self, conversations: list[list[dict]], frames: int | None) -> Any:
+    def _taken(self, conversations: list[list[dict]], frames: int | None) -> VisualBatch:
         """The batch that was prepared ahead, if it is this one."""
         for index, (asked, prepared) in enumerate(self._ahead):
             if asked == (conversations, frames):
@@ -65,7 +75,7 @@ class ModelAnswerer:
                 return prepared.result()
         return self._prepare(conversations, frames)
 
-    def _prepare(self, conversations: list[list[dict]], frames: int | None) -> Any:
+    def _prepare(self, conversations: list[list[dict]], frames: int | None) -> VisualBatch:
         return self.processor.apply_chat_template(
             conversations,
             tokenize=True,
@@ -76,8 +86,8 @@ class ModelAnswerer:
 
 
 def evaluate_model(
-    model: nn.Module,
-    processor: Any,
+    model: MMLLMForConditionalGeneration,
+    processor: MMLLMProcessor,
     benchmark: str,
     root: Path,
     out: Path,
@@ -118,7 +128,7 @@ def evaluate_model(
         )
 
 
-def subject_of(model: nn.Module, processor: Any) -> dict[str, Any]:
+def subject_of(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor) -> dict[str, Any]:
     """What answers depend on besides the question: weights, number format, front end, tokenizer, decoding, reader."""
     tokenizer = processor.tokenizer
     decoding = model.generation_config.to_dict()
@@ -133,7 +143,7 @@ def subject_of(model: nn.Module, processor: Any) -> dict[str, Any]:
     }
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -159,7 +169,7 @@ def find_protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: MMLLMForConditionalGeneration) -> str:
     """A short digest of all weights and buffers, so that answers of two models are never mixed."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):

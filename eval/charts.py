@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmllm.eval.report import Report, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BAR, CHANCE, BLIND, SINGLE = "#4c78a8", "#333333", "#e45756", "#f2a900"
 
@@ -38,8 +41,8 @@ def _bars(labels: list[str], columns: list[list[float | None]], title: str, path
     axes = figure.add_subplot()
     scores, chance, blind, single = columns
     axes.barh(range(len(labels)), [value or 0.0 for value in scores], height=0.62, color=BAR, zorder=2, label="score")
-    for place, value in enumerate(scores):
-        axes.text(101.5, place, "not run" if value is None else percent(value), va="center", fontsize=9, clip_on=False)
+    for line, value in enumerate(scores):
+        axes.text(101.5, line, "not run" if value is None else percent(value), va="center", fontsize=9, clip_on=False)
     _marks(axes, chance, marker="|", s=190, linewidths=2.0, color=CHANCE, label="chance")
     _marks(axes, blind, marker="o", s=34, color=BLIND, edgecolors="white", linewidths=0.8, label="blind (no video)")
     _marks(axes, single, marker="D", s=30, color=SINGLE, edgecolors="white", linewidths=0.8, label="single frame")
@@ -56,7 +59,7 @@ def _bars(labels: list[str], columns: list[list[float | None]], title: str, path
     figure.savefig(path)
 
 
-def _marks(axes: Any, values: list[float | None], **style: Any) -> None:
-    points = [(value, place) for place, value in enumerate(values) if value is not None]
+def _marks(axes: Axes, values: list[float | None], **style: Any) -> None:
+    points = [(value, line) for line, value in enumerate(values) if value is not None]
     if points:
-        axes.scatter([value for value, _ in points], [place for _, place in points], zorder=3, clip_on=False, **style)
+        axes.scatter([value for value, _ in points], [line for _, line in points], zorder=3, clip_on=False, **style)

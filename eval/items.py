@@ -52,8 +52,8 @@ class Item:
 
     def is_right(self, letter: str | None) -> bool:
         """True where the chosen option's *text* is the answer (several options may have the same text)."""
-        place = -1 if letter is None else LETTERS.index(letter)
-        return 0 <= place < len(self.options) and self.options[place] == self.answer
+        index = -1 if letter is None else LETTERS.index(letter)
+        return 0 <= index < len(self.options) and self.options[index] == self.answer
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def options_of(row: dict[str, Any], where: str, key: str = "candidates") -> tupl
         raise UserError(f"{where}:{key}", "wrong options", expected="a list of strings", got=got)
     if len(value) > len(LETTERS):
         raise UserError(f"{where}:{key}", "too many options", expected="at most 26", got=len(value))
-    return tuple(_text(option, f"{where}:{key}[{place}]") for place, option in enumerate(value))
+    return tuple(_text(option, f"{where}:{key}[{index}]") for index, option in enumerate(value))
 
 
 def seconds_of(row: dict[str, Any], key: str, where: str) -> float:

@@ -11,8 +11,8 @@ _OWN_LETTER = re.compile(r"\s*\(?([A-Za-z])\s*[.):]\s*(?=\S|$)")
 def option_texts(options: list[str]) -> list[str]:
     """The option texts, without letters where every option starts with the one of its position (``"A. Cafe."``)."""
     matches = [_OWN_LETTER.match(option) for option in options]
-    for place, match in enumerate(matches):
-        if match is None or match[1].upper() != chr(ord("A") + place):
+    for index, match in enumerate(matches):
+        if match is None or match[1].upper() != chr(ord("A") + index):
             return list(options)
     return [option[match.end() :] for option, match in zip(options, matches, strict=True) if match]
 
@@ -39,10 +39,10 @@ def contradicts(letter: str, rest: str, options: list[str]) -> bool:
 def by_exact_text(text: str, options: list[str]) -> str | None:
     """The letter of the only option whose text is the whole response (two characters or more)."""
     said = plain(text)
-    places = [place for place, option in enumerate(options) if plain(option) == said]
-    if not said or len(places) != 1 or (len(said) == 1 and said.isalpha()):
+    indices = [index for index, option in enumerate(options) if plain(option) == said]
+    if not said or len(indices) != 1 or (len(said) == 1 and said.isalpha()):
         return None
-    return chr(ord("A") + places[0])
+    return chr(ord("A") + indices[0])
 
 
 def by_words(text: str, options: list[str]) -> str | None:
@@ -57,15 +57,15 @@ def by_text(text: str, options: list[str]) -> str | None:
     """
     said = plain(text)
     spans = []
-    for place, option in enumerate(options):
+    for index, option in enumerate(options):
         wanted = plain(option)
         if not wanted or (len(wanted) == 1 and wanted.isalpha()):
             continue
         for match in re.finditer(rf"(?<!\w){re.escape(wanted)}(?!\w)", said):
-            spans.append((match.start(), match.end(), place))
-    places = {
-        place
-        for start, end, place in spans
+            spans.append((match.start(), match.end(), index))
+    indices = {
+        index
+        for start, end, index in spans
         if not any(a <= start and end <= b and b - a > end - start for a, b, _ in spans)
     }
-    return chr(ord("A") + places.pop()) if len(places) == 1 else None
+    return chr(ord("A") + indices.pop()) if len(indices) == 1 else None

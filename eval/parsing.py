@@ -147,7 +147,7 @@ def _letters(text: str, options: list[str]) -> list[tuple[int, str]]:
 
 def _names_all(letters: set[str], options: list[str]) -> bool:
     """True where the letters are those of all options (three or more): the options repeated, none chosen."""
-    return len(options) > 2 and letters >= {chr(ord("A") + place) for place in range(len(options))}
+    return len(options) > 2 and letters >= {chr(ord("A") + index) for index in range(len(options))}
 
 
 def _leading(text: str, options: list[str]) -> str | None:

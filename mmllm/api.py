@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +16,12 @@ from mmllm.device import check_device
 from mmllm.model.folder import check_generation, check_model_folder, check_tokenizer, model_folder
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import Pipeline
+
+    from mmllm.eval.report import Report
+    from mmllm.model.modeling import MMLLMForConditionalGeneration
+    from mmllm.processing.collate import VisualBatch
     from mmllm.processing.processor import MMLLMProcessor
 
 logger = logging.getLogger(__name__)
@@ -66,7 +72,9 @@ class Image:
         return {"type": "image", "path": self.path}
 
 
-def load(path: str | Path, *, device: str | None = None, dtype: Any = "auto") -> tuple[Any, Any]:
+def load(
+    path: str | Path, *, device: str | None = None, dtype: torch.dtype | str = "auto"
+) -> tuple[MMLLMForConditionalGeneration, MMLLMProcessor]:
     """Load the (model, processor) of a run folder or a model folder, ready to answer.
 
     Raises:
@@ -74,6 +82,7 @@ def load(path: str | Path, *, device: str | None = None, dtype: Any = "auto") ->
     """
     import torch
 
+    from mmllm.model.checkpoint import refuse_holes
     from mmllm.model.modeling import MMLLMForConditionalGeneration
     from mmllm.processing.processor import MMLLMProcessor
 
@@ -86,7 +95,7 @@ def load(path: str | Path, *, device: str | None = None, dtype: Any = "auto") ->
         processor = pretrained(MMLLMProcessor, str(folder))
     except (OSError, ValueError) as error:
         raise UserError(folder, f"cannot be loaded ({' '.join(str(error).split())[:200]})") from error
-    _refuse_holes(folder, info)
+    refuse_holes(folder, info)
     check_generation(model, folder)
     check_tokenizer(processor, folder)
     if processor.model_section != model.config.model_section:
@@ -104,56 +113,9 @@ def load(path: str | Path, *, device: str | None = None, dtype: Any = "auto") ->
     return model, processor
 
 
-def load_weights(model: Any, path: str | Path, modules: list[Any] | None = None) -> None:
-    """Load the weights of another run into a model of the same recipe, or into some of its modules.
-
-    Raises:
-        UserError: they do not fit; lists missing, unexpected and mismatched keys.
-    """
-    from safetensors.torch import load_file
-
-    folder = model_folder(path)
-    check_model_folder(folder, needed=("config.json",))
-    state: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        state |= load_file(file)
-    own = model.state_dict()
-    if modules is not None:
-        inside = tuple(f"{name}." for name, module in model.named_modules() if any(module is one for one in modules))
-        own, state = ({key: side[key] for key in side if key.startswith(inside)} for side in (own, state))
-        if not own:
-            raise UserError(folder, f"nothing to take: {' and '.join(inside)} has no weights")
-    tied = set(model.all_tied_weights_keys or {})
-    mismatched = [
-        (key, state[key].shape, own[key].shape) for key in own if key in state and state[key].shape != own[key].shape
-    ]
-    info = {
-        "missing_keys": [key for key in own if key not in state and key not in tied],
-        "unexpected_keys": [key for key in state if key not in own],
-        "mismatched_keys": mismatched,
-    }
-    _refuse_holes(folder, info)
-    model.load_state_dict(state, strict=False)
-
-
-def _refuse_holes(folder: Path, info: dict[str, Any]) -> None:
-    problems = []
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(key if isinstance(key, str) else _shapes(*key) for key in info[kind])
-        if keys:
-            more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
-            problems.append(f"{len(keys)} {kind.split('_')[0]}: {', '.join(keys[:4])}{more}")
-    if problems:
-        raise UserError(folder, "checkpoint of another recipe; " + "; ".join(problems))
-
-
-def _shapes(key: str, found: Sequence[int], own: Sequence[int]) -> str:
-    return f"{key} is {list(found)}, expected {list(own)}"
-
-
 def generate(
-    model: Any,
-    processor: Any,
+    model: MMLLMForConditionalGeneration,
+    processor: MMLLMProcessor,
     question: str,
     *media: Video | Image | str | os.PathLike,
     max_new_tokens: int = 64,
@@ -211,7 +173,7 @@ def _medium(given: Video | Image | str | os.PathLike) -> Video | Image:
     return Video(ref.path, ref.start, ref.end)
 
 
-def pipeline(path: str | Path, **options: Any) -> Any:
+def pipeline(path: str | Path, **options: Any) -> Pipeline:
     """transformers' image-text-to-text pipeline of a run folder or a model folder.
 
     Args:
@@ -227,7 +189,9 @@ def pipeline(path: str | Path, **options: Any) -> Any:
     return transformers.pipeline("image-text-to-text", **options)
 
 
-def stream_answer(model: Any, processor: Any, batch: Any, **options: Any) -> Iterator[str]:
+def stream_answer(
+    model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, batch: VisualBatch, **options: Any
+) -> Iterator[str]:
     """The answer to one prepared conversation, piece by piece as it is generated; greedy unless `options` differ."""
     options = {"do_sample": False, "num_beams": 1, **options}
     from threading import Event, Thread
@@ -266,15 +230,15 @@ def stream_answer(model: Any, processor: Any, batch: Any, **options: Any) -> Ite
 
 
 def evaluate(
-    model: Any,
-    processor: Any,
+    model: MMLLMForConditionalGeneration,
+    processor: MMLLMProcessor,
     benchmark: str,
     *,
     root: str | Path,
     out: str | Path | None = None,
     protocol: str = "canonical",
     **options: Any,
-) -> Any:
+) -> Report:
     """Evaluate on a benchmark; returns the report: scores with their floors and denominators.
 
     Args:

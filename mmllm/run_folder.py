@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -20,6 +20,10 @@ from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import append_lines, read_record, write_json, write_text, writing
 from mmllm.progress import say
+
+if TYPE_CHECKING:
+    from mmllm.model.modeling import MMLLMForConditionalGeneration
+    from mmllm.processing.processor import MMLLMProcessor
 
 COMMAND = "command.txt"
 """The file written first into a run folder: a folder without it is not one of our runs."""
@@ -144,7 +148,13 @@ class RunFolder:
         say(f"{stage}: {text}\n")
         append_lines(self.path / "events.txt", [f"{stage}: {text}"])
 
-    def save_model(self, model: Any, processor: Any, recipe: Recipe, state: dict[str, Any] | None = None) -> None:
+    def save_model(
+        self,
+        model: MMLLMForConditionalGeneration,
+        processor: MMLLMProcessor,
+        recipe: Recipe,
+        state: dict[str, Any] | None = None,
+    ) -> None:
         """Write `model/`: a folder for `from_pretrained`, complete or not at all; `state` if the weights are sharded.
 
         Raises:
@@ -184,7 +194,7 @@ def _number(path: Path) -> float:
         return 0.0
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> dict[str, Any]:
     """As in JSON: tuples become lists."""
     return json.loads(json.dumps(value))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,9 +12,17 @@ from mmllm.data.media.cache import Rate, key_of
 from mmllm.data.media.guard import GuardedReader
 from mmllm.data.media.loading import Caches, MediaLoader, layout
 
+if TYPE_CHECKING:
+    from mmllm.model.modeling import MMLLMForConditionalGeneration
+    from mmllm.processing.processor import MMLLMProcessor
+
 
 def attach_caches(
-    model: Any, processor: Any, reader: GuardedReader | None, caches: Caches | None, precision: str
+    model: MMLLMForConditionalGeneration,
+    processor: MMLLMProcessor,
+    reader: GuardedReader | None,
+    caches: Caches | None,
+    precision: str,
 ) -> None:
     """Let a model's reader and its frozen encoders use the caches; None: neither does.
 

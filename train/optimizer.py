@@ -7,10 +7,13 @@ plateau in a fraction of the steps that AdamW alone needs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -48,7 +51,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """Share the inner optimizers' own group dicts, so that a scheduler reaches them."""
         self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         """One step of both optimizers."""
         for optimizer in self.inner:
             optimizer.step()

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from multiprocessing import active_children
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import get_worker_info
 
@@ -18,6 +18,9 @@ from mmllm.contract.parts import Objective
 from mmllm.contract.registry import load_plugin, plugins
 from mmllm.data.records.conversations import Sample
 from mmllm.train.caching import delta, snapshot
+
+if TYPE_CHECKING:
+    from mmllm.processing.processor import MMLLMProcessor
 
 TRIES = 20
 """After this many bad samples in a row the data are at fault, not a sample."""
@@ -70,7 +73,9 @@ class Preparer:
         skip_bad: replace a sample that cannot be read by the next one that can.
     """
 
-    def __init__(self, data: Sequence[Sample], objective: Objective, processor: Any, skip_bad: bool = False) -> None:
+    def __init__(
+        self, data: Sequence[Sample], objective: Objective, processor: MMLLMProcessor, skip_bad: bool = False
+    ) -> None:
         self.data, self.objective, self.processor, self.skip_bad = data, objective, processor, skip_bad
 
     def __getstate__(self) -> dict[str, Any]:

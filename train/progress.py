@@ -7,12 +7,17 @@ import json
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 from mmllm.progress import Progress, say
 from mmllm.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
 class StageProgress(TrainerCallback):
@@ -31,12 +36,14 @@ class StageProgress(TrainerCallback):
         self.loss: float | None = None
         self.skipped = 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Start the clock at the step that training continues from."""
         self.bar = Progress(self.stage, state.max_steps, start=state.global_step, quiet=self.quiet)
         self.began, self.first = time.perf_counter(), state.global_step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count one more step."""
         seconds = time.perf_counter() - self.began
         done = state.global_step - self.first
@@ -55,7 +62,14 @@ class StageProgress(TrainerCallback):
         self.skipped += len(self.trainer.skipped)
         self.trainer.skipped.clear()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Write a record of the trainer as one JSON line."""
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
@@ -71,7 +85,9 @@ class StageProgress(TrainerCallback):
             f"{node}.{name}": float(value) for node, part in parts.items() for name, value in part.statistics().items()
         }
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Close the line and draw the curves."""
         self.bar.close()
         for what, rate in self.trainer.looked_up.facts().items() if state.is_world_process_zero else ():
@@ -87,7 +103,9 @@ class StopOnSignal(TrainerCallback):
         self.signal: int | None = None
         self.before: dict[int, Any] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Take over the signals (only possible in the main thread)."""
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
@@ -95,7 +113,7 @@ class StopOnSignal(TrainerCallback):
             except ValueError:
                 return
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the trainer to save and stop."""
         if args.world_size > 1:  # all processes stop after the same step
             import torch
@@ -112,7 +130,7 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
         self.before.clear()
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         say("saving after this step (again: stop at once)\n")
         signal.signal(number, self.before.get(number) or signal.SIG_DFL)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmllm.config.recipe import Recipe
 from mmllm.config.schema import Stage
@@ -19,6 +19,12 @@ from mmllm.train.checkpoints import digest, naming
 from mmllm.train.context import StageContext
 from mmllm.train.data import data_files
 from mmllm.train.machine import precision
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from filelock import FileLock
+
+    from mmllm.model.modeling import MMLLMForConditionalGeneration
 
 VERSION = 1
 """Version of what training computes; raise it where weights come out differently: every shared stage is retrained."""
@@ -54,7 +60,7 @@ class SharedStage:
         self.file = options.cache.expanduser() / "stages" / f"{key}.safetensors"
 
     @contextmanager
-    def turn(self, processes: Any, waiting: Callable[[], None]) -> Iterator[None]:
+    def turn(self, processes: PartialState, waiting: Callable[[], None]) -> Iterator[None]:
         """Keep other runs from training this stage in the meantime; all processes of this one wait together.
 
         Args:
@@ -90,7 +96,7 @@ class SharedStage:
             self.file.unlink(missing_ok=True)
             return False
 
-    def load(self, model: Any) -> None:
+    def load(self, model: MMLLMForConditionalGeneration) -> None:
         """Load the kept weights into the model."""
         from safetensors.torch import load_file
 
@@ -100,7 +106,7 @@ class SharedStage:
                 own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
                 module.load_state_dict(own)
 
-    def save(self, model: Any, whole: dict[str, Any]) -> None:
+    def save(self, model: MMLLMForConditionalGeneration, whole: dict[str, Any]) -> None:
         """Keep the model's LLM from its `whole` state; the file is complete or does not exist."""
         from safetensors.torch import save_file
 
@@ -114,7 +120,7 @@ class SharedStage:
             save_file(state, fresh)
 
 
-def _locked(lock: Any, seconds: float) -> bool:
+def _locked(lock: FileLock, seconds: float) -> bool:
     from filelock import Timeout
 
     try:
@@ -137,5 +143,5 @@ def _stage_facts(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     return facts
 
 
-def _modules(model: Any) -> dict[str, Any]:
+def _modules(model: MMLLMForConditionalGeneration) -> dict[str, Any]:
     return {"body.": model.model.language_model, "head.": model.lm_head}

@@ -19,6 +19,7 @@ from mmllm.contract.files import write_json, writing
 from mmllm.contract.parts import Objective
 from mmllm.train.caching import LookUps
 from mmllm.train.checkpoints import LOSSES, OBJECTIVE, finish, losses_of, naming, start
+from mmllm.train.optimizer import muon
 from mmllm.train.order import EpochOrder
 
 
@@ -55,8 +56,6 @@ class StageTrainer(Trainer):
         if self.muon_lr is None:
             return super().create_optimizer(model)
         if self.optimizer is None:
-            from mmllm.train.optimizer import muon
-
             self.optimizer = muon(self.model, self.args.learning_rate, self.muon_lr, self.args.weight_decay)
         return self.optimizer
 
@@ -121,7 +120,7 @@ class StageTrainer(Trainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: dict[str, Tensor] | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the objective's terms, each over its global count.
 
         Raises:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
-from mmllm.api import load_weights
 from mmllm.config.recipe import Recipe
 from mmllm.config.schema import Stage
 from mmllm.contract.errors import UserError, nearest
+from mmllm.model.checkpoint import load_weights
 from mmllm.model.folder import model_folder
 from mmllm.model.front_end_plan import FrontEndPlan
 

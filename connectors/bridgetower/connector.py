@@ -162,7 +162,7 @@ class Bridge(Part):
         seconds = seen.positions[..., 0].unflatten(1, (frames, -1)).mean(-1)
         moments = self.moment(_waves(seconds, self.moment.in_features).to(image[0].dtype))
         moments = moments.repeat_interleave(image[0].shape[1] // frames, dim=1)
-        return self.stack(text, image, prompt.mask, frames=frames, places=moments, weigh=self.relevance)
+        return self.stack(text, image, prompt.mask, frames=frames, positions=moments, weigh=self.relevance)
 
     def _present(self, prompt: PromptFeatures, batch: int) -> Tensor:
         """[B], true where the prompt is used."""

@@ -212,13 +212,13 @@ class TowerStream(nn.Module):
         self.layers = nn.ModuleList(CrossModalLayer(sizes) for _ in range(count))
 
     def forward(
-        self, index: int, states: Sequence[Tensor], before: Tensor | None, places: Tensor | None = None
+        self, index: int, states: Sequence[Tensor], before: Tensor | None, positions: Tensor | None = None
     ) -> Tensor:
         """The input of layer `index`: the tower's state there, [B, N, tower width], merged with the layer below."""
         if index > len(self.bridges):
             return before
         own = self.enter(index, states[index])
-        own = own if places is None else own + places
+        own = own if positions is None else own + positions
         return self.first(own) if index == 0 else self.bridges[index - 1](own, before)
 
     def enter(self, index: int, state: Tensor) -> Tensor:
@@ -280,7 +280,7 @@ class CrossModalStack(nn.Module):
         mask: Tensor | None = None,
         *,
         frames: int = 1,
-        places: Tensor | None = None,
+        positions: Tensor | None = None,
         weigh: bool = False,
     ) -> Fused:
         """Both towers' hidden states -> both streams.
@@ -289,12 +289,12 @@ class CrossModalStack(nn.Module):
             text, image: `sizes.levels` states each, [B, L, C] and [B, N, C'], the lowest first.
             mask: [B, L], which text tokens are real; at least one per row.
             frames: the N image tokens belong to this many frames; frames see one another only through the text.
-            places: [B, N, D], position embeddings added to every image state that enters.
+            positions: [B, N, D], position embeddings added to every image state that enters.
             weigh: also return the relevance of each image token to the text, from the last text layer.
         """
         words = below = relevance = None
         for index in range(self.sizes.depth):
-            words, below = self.text(index, text, words), self.image(index, image, below, places)
+            words, below = self.text(index, text, words), self.image(index, image, below, positions)
             above, last = words, index == self.sizes.depth - 1
             if index < len(self.text.layers):
                 layer = self.text.layers[index]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from mmllm.connectors.bridgetower.cross_modal import CrossModalStack, Sizes
 from mmllm.contract.errors import UserError
 from mmllm.contract.library import pretrained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 LINKS = {"add": "add_norm", "scaled_add": "scaled_add", "interpolate": "interpolate"}
 """Names of the bridges in transformers -> our names."""
@@ -120,7 +123,7 @@ def _our_name(name: str) -> str:
     return f"stack.{modality}.{'bridges' if group == 'link_tower' else 'layers'}.{index}.{rest}"
 
 
-def sizes_of(config: Any) -> Sizes:
+def sizes_of(config: PreTrainedConfig) -> Sizes:
     """The stack of a `BridgeTowerConfig`; transformers builds its layers from the text tower's config.
 
     Raises:

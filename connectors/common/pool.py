@@ -85,11 +85,11 @@ class Pool(Part):
     def _axes(self, media: MediaSpec, grid: Grid, target: Grid, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         _, kernel = self.still if media.kind == "image" else self.video
         kernel = kernel or (None, None, None)
-        place = _bilinear if self.mode == "bilinear" else _average
+        weights = _bilinear if self.mode == "bilinear" else _average
         return (
             _average(grid.t, target.t, kernel[0], device),
-            place(grid.h, target.h, kernel[1], device),
-            place(grid.w, target.w, kernel[2], device),
+            weights(grid.h, target.h, kernel[1], device),
+            weights(grid.w, target.w, kernel[2], device),
         )
 
     @classmethod

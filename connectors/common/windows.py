@@ -30,17 +30,17 @@ class Windows:
         """Number of windows along each axis."""
         return tuple(len(starts) for starts in self.starts)
 
-    def places(self, axis: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def cells(self, axis: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """[windows, longest] token indices of each window of an axis, and which are in it (short windows repeat)."""
         starts = torch.tensor(self.starts[axis], device=device)[:, None]
         ends = torch.tensor(self.ends[axis], device=device)[:, None]
         longest = max(end - start for start, end in zip(self.starts[axis], self.ends[axis], strict=True))
-        places = starts + torch.arange(longest, device=device)
-        return places.minimum(ends - 1), places < ends
+        cells = starts + torch.arange(longest, device=device)
+        return cells.minimum(ends - 1), cells < ends
 
     def inside(self, device: torch.device) -> Tensor:
         """[t, h, w, K] bool: which of the K slots of a window hold a token of it."""
-        time, rows, columns = (self.places(axis, device)[1] for axis in range(3))
+        time, rows, columns = (self.cells(axis, device)[1] for axis in range(3))
         both = rows[:, None, :, None] & columns[None, :, None, :]
         return (time[:, None, None, :, None, None] & both[None, :, :, None]).flatten(3)
 
@@ -48,8 +48,8 @@ class Windows:
         """[T, H, W]: the number of windows that contain each token, at least 1."""
         counts = []
         for axis, length in enumerate(size):
-            places, inside = self.places(axis, device)
-            counts.append(torch.zeros(length, device=device).index_add_(0, places.flatten(), inside.flatten().float()))
+            cells, inside = self.cells(axis, device)
+            counts.append(torch.zeros(length, device=device).index_add_(0, cells.flatten(), inside.flatten().float()))
         time, rows, columns = counts
         return (time[:, None, None] * rows[:, None] * columns).clamp_min(1)
 
@@ -139,11 +139,11 @@ def by_window(values: Tensor, windows: Windows) -> Tensor:
     Where windows tile the grid nothing is copied before the final reordering; overlaps are repeated.
     """
     for axis in range(3):
-        places, _ = windows.places(axis, values.device)
+        cells, _ = windows.cells(axis, values.device)
         at = 1 + 2 * axis
-        if not places.numel() == windows.ends[axis][-1] == values.shape[at]:
-            values = values.index_select(at, places.flatten())
-        values = values.unflatten(at, places.shape)
+        if not cells.numel() == windows.ends[axis][-1] == values.shape[at]:
+            values = values.index_select(at, cells.flatten())
+        values = values.unflatten(at, cells.shape)
     rest = range(7, values.ndim)
     return values.permute(0, 1, 3, 5, 2, 4, 6, *rest).flatten(4, 6)
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
 
 
 class CollapsedAttention(nn.Module):
@@ -80,7 +83,7 @@ class Mixture(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, own: Tensor, *streams: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, query: Tensor, own: Tensor, *streams: Tensor) -> tuple[Tensor, Tensor]:
         """u [d] and own logits [E] in float32, streams [B, T, d] -> their sum [B, T, d], weights [B, E]."""
         means = torch.stack([stream.mean(1, dtype=torch.float32) for stream in streams], dim=1)
         weights = ((means * query).sum(-1) + own).softmax(1)
@@ -88,7 +91,7 @@ class Mixture(torch.autograd.Function):
         return blend(list(streams), weights), weights
 
     @staticmethod
-    def backward(ctx: Any, of_sum: Tensor, of_weights: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, of_sum: Tensor, of_weights: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the same."""
         query, means, weights, *streams = ctx.saved_tensors
         # Token by token first: a single sum over T d products would lose digits, and the softmax magnifies the error.

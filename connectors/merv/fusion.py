@@ -34,7 +34,7 @@ class Aligned(Part):
             if spec.width != first.width:
                 raise ValueError(f"stream {number} has width {spec.width}, stream {lead + 1} has {first.width}")
             if spec.tokens > 1 and (spec.tokens, _shape(spec.grid)) != (first.tokens, _shape(first.grid)):
-                raise ValueError(f"stream {number} is {_place(spec)}, stream {lead + 1} is {_place(first)}")
+                raise ValueError(f"stream {number} is {_grid_name(spec)}, stream {lead + 1} is {_grid_name(first)}")
         return lead
 
     def common(self, inputs: list[TokenSpec]) -> TokenSpec:
@@ -264,7 +264,7 @@ def _shape(grid: Grid | None) -> tuple[int, int, int] | None:
     return grid and (grid.t, grid.h, grid.w)
 
 
-def _place(spec: TokenSpec) -> str:
+def _grid_name(spec: TokenSpec) -> str:
     return f"on a grid of {spec.grid}" if spec.grid else f"{spec.tokens} tokens without a grid"
 
 

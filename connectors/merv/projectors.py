@@ -146,8 +146,8 @@ class CAbstractor(FrameResampler):
         maps = self.after(nn.functional.adaptive_avg_pool2d(maps, self.grid))
         values = maps.flatten(2).transpose(1, 2).unflatten(0, (-1, tokens.grid.t)).flatten(1, 2)
         # The values are pooled as maps; positions and sizes, which exist per token, by the same windows.
-        places = self.pool_of(tokens.spec)(tokens.with_values(tokens.values[..., :1]))
-        return places.with_values(values)
+        cells = self.pool_of(tokens.spec)(tokens.with_values(tokens.values[..., :1]))
+        return cells.with_values(values)
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[TokenSpec, ...]]]:
@@ -248,10 +248,10 @@ class AttentivePool(FrameResampler):
         tokens, count = inputs[0], self.queries.shape[0]
         batch, frames = tokens.values.shape[0], tokens.grid.t
         values = self._look(tokens.by_frame().flatten(0, 1)).unflatten(0, (batch, frames)).flatten(1, 2)
-        places = tokens.by_frame(tokens.positions).mean(2).repeat_interleave(count, 1)
+        centres = tokens.by_frame(tokens.positions).mean(2).repeat_interleave(count, 1)
         sizes = (tokens.by_frame(tokens.sizes).sum(2) / count).repeat_interleave(count, 1)
         values, grid = values.to(tokens.values.dtype), self._grid(tokens.grid)
-        return replace(tokens, values=values, grid=grid, positions=places, sizes=sizes, extras={})
+        return replace(tokens, values=values, grid=grid, positions=centres, sizes=sizes, extras={})
 
     def _look(self, frames: Tensor) -> Tensor:
         """[M, h w, C] -> [M, queries, C]."""

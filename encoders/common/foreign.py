@@ -11,15 +11,18 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mmllm.contract.errors import UserError
 
+if TYPE_CHECKING:
+    from types import ModuleType
 
-def library(name: str, package: str) -> Any:
+
+def library(name: str, package: str) -> ModuleType:
     """Import an optional library.
 
     Args:

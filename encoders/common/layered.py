@@ -262,10 +262,10 @@ def recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
     """The outputs of modules during a forward, in the order of the modules (a module listed twice gives it twice)."""
     outputs: list[Tensor] = [torch.empty(0)] * len(modules)
 
-    def keep(place: int) -> Callable:
-        return lambda module, args, output: outputs.__setitem__(place, output)
+    def keep(index: int) -> Callable:
+        return lambda module, args, output: outputs.__setitem__(index, output)
 
-    handles = [module.register_forward_hook(keep(place)) for place, module in enumerate(modules)]
+    handles = [module.register_forward_hook(keep(index)) for index, module in enumerate(modules)]
     try:
         yield outputs
     finally:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from mmllm.contract.errors import UserError
 from mmllm.contract.library import check_attention, pretrained
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 NOT_SHAPES = ("architectures", "id2label", "label2id", "transformers_version", "dtype", "_name_or_path")
 """Config keys that say nothing about how the tower is built."""
 
 
-def tower_config(config: dict[str, Any], model_type: str | None = None) -> Any:
+def tower_config(config: dict[str, Any], model_type: str | None = None) -> PreTrainedConfig:
     """A config object from a recipe's inline config.
 
     Args:
@@ -88,7 +91,7 @@ def fetch_transform(name: str, size: int | None) -> dict[str, Any]:
     }
 
 
-def _own_size(processor: Any, name: str) -> tuple[int, int | None]:
+def _own_size(processor: dict[str, Any], name: str) -> tuple[int, int | None]:
     """(side of the input, length of the short side before the crop or None where the frame is squashed)."""
     size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
     cropped, short = bool(getattr(processor, "do_center_crop", False)), size.get("shortest_edge")
@@ -103,7 +106,7 @@ def _own_size(processor: Any, name: str) -> tuple[int, int | None]:
     raise UserError(name, f"its image processor {what}", hint="give size, fit, short, interpolation, mean and std")
 
 
-def build_tower(config: Any) -> nn.Module:
+def build_tower(config: PreTrainedConfig) -> nn.Module:
     """A tower with random weights, without its pooling layer, which no layer's tokens pass through.
 
     Raises:
@@ -174,12 +177,12 @@ def _published(tower: nn.Module, name: str) -> tuple[dict[str, Tensor], set[str]
     alone = pretrained(AutoConfig, name).model_type == tower.config.model_type
     options = {"dtype": next(tower.parameters()).dtype, "output_loading_info": True}
     loaded, info = pretrained(type(tower) if alone else AutoModel, name, **options)
-    prefix = next((f"{place}." for place, part in loaded.named_modules() if place and type(part) is type(tower)), "")
+    prefix = next((f"{name}." for name, part in loaded.named_modules() if name and type(part) is type(tower)), "")
     states = {key.removeprefix(prefix): value for key, value in loaded.state_dict().items() if key.startswith(prefix)}
     return states, {str(key).removeprefix(prefix) for key in info["missing_keys"]}
 
 
-def square_side(value: Any) -> int | None:
+def square_side(value: object) -> int | None:
     """The side of a square that a config gives as a number or a pair; None where it gives none.
 
     Raises:
@@ -192,7 +195,7 @@ def square_side(value: Any) -> int | None:
     return value[0]
 
 
-def _plain(value: Any) -> bool:
+def _plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(_plain(item) for item in value)
     if isinstance(value, dict):

@@ -25,11 +25,11 @@ def at_times(tokens: VisualTokens, times: Tensor) -> VisualTokens:
     if tokens.grid is not None:
         times = row_times(times, tokens.grid.t)
     per_row = tokens.values.shape[1] // times.shape[1]
-    place = _centres(tokens.grid, per_row, times)
+    centres = _centres(tokens.grid, per_row, times)
     positions = torch.cat(
         [
             times[:, :, None, None].expand(-1, -1, per_row, 1),
-            place.expand(times.shape[0], times.shape[1], -1, -1),
+            centres.expand(times.shape[0], times.shape[1], -1, -1),
         ],
         dim=-1,
     ).flatten(1, 2)

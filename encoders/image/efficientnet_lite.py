@@ -114,10 +114,10 @@ def read_weights(path: str | Path, tower: nn.Module) -> dict[str, Tensor]:
     except (OSError, RuntimeError) as error:
         raise UserError(path, f"cannot read the weights ({error.__class__.__name__})") from error
     names = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-    places = [f"blocks.{stage}.{index}" for stage, blocks in enumerate(tower.blocks) for index in range(len(blocks))]
-    for number, place in enumerate(places):
+    blocks = [f"blocks.{stage}.{index}" for stage, blocks in enumerate(tower.blocks) for index in range(len(blocks))]
+    for number, block in enumerate(blocks):
         theirs, ours = (BLOCK[2:], FIRST) if number == 0 else (BLOCK, OURS)
-        names |= {f"_blocks.{number}.{one}": f"{place}.{two}" for one, two in zip(theirs, ours, strict=True)}
+        names |= {f"_blocks.{number}.{one}": f"{block}.{two}" for one, two in zip(theirs, ours, strict=True)}
     states = {}
     for key, value in found.items():
         layer, _, field = key.rpartition(".")

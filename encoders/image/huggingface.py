@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 from torch import Tensor, nn
 
@@ -27,6 +27,10 @@ from mmllm.encoders.common.pretrained import (
     tower_config,
 )
 from mmllm.encoders.common.transform import CLIP, HALF, IMAGENET, PixelArguments, Transform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers.utils import ModelOutput
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -78,7 +82,7 @@ class HuggingFaceEncoder(LayeredEncoder):
         self.build_tower()
 
     @classmethod
-    def own_transform(cls, config: Any, size: int | None, given: PixelArguments) -> Transform:
+    def own_transform(cls, config: PreTrainedConfig, size: int | None, given: PixelArguments) -> Transform:
         """The transform of such a tower; only the recipe knows it here.
 
         Raises:
@@ -130,7 +134,7 @@ class HuggingFaceEncoder(LayeredEncoder):
             raise ValueError(f"keeps only {first.shape[1]} of {patches} patches, so its tokens have no grid")
         return first.shape[1] - patches
 
-    def call(self, tower: nn.Module, inputs: Tensor, **options: Any) -> Any:
+    def call(self, tower: nn.Module, inputs: Tensor, **options: Any) -> ModelOutput:
         """The tower's forward; towers that must be told about a size other than the config's are told."""
         own = square_side(getattr(self.config, "image_size", None))
         asks = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
@@ -186,7 +190,7 @@ class ClipEncoder(HuggingFaceEncoder):
     model_type = "clip_vision_model"
 
     @classmethod
-    def own_transform(cls, config: Any, size: int | None, given: PixelArguments) -> Transform:
+    def own_transform(cls, config: PreTrainedConfig, size: int | None, given: PixelArguments) -> Transform:
         """Short side to the size, then the centre."""
         return Transform(*CLIP, size or config.image_size)
 
@@ -202,7 +206,7 @@ class SiglipEncoder(HuggingFaceEncoder):
     config_defaults = {"vision_use_head": False}
 
     @classmethod
-    def own_transform(cls, config: Any, size: int | None, given: PixelArguments) -> Transform:
+    def own_transform(cls, config: PreTrainedConfig, size: int | None, given: PixelArguments) -> Transform:
         """Both sides to the size."""
         return Transform(*HALF, size or config.image_size, "squash")
 
@@ -214,7 +218,7 @@ class Dinov2Encoder(HuggingFaceEncoder):
     model_type = "dinov2"
 
     @classmethod
-    def own_transform(cls, config: Any, size: int | None, given: PixelArguments) -> Transform:
+    def own_transform(cls, config: PreTrainedConfig, size: int | None, given: PixelArguments) -> Transform:
         """Short side to 8/7 of the size, then the centre."""
         size = size or min(224, config.image_size)
         return Transform(*IMAGENET, size, short=size * 256 // 224)

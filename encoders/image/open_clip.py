@@ -220,14 +220,14 @@ def own_transform(name: str | None, weights: str | None, size: int) -> Transform
 
 def _published(name: str) -> dict[str, Any]:
     """The JSON config beside the weights of an id or in a folder."""
-    kind, _, place = name.partition(":")
+    kind, _, source = name.partition(":")
     try:
         if kind == "hf-hub":
             from open_clip.pretrained import download_pretrained_from_hf
 
-            path = Path(download_pretrained_from_hf(place, filename="open_clip_config.json"))
+            path = Path(download_pretrained_from_hf(source, filename="open_clip_config.json"))
         else:
-            path = Path(place) / "open_clip_config.json"
+            path = Path(source) / "open_clip_config.json"
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(name, f"no config of an open_clip model ({error.__class__.__name__})") from error

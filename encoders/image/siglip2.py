@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from mmllm.contract.registry import register
 from mmllm.contract.types import MediaSpec
 from mmllm.encoders.common.transform import HALF, PixelArguments, Transform
 from mmllm.encoders.image.huggingface import SMALL, HuggingFaceEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers.utils import ModelOutput
 
 
 @register("encoder", "siglip2")
@@ -27,12 +31,12 @@ class Siglip2Encoder(HuggingFaceEncoder):
     config_defaults = {"vision_use_head": False}
 
     @classmethod
-    def own_transform(cls, config: Any, size: int | None, given: PixelArguments) -> Transform:
+    def own_transform(cls, config: PreTrainedConfig, size: int | None, given: PixelArguments) -> Transform:
         """Both sides to the size, bilinear as in its own processor."""
         own = math.isqrt(config.num_patches) * config.patch_size
         return Transform(*HALF, size or own, "squash", "bilinear")
 
-    def call(self, tower: nn.Module, inputs: Tensor, **options: Any) -> Any:
+    def call(self, tower: nn.Module, inputs: Tensor, **options: Any) -> ModelOutput:
         """The tower's forward over patches [M, N, p * p * 3], all of them real."""
         side = self.geometry.height // self.patch
         tiles = inputs.unflatten(3, (side, self.patch)).unflatten(2, (side, self.patch))

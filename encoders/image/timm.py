@@ -138,15 +138,15 @@ class TimmEncoder(LayeredEncoder):
 
     def _states(self) -> dict[str, Tensor]:
         models = library("timm.models", PACKAGE)
-        kind, _, place = self.name.rpartition(":")
+        kind, _, source = self.name.rpartition(":")
         try:
             if self.weights != "pretrained":
                 return models.load_state_dict(self.weights)
             if kind == "local-dir":
                 from timm.models._hub import load_state_dict_from_path
 
-                return load_state_dict_from_path(place)
-            hub = place if kind else registered_config(self.architecture).get("hf_hub_id")
+                return load_state_dict_from_path(source)
+            hub = source if kind else registered_config(self.architecture).get("hf_hub_id")
             if hub is None:
                 raise UserError(self.name, "has no weights on the hub", hint="weights: a local file")
             return models.load_state_dict_from_hf(hub)
@@ -174,7 +174,7 @@ def model_source(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     Raises:
         UserError: there is none.
     """
-    kind, _, place = name.rpartition(":")
+    kind, _, source = name.rpartition(":")
     if not kind:
         return name, registered_config(name), {}
     from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
@@ -183,7 +183,7 @@ def model_source(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     if kind not in readers:
         raise UserError(name, "unknown source", expected="a timm name, hf-hub:ID or local-dir:FOLDER")
     try:
-        config, architecture, model_args = readers[kind](place)
+        config, architecture, model_args = readers[kind](source)
     except (OSError, RuntimeError) as error:
         raise UserError(name, f"no such model ({error.__class__.__name__})") from error
     decided = ("img_size", "num_classes")  # by `size`, and by having no classifier

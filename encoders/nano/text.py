@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -11,6 +11,9 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Site
 from mmllm.contract.registry import register
 from mmllm.encoders.text.huggingface import TransformersText, attend_to_all, pad
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 
 @register("text", "nano_text")
@@ -83,14 +86,14 @@ class NanoText(TransformersText):
         """Padded to the longest."""
         return pad(rows, 0, max([1, *map(len, rows)]))
 
-    def run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    def run(self, ids: Tensor, mask: Tensor, **options: Any) -> ModelOutput:
         """Bidirectional attention over the real tokens."""
         output = attend_to_all(self.tower, ids, mask, **options)
         real = mask[..., None].to(output.last_hidden_state.dtype)
         output.pooler_output = (output.last_hidden_state * real).sum(1) / real.sum(1)
         return output
 
-    def pooled(self, output: Any) -> Tensor | None:
+    def pooled(self, output: ModelOutput) -> Tensor | None:
         """[B, J], not normalised; None without a joint space."""
         return None if self.project is None else self.project(output.pooler_output)
 

@@ -6,7 +6,7 @@ Sources: CLIP (Radford et al. 2021), SigLIP (Zhai et al. 2023).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from mmllm.contract.registry import register
 from mmllm.contract.types import Needs, PromptFeatures
 from mmllm.encoders.common.extended_positions import extend_tower, extended_length
 from mmllm.encoders.common.pretrained import fetch_config, hidden_states, load_tower, tower_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.utils import ModelOutput
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -79,12 +83,12 @@ class TransformersText(TextSource):
         """The tower with random weights."""
         raise NotImplementedError
 
-    def pooled(self, output: Any) -> Tensor | None:
+    def pooled(self, output: ModelOutput) -> Tensor | None:
         """[B, J] from the tower's output; None without a joint space."""
         raise NotImplementedError
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tower's tokenizer, read when it is first needed.
 
         Raises:
@@ -114,7 +118,7 @@ class TransformersText(TextSource):
             raise ValueError(f"layers {list(layers)}: this tower has the layers {-count} to {count - 1}")
         outputs: list[Any] = []
 
-        def call(**options: Any) -> Any:
+        def call(**options: Any) -> ModelOutput:
             outputs.append(self.run(ids, mask, **options))
             return outputs[0]
 
@@ -125,7 +129,7 @@ class TransformersText(TextSource):
         pooled = self.pooled(outputs[0]) if "pooled" in needs.prompt else None
         return PromptFeatures(ids, mask, tokens, pooled, layered, mask.sum(dim=1) > 1)
 
-    def run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    def run(self, ids: Tensor, mask: Tensor, **options: Any) -> ModelOutput:
         """The tower's forward."""
         raise NotImplementedError
 
@@ -162,11 +166,11 @@ class ClipText(TransformersText):
         """Padded to the longest: what follows the end token never matters."""
         return pad(rows, 0, max([1, *map(len, rows)]))
 
-    def run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    def run(self, ids: Tensor, mask: Tensor, **options: Any) -> ModelOutput:
         """Causal attention: padding comes after all real tokens, so it needs no mask and its values are never read."""
         return self.tower(input_ids=ids, **options)
 
-    def pooled(self, output: Any) -> Tensor:
+    def pooled(self, output: ModelOutput) -> Tensor:
         """[B, J], projected, not normalised."""
         return output.text_embeds
 
@@ -209,11 +213,11 @@ class SiglipText(TransformersText):
         padding = self.tokenizer.pad_token_id if known else self.config.pad_token_id
         return pad(rows, padding, self.positions)
 
-    def run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    def run(self, ids: Tensor, mask: Tensor, **options: Any) -> ModelOutput:
         """Attention over all positions: the tower was trained without a mask."""
         return self.tower(input_ids=ids, **options)
 
-    def pooled(self, output: Any) -> Tensor:
+    def pooled(self, output: ModelOutput) -> Tensor:
         """[B, J], not normalised."""
         return output.pooler_output
 
@@ -226,7 +230,7 @@ class SiglipText(TransformersText):
         yield {"config": {**config, "model_type": "siglip2_text_model"}}, rows
 
 
-def attend_to_all(tower: nn.Module, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+def attend_to_all(tower: nn.Module, ids: Tensor, mask: Tensor, **options: Any) -> ModelOutput:
     """The output of a tower in which every token attends to all real ones, before and after it."""
     seen = mask.bool()[:, None, None].expand(-1, 1, ids.shape[1], -1)  # the library never inspects such a mask
     return tower(input_ids=ids, attention_mask=seen, **options)

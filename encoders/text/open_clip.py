@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from mmllm.contract.types import Needs, PromptFeatures
 from mmllm.encoders.common.foreign import library, load_states, mark_initialized, write_missing
 from mmllm.encoders.image.open_clip import PACKAGE, build_pair, load_pair, model_config
 from mmllm.encoders.text.huggingface import pad
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NO_IMAGE = {"layers": 1, "width": 8, "head_width": 8, "patch_size": 8, "image_size": 8}
 """An empty image tower to go with a text tower: open_clip builds towers in pairs."""
@@ -69,7 +72,7 @@ class OpenClipText(TextSource):
         return mark_initialized(build_pair(self.config, vision_cfg=NO_IMAGE, text_cfg=self.config["text_cfg"]).text)
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, read when it is first needed.
 
         Raises:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from mmllm.contract.parts import Site
 from mmllm.contract.registry import register
 from mmllm.encoders.text.huggingface import SMALL, TransformersText, attend_to_all, pad
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 
 @register("text", "roberta_text")
@@ -49,11 +52,11 @@ class RobertaText(TransformersText):
         """Padded to the longest; the tower derives positions from the padding id."""
         return pad(rows, self.config.pad_token_id, max([1, *map(len, rows)]))
 
-    def run(self, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    def run(self, ids: Tensor, mask: Tensor, **options: Any) -> ModelOutput:
         """Bidirectional attention over the real tokens."""
         return attend_to_all(self.tower, ids, mask, **options)
 
-    def pooled(self, output: Any) -> None:
+    def pooled(self, output: ModelOutput) -> None:
         """None: there is no joint space."""
 
     @classmethod

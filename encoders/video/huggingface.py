@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from mmllm.encoders.common.pretrained import (
 )
 from mmllm.encoders.common.transform import IMAGENET, PixelArguments, Transform
 from mmllm.encoders.image.huggingface import SMALL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class VideoTower(LayeredEncoder):
@@ -80,7 +83,7 @@ class VideoTower(LayeredEncoder):
         raise NotImplementedError
 
     @classmethod
-    def own_tubelet(cls, config: Any) -> tuple[int, int, int]:
+    def own_tubelet(cls, config: PreTrainedConfig) -> tuple[int, int, int]:
         """Frames, rows and columns of pixels per token."""
         raise NotImplementedError
 
@@ -163,7 +166,7 @@ class VivitEncoder(VideoTower):
         return Transform((0.75,) * 3, (0.25,) * 3, size, "crop", "bilinear", short=short, resampler="pillow")
 
     @classmethod
-    def own_tubelet(cls, config: Any) -> tuple[int, int, int]:
+    def own_tubelet(cls, config: PreTrainedConfig) -> tuple[int, int, int]:
         """As the config says."""
         return tuple(config.tubelet_size)
 
@@ -188,7 +191,7 @@ class VideoMaeEncoder(VideoTower):
         return Transform(*IMAGENET, size, "crop", "bilinear")
 
     @classmethod
-    def own_tubelet(cls, config: Any) -> tuple[int, int, int]:
+    def own_tubelet(cls, config: PreTrainedConfig) -> tuple[int, int, int]:
         """Frames by `tubelet_size`, pixels by `patch_size`."""
         patch = square_side(config.patch_size)
         return (config.tubelet_size, patch, patch)

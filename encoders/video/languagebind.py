@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, ClassVar, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from mmllm.encoders.common.layered import State
 from mmllm.encoders.common.transform import CLIP, CropArguments, PixelArguments, Transform
 from mmllm.encoders.image.huggingface import SMALL, ClipEncoder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 MOST_ROWS = 2**15
 """Attention kernels take at most 65,535 rows, and each token position of each group is a row."""
 
@@ -33,7 +36,7 @@ class TimeAttention(Part):
         group: number of frames that attend to each other.
     """
 
-    def __init__(self, config: Any, group: int) -> None:
+    def __init__(self, config: PreTrainedConfig, group: int) -> None:
         from transformers.models.clip.modeling_clip import CLIPAttention
 
         super().__init__(Site())
@@ -91,7 +94,7 @@ class LanguageBindEncoder(ClipEncoder):
         self.times = nn.ModuleList(TimeAttention(self.tower.config, group) for _ in self.tower.encoder.layers)
 
     @classmethod
-    def own_transform(cls, config: Any, size: int | None, given: PixelArguments) -> Transform:
+    def own_transform(cls, config: PreTrainedConfig, size: int | None, given: PixelArguments) -> Transform:
         """Short side to the size, then the centre; by Pillow, like the encoders beside it in MERV, to share frames."""
         return Transform(*CLIP, size or config.image_size, resampler="pillow")
 

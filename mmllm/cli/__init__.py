@@ -138,7 +138,7 @@ def _crash(error: Exception, out: Path) -> int:
     except OSError as reason:  # no space for it, which may be why it crashed
         where = f"here, since {file} cannot be written ({reason.strerror}):\n{text}"
     last = text.strip().splitlines()[-1]
-    place = next(filter(None, (raised_at(error, plugin) for plugin in plugins())), None)
-    whose = f"raised below {place}" if place else "this is a bug of mmllm"
+    line = next(filter(None, (raised_at(error, plugin) for plugin in plugins())), None)
+    whose = f"raised below {line}" if line else "this is a bug of mmllm"
     print(f"error: {last}\n{whose}; the traceback is {where}", file=sys.stderr)
     return 1

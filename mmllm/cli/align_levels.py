@@ -17,6 +17,7 @@ from mmllm.contract.errors import UserError
 from mmllm.device import pick_device
 
 if TYPE_CHECKING:
+    from mmllm.data.media.types import MediaRef
     from mmllm.data.records.conversations import Source
 
 EPILOG = """\
@@ -32,7 +33,7 @@ media are not found from the output folder, records are written as conversations
 """
 
 
-def configure(verbs: Any) -> None:
+def configure(verbs: argparse._SubParsersAction) -> None:
     """Add the action and its flags."""
     what = "how completely texts cover their images: levels from 0 (weak) up, for AlignGPT's pre-training"
     formatter = argparse.RawDescriptionHelpFormatter
@@ -75,15 +76,15 @@ def run(options: argparse.Namespace) -> int:
     count = 8 if options.levels is None else options.levels
     source = open_source(options.data, options.root)
     names, pairs = zip(*((sample.id, media_and_answer(sample)) for sample in source), strict=True)
-    places = [index for index, pair in enumerate(pairs) if pair is not None]
-    wanted = [(names[index], *pairs[index]) for index in places]
-    if not places:
+    scored = [index for index, pair in enumerate(pairs) if pair is not None]
+    wanted = [(names[index], *pairs[index]) for index in scored]
+    if not scored:
         raise UserError(options.data, "no record has a medium to compare its text with")
-    scores = _given(options.scores, len(places)) if options.scores else _scored(wanted, options)
+    scores = _given(options.scores, len(scored)) if options.scores else _scored(wanted, options)
     found = levels_by_rank(scores, count) if known is None else levels_by_edges(scores, known)
     edges = level_edges(scores, count).tolist() if known is None else known
     levels: list[int | None] = [None] * len(pairs)
-    for index, level in zip(places, found.tolist(), strict=True):
+    for index, level in zip(scored, found.tolist(), strict=True):
         levels[index] = level
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", encoding="utf-8") as file:
@@ -94,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
         options.out.with_suffix(".edges.json").write_text(json.dumps(about, indent=1))
     sizes = Counter(found.tolist())
     shown = ", ".join(f"{level}: {sizes[level]}" for level in range(len(edges) + 1))
-    print(f"{len(places)} records in {len(edges) + 1} levels ({shown}) -> {options.out}")
+    print(f"{len(scored)} records in {len(edges) + 1} levels ({shown}) -> {options.out}")
     return 0
 
 
@@ -154,7 +155,7 @@ def _scored(pairs: list[Any], options: argparse.Namespace) -> list[float]:
         else:
             pair = Pair(options.pair, device)
 
-            def score(name: str, ref: Any, text: str) -> float:
+            def score(name: str, ref: MediaRef, text: str) -> float:
                 return pair.score(reader.read(ref, sampling).frames, text)
 
         for number, (name, ref, text) in enumerate(pairs, start=1):

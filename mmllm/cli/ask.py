@@ -6,11 +6,15 @@ import argparse
 import sys
 import time
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmllm.cli.common import calm_libraries, common, flag, media_reader, print_json, reader_flags
 from mmllm.contract.arguments import Count, Positive
 from mmllm.device import pick_device
+
+if TYPE_CHECKING:
+    from mmllm.processing.collate import VisualBatch
+    from mmllm.processing.processor import MMLLMProcessor
 
 EPILOG = """\
 examples:
@@ -23,7 +27,9 @@ examples:
 class AddMedium(argparse.Action):
     """Keeps --video and --image in the order in which they were given."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
         """Record one medium."""
         namespace.media = [*(namespace.media or []), (self.dest, values)]
 
@@ -88,14 +94,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _visual_tokens(batch: Any, processor: Any) -> int:
+def _visual_tokens(batch: VisualBatch, processor: MMLLMProcessor) -> int:
     """The number of visual positions in the prompt."""
     specs = [batch["visual"]["media"][clip]["spec"] for clip, _ in batch["visual"]["pairs"]]
     streams = [processor.plan.streams(spec) for spec in specs]
     return sum(streams[pair][stream].tokens for _, _, pair, stream in batch["visual"]["spans"].tolist())
 
 
-def _say(batch: Any, visual: int, quiet: bool) -> None:
+def _say(batch: VisualBatch, visual: int, quiet: bool) -> None:
     if quiet:
         return
     for clip in batch["visual"]["media"]:

@@ -15,6 +15,7 @@ from mmllm.contract.errors import UserError
 
 if TYPE_CHECKING:
     from mmllm.data.media.damage import OnDamage
+    from mmllm.data.media.guard import GuardedReader
 
 
 def flag(annotation: Any) -> Callable[[str], Any]:
@@ -63,7 +64,7 @@ def reader_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corrupt", choices=["error", "warn"], default="warn", help=what)
 
 
-def media_reader(backend: str, seconds: float, corrupt: OnDamage = "warn") -> Any:
+def media_reader(backend: str, seconds: float, corrupt: OnDamage = "warn") -> GuardedReader:
     """The reader that these flags describe.
 
     Raises:
@@ -131,7 +132,7 @@ def calm_libraries() -> None:
     library.disable_progress_bar()
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Print one object on stdout."""
     print(json.dumps(value, indent=1, ensure_ascii=False))
 

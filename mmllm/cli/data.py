@@ -7,13 +7,16 @@ import os
 from collections import Counter
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmllm.cli import align_levels
 from mmllm.cli.common import cache_dir, common, flag, given_path, print_json
 from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import read_record, write_json
+
+if TYPE_CHECKING:
+    from mmllm.data.records.check import Scan
 
 EPILOG = """\
 examples:
@@ -100,7 +103,7 @@ def _known(path: Path) -> dict[str, dict[str, Any]]:
     raise UserError(path, "not written by mmllm data check, or damaged", hint="--out another.json")
 
 
-def _report(options: argparse.Namespace, found: Any, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _report(options: argparse.Namespace, found: Scan, facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """All findings, ready for JSON."""
     from mmllm.data.media.doctor import HOLES, problems
 
@@ -119,7 +122,7 @@ def _report(options: argparse.Namespace, found: Any, facts: dict[str, dict[str, 
             for name, text in wrong
         ]
     totals["image"]["ok"] += found.in_memory
-    order = {name: place for place, name in enumerate(HOLES)}
+    order = {name: index for index, name in enumerate(HOLES)}
     rows.sort(key=lambda row: (order.get(row["problem"], len(order)), row["problem"], row["path"]))
     return {
         "data": [str(path) for path in options.data],

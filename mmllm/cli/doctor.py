@@ -226,7 +226,7 @@ def _disks(cache: Path) -> list[Finding]:
     hub = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     found = []
     for name, folder in (("cache", cache), ("models of the hub", hub)):
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         free = shutil.disk_usage(there).free / 2**30
         found.append(Finding("disk", name, f"{free:.1f} GiB free in {folder}"))
     return found

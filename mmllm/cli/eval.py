@@ -6,12 +6,17 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmllm.cli.common import calm_libraries, common, flag, given_path, media_reader, pairs, print_json, reader_flags
 from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
 from mmllm.device import pick_device
+
+if TYPE_CHECKING:
+    from mmllm.eval.report import Report
+    from mmllm.model.modeling import MMLLMForConditionalGeneration
+    from mmllm.processing.processor import MMLLMProcessor
 
 EPILOG = """\
 examples:
@@ -89,7 +94,14 @@ def run(options: argparse.Namespace) -> int:
     return 3 if holes else 0
 
 
-def _evaluate(model: Any, processor: Any, name: str, root: Path, out: Path, options: argparse.Namespace) -> Any:
+def _evaluate(
+    model: MMLLMForConditionalGeneration,
+    processor: MMLLMProcessor,
+    name: str,
+    root: Path,
+    out: Path,
+    options: argparse.Namespace,
+) -> Report:
     from mmllm.api import evaluate
     from mmllm.progress import Progress
 

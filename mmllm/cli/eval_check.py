@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmllm.cli.common import media_reader, print_json
 from mmllm.contract.errors import UserError
@@ -14,6 +14,9 @@ from mmllm.data.media.guard import GuardedReader
 from mmllm.eval.items import Item
 from mmllm.eval.selection import Selection, missing_by_task, select
 from mmllm.progress import Progress
+
+if TYPE_CHECKING:
+    from mmllm.data.media.types import MediaRef
 
 SHOWN = 20
 """Number of broken items that are printed; `--json` names them all."""
@@ -58,7 +61,7 @@ def _unreadable(items: list[Item], reader: GuardedReader, name: str, quiet: bool
     return found
 
 
-def _reason(reader: GuardedReader, ref: Any) -> str | None:
+def _reason(reader: GuardedReader, ref: MediaRef) -> str | None:
     try:
         reader.probe(ref)
     except UserError as error:

@@ -13,6 +13,8 @@ from mmllm.contract.errors import UserError
 
 if TYPE_CHECKING:
     from mmllm.model.front_end_plan import FrontEndPlan
+    from mmllm.model.modeling import MMLLMForConditionalGeneration
+    from mmllm.processing.processor import MMLLMProcessor
 from mmllm.device import pick_device
 
 EPILOG = """\
@@ -81,7 +83,12 @@ def _encoder(name: str, inputs: dict[str, tuple[str, ...]]) -> str:
 
 
 def _look(
-    model: Any, processor: Any, video: str, question: str, frames: int | None, streams: dict[str, list[str]]
+    model: MMLLMForConditionalGeneration,
+    processor: MMLLMProcessor,
+    video: str,
+    question: str,
+    frames: int | None,
+    streams: dict[str, list[str]],
 ) -> dict[str, Any]:
     """{fusion: {stream: weight}} of one clip."""
     import torch

@@ -10,6 +10,7 @@ from mmllm.config.sections import renamed, without_inherited
 from mmllm.contract.arguments import signature
 from mmllm.contract.documents import parse_yaml
 from mmllm.contract.errors import UserError, nearest, shown
+from mmllm.contract.registry import find
 from mmllm.data.media.sampling import Sampling
 
 NAME = "model.llm.name="
@@ -63,7 +64,7 @@ def override(data: dict[str, Any], line: str, file: str) -> None:
     here[last] = _typed(here.get(last), value)
 
 
-def _child(here: Any, name: str, where: str) -> Any:
+def _child(here: object, name: str, where: str) -> Any:
     if isinstance(here, list):
         named = {node.get("name", node.get("type")): node for node in here if isinstance(node, dict)}
     else:
@@ -73,7 +74,7 @@ def _child(here: Any, name: str, where: str) -> Any:
     return named[name]
 
 
-def _check_key(here: Any, parents: list[str], last: str, where: str) -> None:
+def _check_key(here: object, parents: list[str], last: str, where: str) -> None:
     if not isinstance(here, dict) or last in here:
         return
     known = list(here)
@@ -88,8 +89,6 @@ def _check_key(here: Any, parents: list[str], last: str, where: str) -> None:
     elif "config" in parents:
         known = _config_keys(here) or [last]
     elif "type" in here:
-        from mmllm.contract.registry import find
-
         kind, beside = PARTS.get(parents[1], ("objective", ()))
         known = list(dict.fromkeys([*signature(find(kind, here["type"], where)), *beside, *known]))
     if last not in known:
@@ -107,7 +106,7 @@ def _config_keys(config: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys([*config, *cls().to_dict(), *cls.attribute_map, *OLDER]))
 
 
-def _typed(old: Any, value: str) -> Any:
+def _typed(old: object, value: str) -> Any:
     """Text stays text where an annotation will parse it later; a plain number or map is read as YAML reads it."""
     if isinstance(old, str):
         return value

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -18,6 +18,10 @@ from mmllm.contract.arguments import bind
 from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError, nearest, shown
 from mmllm.contract.library import pretrained
+from mmllm.contract.registry import find
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 BASES = 20
@@ -162,8 +166,6 @@ def resolve(recipe: Recipe) -> Recipe:
     Raises:
         UserError: a config that is nowhere to be found.
     """
-    from mmllm.contract.registry import find
-
     model = copy.deepcopy(recipe.model)
     for kind, key in (("encoder", "encoders"), ("text", "text")):
         for name, section in (model.get(key) or {}).items():
@@ -183,11 +185,12 @@ def resolve(recipe: Recipe) -> Recipe:
     return replace(recipe, data={**recipe.data, "model": model})
 
 
-def fetch_llm_config(recipe: Recipe, place: str, options: dict[str, Any]) -> Any:
+def fetch_llm_config(recipe: Recipe, source: str, options: dict[str, Any]) -> PreTrainedConfig:
     """The library's config of the LLM that a recipe names.
 
     Args:
-        place, options: as returned by `llm_source`.
+        source: as returned by `llm_source`.
+        options: as returned by `llm_source`.
 
     Raises:
         UserError: there is none.
@@ -195,13 +198,13 @@ def fetch_llm_config(recipe: Recipe, place: str, options: dict[str, Any]) -> Any
     from transformers import AutoConfig
 
     try:
-        return pretrained(AutoConfig, place, **options)
+        return pretrained(AutoConfig, source, **options)
     except (OSError, ValueError) as error:
         where = recipe.where("model.llm.name")
         raise UserError(where, f"cannot fetch {recipe.llm.name}", hint="give config:") from error
 
 
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
+def differences(old: object, new: object, key: str = "") -> list[str]:
     """Key paths at which two nested maps differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [

@@ -14,7 +14,7 @@ INHERITED = ("config", "template", "tokenizer", "gguf")
 """Keys that belong to the LLM that a recipe names: a new name drops them."""
 
 
-def check_name(name: Any, where: str) -> str:
+def check_name(name: object, where: str) -> str:
     """Check the name of a stage, a part, an arm or a task: it becomes part of paths and keys.
 
     Raises:
@@ -123,13 +123,13 @@ def _typed(section: dict[str, Any], kinds: dict[str, type], where: str) -> None:
             raise UserError(f"{where}{key}", "wrong type", expected=words[kind], got=shown(value))
 
 
-def _typed_part(section: Any, name: str, where: str) -> None:
+def _typed_part(section: object, name: str, where: str) -> None:
     if not isinstance(section, dict) or "type" not in section:
         raise UserError(where, "has no type", expected=f"{name}: {{type: ..., arguments}}", got=shown(section))
     _typed(section, {"type": str}, f"{where}.")
 
 
-def _node(node: Any, encoders: list[str], above: list[str], where: str) -> dict[str, Any]:
+def _node(node: object, encoders: list[str], above: list[str], where: str) -> dict[str, Any]:
     """A node of the connector list with its name and its inputs; its name is added to those `above`."""
     node = {"type": node} if isinstance(node, str) else node
     if not isinstance(node, dict):

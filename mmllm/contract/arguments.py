@@ -99,7 +99,7 @@ def bind(target: Callable, values: dict[str, Any], where: str) -> dict[str, Any]
     return {name: parse(value, known[name][0], f"{where}{name}") for name, value in values.items()}
 
 
-def parse(value: Any, annotation: Any, where: str) -> Any:
+def parse(value: object, annotation: Any, where: str) -> Any:
     """`value` converted to `annotation`.
 
     Raises:
@@ -130,7 +130,7 @@ def describe(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
-def _parse(value: Any, annotation: Any) -> Any:
+def _parse(value: object, annotation: Any) -> Any:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any or annotation is inspect.Parameter.empty:
         return value
@@ -149,7 +149,7 @@ def _parse(value: Any, annotation: Any) -> Any:
     return _parse_scalar(value, annotation)
 
 
-def _parse_union(value: Any, options: tuple) -> Any:
+def _parse_union(value: object, options: tuple) -> Any:
     for option in options:
         if type(value) is option and option is not str:
             return value
@@ -163,21 +163,21 @@ def _parse_union(value: Any, options: tuple) -> Any:
     raise next((error for error in failures if isinstance(error, OutOfRange | OverflowError)), ValueError())
 
 
-def _parse_within(value: Any, annotation: Any, *bounds: Within) -> Any:
+def _parse_within(value: object, annotation: Any, *bounds: Within) -> Any:
     number = _parse(value, annotation)
     if not all(number in bound for bound in bounds):
         raise OutOfRange
     return number
 
 
-def _parse_literal(value: Any, options: tuple) -> Any:
+def _parse_literal(value: object, options: tuple) -> Any:
     for option in options:
         if value == option or (isinstance(value, str) and value == str(option)):
             return option
     raise ValueError
 
 
-def _parse_list(value: Any, origin: type, arguments: tuple) -> Any:
+def _parse_list(value: object, origin: type, arguments: tuple) -> Any:
     if isinstance(value, str):
         value = [item for item in value.strip("[]() ").split(",") if item.strip()]
     if not isinstance(value, list | tuple):
@@ -190,7 +190,7 @@ def _parse_list(value: Any, origin: type, arguments: tuple) -> Any:
     return origin(_parse(item, inner) for item in value)
 
 
-def _parse_scalar(value: Any, annotation: type) -> Any:
+def _parse_scalar(value: object, annotation: type) -> Any:
     if annotation is type(None):
         if value is None or (isinstance(value, str) and value.strip().lower() in ("null", "none")):
             return None

@@ -36,12 +36,12 @@ class PromptInputs(TypedDict):
     Attributes:
         ids: [P, L] token ids.
         mask: [P, L] of 1 (real) and 0.
-        level: [P], the alignment level of each prompt's record, -1 where it carries none.
+        alignment_level: [P], the alignment level of each prompt's record, -1 where it carries none.
     """
 
     ids: Tensor
     mask: Tensor
-    level: Tensor
+    alignment_level: Tensor
 
 
 class VisualInputs(TypedDict):

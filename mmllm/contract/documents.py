@@ -57,7 +57,7 @@ def parse_yaml(text: str, where: object) -> Any:
     return value
 
 
-def _values(node: Any, known: dict[int, float]) -> float:
+def _values(node: object, known: dict[int, float]) -> float:
     """Number of values a node stands for, including its aliases'; infinite for a node that contains itself."""
     if not isinstance(getattr(node, "value", None), list):
         return 1
@@ -68,7 +68,7 @@ def _values(node: Any, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
-def _check(value: Any, where: object) -> None:
+def _check(value: object, where: object) -> None:
     todo = [(value, 0)]
     while todo:
         item, depth = todo.pop()

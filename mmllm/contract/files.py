@@ -42,8 +42,8 @@ def disk_error(error: OSError, where: object = None) -> UserError | None:
     }
     for codes, hint in hints.items():
         if error.errno in codes:
-            place = error.filename2 or error.filename or where or "a file"
-            return UserError(os.fsdecode(place), (error.strerror or str(error)).lower(), hint=hint)
+            file = error.filename2 or error.filename or where or "a file"
+            return UserError(os.fsdecode(file), (error.strerror or str(error)).lower(), hint=hint)
     return None
 
 
@@ -103,7 +103,7 @@ def write_text(path: Path, text: str) -> None:
         fresh.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write a JSON file, complete or not at all.
 
     Raises:

@@ -57,7 +57,7 @@ def pretrained(cls: type[T], name: str, **options: Any) -> T:
         raise UserError(name, f"damaged, or not what its files say ({type(error).__name__}: {reason})") from error
 
 
-def check_attention(values: Any, where: object) -> None:
+def check_attention(values: object, where: object) -> None:
     """Refuse a config, or any part of one, that names an attention implementation from a repository.
 
     Args:

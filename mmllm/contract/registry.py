@@ -121,8 +121,8 @@ def raised_at(error: BaseException, path: Path) -> str | None:
 
 def said_by(error: BaseException) -> str:
     """An error in one line, including the line of a plug-in that it comes from."""
-    place = next(filter(None, (raised_at(error, plugin) for plugin in _plugins)), None)
-    return " ".join(str(error).split())[:200] + (f" ({place})" if place else "")
+    line = next(filter(None, (raised_at(error, plugin) for plugin in _plugins)), None)
+    return " ".join(str(error).split())[:200] + (f" ({line})" if line else "")
 
 
 def _file(cls: type) -> str:

@@ -195,7 +195,7 @@ class PromptFeatures:
         pooled: [B, J] in the joint space, or None.
         hidden_states: [B, L, K, C] or None.
         present: [B] bool; a row without a prompt is absent and has one token unmasked.
-        level: [B] alignment level that the record carries, -1 where it carries none.
+        alignment_level: [B] alignment level that the record carries, -1 where it carries none.
     """
 
     ids: Tensor
@@ -204,7 +204,7 @@ class PromptFeatures:
     pooled: Tensor | None = None
     hidden_states: Tensor | None = None
     present: Tensor | None = None
-    level: Tensor | None = None
+    alignment_level: Tensor | None = None
 
     def select(self, index: list[int]) -> PromptFeatures:
         """The prompts `index` [P], repeats allowed."""
@@ -223,8 +223,8 @@ class Needs:
         extras: names of extras of the first input.
         prompt: fields of PromptFeatures.
         prompt_hidden_states: text layers.
-        alignment_levels: number of alignment levels it knows, if it reads `PromptFeatures.level`; a record with
-            another level is refused when it is read.
+        alignment_levels: number of alignment levels it knows, if it reads `PromptFeatures.alignment_level`; a record
+            with another level is refused when it is read.
     """
 
     hidden_states: tuple[int, ...] = ()

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mmllm.config.recipe import differences
 from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import read_record, write_json, write_text
@@ -27,6 +28,9 @@ from mmllm.eval.report_files import report_name
 from mmllm.lab.study import StudyFile
 from mmllm.progress import Progress
 from mmllm.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 THEN = "then.txt"
 """In the run folder of a preliminary run: its follow-up command, once that has succeeded."""
@@ -73,7 +77,7 @@ class Lab:
         quiet: bool = False,
     ) -> None:
         self.file, self.out, self.cache, self.device, self.quiet = file, out, cache, device, quiet
-        self.places = _places(device, jobs)
+        self.slots = _slots(device, jobs)
         self.running: set[subprocess.Popen] = set()
         self.stopping = threading.Event()
         # seeds in the outer loop: if killed midway, all arms have about the same number of seeds
@@ -98,9 +102,9 @@ class Lab:
         todo, count = self.todo(), len(self.first) + len(self.runs)
         progress = Progress("run", count, start=count - len(todo), quiet=self.quiet, every=0.0)
         free: Queue[dict[str, str]] = Queue()
-        for place in self.places:
-            free.put(place)
-        with ThreadPoolExecutor(len(self.places)) as pool, _terminated_as_interrupt():
+        for slot in self.slots:
+            free.put(slot)
+        with ThreadPoolExecutor(len(self.slots)) as pool, _terminated_as_interrupt():
             # a run waiting for another cannot block it: the other was submitted earlier, and has started
             waiting: dict[Run, Future] = {}
             failed: dict[str, UserError] = {}  # by message: arms that waited for a failed run raise the same error
@@ -167,8 +171,6 @@ class Lab:
 
     def _refuse_another(self, run: Run) -> None:
         """Raise if a folder holds a run of an earlier version of the study."""
-        from mmllm.config.recipe import differences
-
         path = run.out / "lab.json"
         known = read_record(path) if path.is_file() else {}
         if different := differences(known, self._facts(run)):
@@ -178,8 +180,8 @@ class Lab:
     def _run(self, run: Run, free: Queue[dict[str, str]], before: list[Future]) -> Run:
         for future in before:
             future.result()
-        place = free.get()
-        environment = {**os.environ, **place}
+        slot = free.get()
+        environment = {**os.environ, **slot}
         try:
             if (run.out / "recipe.yaml").is_file():
                 self._refuse_another(run)
@@ -191,7 +193,7 @@ class Lab:
                 self._call(run, command, environment)
                 write_text(run.out / THEN, shlex.join(command) + "\n")
         finally:
-            free.put(place)
+            free.put(slot)
         return run
 
     def _train(self, run: Run) -> list[str]:
@@ -235,7 +237,7 @@ def _terminated_as_interrupt() -> Iterator[None]:
         yield
         return
 
-    def interrupt(number: int, frame: Any) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -249,7 +251,7 @@ def _terminated_as_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _places(device: str | None, jobs: int | None) -> list[dict[str, str]]:
+def _slots(device: str | None, jobs: int | None) -> list[dict[str, str]]:
     """Slots for runs side by side, as environment variables: GPUs in turn, or shares of the cores."""
     import torch
 
@@ -257,11 +259,11 @@ def _places(device: str | None, jobs: int | None) -> list[dict[str, str]]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = given.split(",")[:count] if given else [str(index) for index in range(count)]
     jobs = jobs or max(1, count)
-    places = [{"CUDA_VISIBLE_DEVICES": names[index % count]} if count else {} for index in range(jobs)]
+    slots = [{"CUDA_VISIBLE_DEVICES": names[index % count]} if count else {} for index in range(jobs)]
     if jobs > 1:  # two processes that each use all cores slow each other down
         threads = str(max(1, torch.get_num_threads() // jobs))
-        places = [{**place, "OMP_NUM_THREADS": threads} for place in places]
-    return places
+        slots = [{**slot, "OMP_NUM_THREADS": threads} for slot in slots]
+    return slots
 
 
 def samples_per_second(run: Path) -> float | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from mmllm.config.recipe import Recipe, load
 from mmllm.config.sections import check_name
@@ -262,7 +262,7 @@ class StudyFile:
             hint = "change a grid, or `free: true` for an arm that is meant to differ"
             raise UserError(f"{self.path}:equal", f"the arms differ in {kind}", got=got, hint=hint)
 
-    def _entry(self, cls: type[Entry], section: str, name: str, value: Any) -> Entry:
+    def _entry(self, cls: type[Entry], section: str, name: str, value: object) -> Entry:
         where = f"{self.path}:{section}.{name}"
         check_name(name, where)
         return cls(**bind(cls, {"recipe": value} if isinstance(value, str) else value, where))

@@ -122,9 +122,9 @@ def _compare_llm(recipe: Recipe, config: PreTrainedConfig) -> None:
     llm = recipe.llm
     if llm.name is None:
         return
-    place, options = llm_source(llm, recipe.where("model.llm.name"))
-    if Path(place).is_dir():
-        check_same(fetch_llm_config(recipe, place, options), config, recipe.where("model.llm.config"), llm.name)
+    source, options = llm_source(llm, recipe.where("model.llm.name"))
+    if Path(source).is_dir():
+        check_same(fetch_llm_config(recipe, source, options), config, recipe.where("model.llm.config"), llm.name)
 
 
 def check_same(theirs: PreTrainedConfig, ours: PreTrainedConfig, where: str, name: str) -> None:

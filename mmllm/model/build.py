@@ -98,15 +98,15 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     if llm.tokenizer is None and llm.name is None:
         raise UserError(recipe.where("model.llm"), "neither a tokenizer nor a name")
     if llm.tokenizer is None:
-        place, options = llm_source(llm, recipe.where("model.llm.name"))
+        source, options = llm_source(llm, recipe.where("model.llm.name"))
     else:
-        place, options = recipe.path(llm.tokenizer), {}
+        source, options = recipe.path(llm.tokenizer), {}
     hint = "mmllm world make --out runs/world --level nano" if (llm.tokenizer or "").startswith("world:") else None
-    absent = UserError(recipe.where("model.llm.tokenizer"), f"no tokenizer at {place}", hint=hint)
-    if llm.tokenizer not in (None, place) and not Path(place).is_dir():  # below a root: no hub has it
+    absent = UserError(recipe.where("model.llm.tokenizer"), f"no tokenizer at {source}", hint=hint)
+    if llm.tokenizer not in (None, source) and not Path(source).is_dir():  # below a root: no hub has it
         raise absent
     try:
-        tokenizer = pretrained(AutoTokenizer, place, **options)
+        tokenizer = pretrained(AutoTokenizer, source, **options)
     except (OSError, ValueError) as error:
         raise absent from error
     if llm.template is not None:

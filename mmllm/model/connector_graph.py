@@ -51,7 +51,7 @@ def read_nodes(sections: dict[str, dict[str, Any]], used: set[str], text: list[s
     return nodes
 
 
-def read_output(output: Any, known: list[str], where: str) -> dict[str, list[str]]:
+def read_output(output: object, known: list[str], where: str) -> dict[str, list[str]]:
     """A name, a list of streams, or either per kind -> {kind: [names]}.
 
     Raises:

@@ -6,6 +6,11 @@ import json
 from typing import TYPE_CHECKING
 
 from mmllm.contract.errors import UserError
+from mmllm.data.records.alignment_levels import clip_score
+from mmllm.data.records.conversations import Sample
+from mmllm.model.config import MMLLMConfig
+from mmllm.model.folder import model_folder
+from mmllm.processing.collate import move
 
 if TYPE_CHECKING:
     from mmllm.data.media.types import MediaRef
@@ -25,7 +30,6 @@ class TrainedPair:
     def __init__(self, run: str, device: str = "cpu") -> None:
         from mmllm.api import load
         from mmllm.config.recipe import load as load_recipe
-        from mmllm.model.folder import model_folder
         from mmllm.train.objectives.contrastive import Contrastive
         from mmllm.train.stage import build_objective
 
@@ -46,10 +50,6 @@ class TrainedPair:
         """
         import torch
 
-        from mmllm.data.records.alignment_levels import clip_score
-        from mmllm.data.records.conversations import Sample
-        from mmllm.processing.collate import move
-
         fields = {"type": ref.kind, "path": ref.path, "start": ref.start, "end": ref.end, "fps": ref.fps}
         asked = {"role": "user", "content": [{key: value for key, value in fields.items() if value is not None}]}
         sample = Sample(name, [asked, {"role": "assistant", "content": text}], {})
@@ -61,9 +61,6 @@ class TrainedPair:
 
 def is_run(name: str) -> bool:
     """Whether a name is one of our run or model folders rather than the library's."""
-    from mmllm.model.config import MMLLMConfig
-    from mmllm.model.folder import model_folder
-
     try:
         config = json.loads((model_folder(name) / "config.json").read_text(encoding="utf-8"))
     except (UserError, OSError, ValueError):

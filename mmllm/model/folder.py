@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmllm.config.llm_sizes import check_sizes
 from mmllm.contract.arguments import Count, NotNegative, Number, Positive, parse
 from mmllm.contract.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from mmllm.model.modeling import MMLLMForConditionalGeneration
+    from mmllm.processing.processor import MMLLMProcessor
 
 JSON_FILES = (
     "config.json",
@@ -96,7 +100,7 @@ def check_model_folder(folder: Path, needed: tuple[str, ...] = NEEDED) -> None:
             raise UserError(path, f"damaged ({error})", hint=hint) from error
 
 
-def check_generation(model: Any, folder: Path) -> None:
+def check_generation(model: MMLLMForConditionalGeneration, folder: Path) -> None:
     """Check that a model's generation config has numbers where it needs them, and ids within its vocabulary.
 
     Raises:
@@ -113,7 +117,7 @@ def check_generation(model: Any, folder: Path) -> None:
                 raise UserError(f"{where}{key}", "not in the vocabulary", expected=f"below {rows}", got=token)
 
 
-def check_tokenizer(processor: Any, folder: Path) -> None:
+def check_tokenizer(processor: MMLLMProcessor, folder: Path) -> None:
     """Check that a tokenizer and its chat template work at all.
 
     Raises:

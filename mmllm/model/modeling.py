@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,11 @@ from mmllm.contract.types import LLMInputs, Needs
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.front_end import FrontEnd
 from mmllm.processing.collate import joined, move
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    from mmllm.contract.parts import Objective
 
 # What the LLM returns besides its hidden states; the library renamed past_key_values to cache after 5.23.
 BESIDE = ("cache", "past_key_values", "hidden_states", "attentions")
@@ -140,7 +145,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
             sequence = LLMInputs(inputs_embeds, attention_mask, position_ids, torch.zeros_like(inputs_embeds[..., 0]))
         return self.run(sequence, **kwargs)
 
-    def run(self, sequence: LLMInputs, **kwargs: Any) -> Any:
+    def run(self, sequence: LLMInputs, **kwargs: Any) -> BaseModelOutputWithPast:
         """The LLM's body over a sequence; `last_hidden_state` [B, L, D] and whatever else the library returns."""
         return self.language_model(
             inputs_embeds=sequence.embeds,
@@ -205,7 +210,7 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         visual: VisualInputs | None = None,
-        objective: Any = None,
+        objective: Objective | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:

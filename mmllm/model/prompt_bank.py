@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from mmllm.contract.parts import Site, TextSource
 from mmllm.contract.registry import find
 from mmllm.contract.types import Needs, PromptFeatures
 from mmllm.processing.content import texts_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Turns = Literal["all", "first", "last"]
 
@@ -37,7 +40,7 @@ class PromptBank(nn.Module):
             self.sources[name] = build_source(section, f"{where}.{name}", llm_width)
             self.turns[name] = parse(section.get("turns", "all"), Turns, f"{where}.{name}.turns")
 
-    def use_tokenizer(self, tokenizer: Any) -> None:
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give the LLM's tokenizer to the sources with `tokenizer: llm`."""
         for source in self.sources.values():
             if getattr(source, "tokenizer_name", None) == "llm":
@@ -64,7 +67,7 @@ class PromptBank(nn.Module):
         prompts = {}
         for name, source in self.sources.items():
             ids, mask = source.collate([row.get(name, []) for row in rows])
-            prompts[name] = {"ids": ids, "mask": mask, "level": level}
+            prompts[name] = {"ids": ids, "mask": mask, "alignment_level": level}
         return prompts
 
     def blank(self, device: torch.device) -> dict[str, dict[str, Tensor]]:
@@ -90,7 +93,7 @@ class PromptBank(nn.Module):
             with nullcontext() if trains else torch.no_grad():
                 item = prompts[name]
                 found = source(item["ids"], item["mask"], wanted, embed_tokens)
-            features[name] = replace(found, level=item.get("level"))
+            features[name] = replace(found, alignment_level=item.get("alignment_level"))
         return features
 
 

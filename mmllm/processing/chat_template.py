@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmllm.contract.errors import UserError, shown
 from mmllm.processing.content import PLACEHOLDERS, MediumEntry, entries_of
 from mmllm.processing.sandbox import Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MARK = "\ue000{}\ue001"
 
@@ -37,7 +40,7 @@ class Rendered:
 
 
 def render(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     *,
     prompt: bool,
@@ -90,8 +93,8 @@ def _role(message: dict[str, Any]) -> str:
 
 def _written_first(piece: str, opening: str) -> int:
     """Number of characters a template writes between a generation prompt and the content (an empty thought, say)."""
-    place = piece.rfind(opening) if opening else -1
-    return len(piece) - place - len(opening) if place >= 0 else 0
+    at = piece.rfind(opening) if opening else -1
+    return len(piece) - at - len(opening) if at >= 0 else 0
 
 
 def _write_content(message: dict[str, Any], result: Rendered) -> None:

@@ -52,7 +52,7 @@ class Example:
         media: its media in order.
         spans: (start, medium, stream) of every visual span.
         prompt: {text source: ids} of what the user says.
-        level: how completely text and media match, -1 = unknown.
+        alignment_level: how completely text and media match, -1 = unknown.
         name: its name in errors.
     """
 
@@ -61,7 +61,7 @@ class Example:
     media: list[Medium] = field(default_factory=list)
     spans: list[tuple[int, int, int]] = field(default_factory=list)
     prompt: dict[str, list[int]] = field(default_factory=dict)
-    level: int = -1
+    alignment_level: int = -1
     name: str = ""
 
 
@@ -132,7 +132,7 @@ class Visual:
 
     def add(self, example: Example, row: int, offset: int) -> None:
         """Add the spans of one row whose tokens start at `offset`."""
-        prompt = json.dumps([example.prompt, example.level]) if example.prompt else None
+        prompt = json.dumps([example.prompt, example.alignment_level]) if example.prompt else None
         for start, index, stream in example.spans:
             medium = example.media[index]
             self.media.setdefault(medium.key, medium)
@@ -151,7 +151,7 @@ class Visual:
             "spans": torch.tensor(self.spans, dtype=torch.long).reshape(-1, 4),
         }
         said = self.prompts.values()
-        rows, levels = [example.prompt for example in said], [example.level for example in said]
+        rows, levels = [example.prompt for example in said], [example.alignment_level for example in said]
         return visual | ({"prompts": prompts(rows, levels)} if asked else {})
 
 
@@ -170,11 +170,11 @@ def collate(examples: list[Example], pad_id: int, padding_side: str, prompts: Ca
     visual = Visual()
     for row, example in enumerate(examples):
         offset = length - len(example.ids) if padding_side == "left" else 0
-        place = slice(offset, offset + len(example.ids))
-        ids[row, place] = torch.tensor(example.ids)
-        mask[row, place] = 1
+        own = slice(offset, offset + len(example.ids))
+        ids[row, own] = torch.tensor(example.ids)
+        mask[row, own] = 1
         if labels is not None:
-            labels[row, place] = torch.tensor(example.labels)
+            labels[row, own] = torch.tensor(example.labels)
         visual.add(example, row, offset)
     batch = {"input_ids": ids, "attention_mask": mask}
     if labels is not None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Extent = tuple[int, int]
 """(start, end) characters."""
@@ -18,7 +21,7 @@ class ControlTokens:
         tokenizer: of transformers, backed by a fast tokenizer.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.items()
         self.ids = {str(token): number for number, token in added if token.special}
@@ -34,13 +37,13 @@ class ControlTokens:
                     at = text.find(token, at + 1, end)
         return found
 
-    def ids_of(self, token: int, text: str, place: Extent, spelled: list[Extent]) -> list[int]:
+    def ids_of(self, token: int, text: str, extent: Extent, spelled: list[Extent]) -> list[int]:
         """A token's id, or the ids of its text if it is a control token that somebody typed.
 
         Args:
-            place: its extent in the text; surrounding spaces may be included.
+            extent: where it is in the text; surrounding spaces may be included.
         """
-        start, end = place
+        start, end = extent
         if token not in self.ids.values() or not any(start < last and first < end for first, last in spelled):
             return [token]
         return self._plain.encode(text[start:end], add_special_tokens=False).ids

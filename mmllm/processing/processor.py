@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from transformers import AutoProcessor, ProcessorMixin
 
 from mmllm.contract.arguments import Count, Number, parse
 from mmllm.contract.errors import UserError, shown
-from mmllm.data.media.loading import Loaded, MediaLoader, resized
+from mmllm.data.media.loading import MediaLoader
 from mmllm.data.media.sampling import Sampling
-from mmllm.data.media.types import Clip
 from mmllm.model.front_end_plan import FrontEndPlan, shared_plan
 from mmllm.model.prompt_bank import user_turns
 from mmllm.processing.chat_template import Rendered, render
 from mmllm.processing.collate import Example, Medium, VisualBatch, collate
 from mmllm.processing.content import PLACEHOLDERS, MediumEntry, entries_of
 from mmllm.processing.control_tokens import ControlTokens
+from mmllm.processing.expansion import Expander, ReadEntry
+from mmllm.processing.media import read_medium
 from mmllm.processing.options import SAMPLING, read_options, refuse_unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 CHARACTERS = 256
 """Upper limit of characters per token of any tokenizer, on average over a text."""
@@ -41,7 +45,7 @@ class MMLLMProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         model_section: dict[str, Any] | None = None,
         llm_width: int = 0,
         max_length: int | None = None,
@@ -97,7 +101,7 @@ class MMLLMProcessor(ProcessorMixin):
         return_tensors: str | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> str | list[str] | VisualBatch | Tensor:
         """Text, or with `tokenize` a batch, of one conversation or a list of them; media are read here.
 
         Args:
@@ -129,9 +133,9 @@ class MMLLMProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: Any = None,
+        images: object = None,
         text: str | list[str] | None = None,
-        videos: Any = None,
+        videos: object = None,
         **kwargs: Any,
     ) -> VisualBatch:
         """A batch of plain texts with `<image>` and `<video>` where the media belong, in order.
@@ -160,7 +164,7 @@ class MMLLMProcessor(ProcessorMixin):
                 raise UserError(
                     f"{kind}s", f"more media than placeholders: {len(rest)} left over", hint=f"add <{kind}>"
                 )
-        examples = [self._expand(item, sampling=sampling) for item in rendered]
+        examples = [self._expander().expand(item, self._reader(sampling)) for item in rendered]
         return self.collate(examples, padding_side=options["padding_side"] or "left")
 
     def _take(self, text: str, queues: dict[str, list]) -> list[MediumEntry]:
@@ -186,7 +190,7 @@ class MMLLMProcessor(ProcessorMixin):
         variables: dict[str, Any] | None = None,
         sampling: Sampling | None = None,
         name: str = "",
-        level: int | None = None,
+        alignment_level: int | None = None,
     ) -> Example:
         """One conversation: media read, tokens expanded, labels on the assistant turns.
 
@@ -194,14 +198,14 @@ class MMLLMProcessor(ProcessorMixin):
             answers: whether to make labels.
             prompt, continued, template, variables: see `mmllm.processing.chat_template.render`.
             sampling: a sampling other than the recipe's, for this conversation.
-            level: how completely text and media match.
+            alignment_level: how completely text and media match.
 
         Raises:
             UserError: a medium cannot be read, or even the first turn is longer than `max_length`.
         """
-        level = _checked_level(level, self.plan.alignment_levels, name)
+        level = _checked_level(alignment_level, self.plan.alignment_levels, name)
         how = {"prompt": prompt, "continued": continued, "template": template, "variables": variables}
-        known: dict[Any, Medium] = {}  # by position: read once, however many of the last turns have to be dropped
+        expander, read = self._expander(), self._reader(sampling)
         while True:
             rendered = render(self.tokenizer, messages, **how)
             shorter = _without_last_turn(messages) if answers else None
@@ -211,13 +215,13 @@ class MMLLMProcessor(ProcessorMixin):
                     raise UserError(name or "conversation", what, expected=f"at most {self.max_length} tokens")
                 messages = shorter
                 continue
-            example = self._expand(rendered, answers, sampling, name, known)
+            example = expander.expand(rendered, read, answers, name)
             example.prompt = self.plan.prompts.encode(user_turns(messages))
-            example.level = level
+            example.alignment_level = level
             if self.max_length is None or len(example.ids) <= self.max_length:
                 return example
             if shorter is None:
-                visual = sum(self._length(example.media[index], stream) for _, index, stream in example.spans)
+                visual = expander.visual_tokens(example)
                 raise UserError(
                     name or "conversation",
                     f"{len(example.ids)} tokens, {visual} of them visual",
@@ -228,78 +232,24 @@ class MMLLMProcessor(ProcessorMixin):
                 )
             messages = shorter
 
-    def _expand(
-        self,
-        rendered: Rendered,
-        answers: bool = False,
-        sampling: Sampling | None = None,
-        name: str = "",
-        known: dict[Any, Medium] | None = None,
-    ) -> Example:
-        typed = self.controls.spelled(rendered.text, rendered.typed)
-        placed = answers or bool(typed)
-        encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=placed)
-        offsets = encoded["offset_mapping"] if placed else None
-        example = Example([], [] if answers else None, name=name)
-        for position, token in enumerate(encoded["input_ids"]):
-            if token in self.placeholder_ids:
-                self._append_medium(example, rendered, sampling, {} if known is None else known)
-                continue
-            ids = self.controls.ids_of(token, rendered.text, offsets[position], typed) if typed else [token]
-            example.ids += ids
-            if answers:
-                # Overlap, not inclusion: many tokenizers join a word with the space before it.
-                first, last = offsets[position]
-                learnt = any(last > start and first < end for start, end in rendered.answers)
-                example.labels += ids if learnt else [-100] * len(ids)
-        if len(example.media) != len(rendered.media):
-            raise UserError(name or "text", "a placeholder was lost in tokenisation")
-        if self.plan.first:
-            self._put_first(example)
-        return example
+    def _expander(self) -> Expander:
+        return Expander(self.tokenizer, self.controls, self.placeholder_ids, self.filler_id, self.plan)
+
+    def _reader(self, sampling: Sampling | None) -> ReadEntry:
+        """Reads the media of one conversation, each once, however many of its last turns have to be dropped."""
+        known: dict[tuple[int, bool], Medium] = {}
+
+        def read(index: int, entry: MediumEntry, tiled: bool) -> Medium:
+            if (index, tiled) not in known:
+                known[index, tiled] = self.read(entry, sampling, tiled)
+            return known[index, tiled]
+
+        return read
 
     @cached_property
     def controls(self) -> ControlTokens:
         """The tokenizer's control tokens, for texts that spell one."""
         return ControlTokens(self.tokenizer)
-
-    def _put_first(self, example: Example) -> None:
-        """Put the streams meant for the start of the sequence there, after BOS, wherever their medium is."""
-        start = int(bool(example.ids) and example.ids[0] == self.tokenizer.bos_token_id)
-        plan, at = self.plan, start
-        first: list[tuple[int, int, int]] = []
-        for index, medium in enumerate(example.media):
-            for stream, node in enumerate(plan.output[medium.spec.kind]):
-                if node in plan.first:
-                    first.append((at, index, stream))
-                    at += self._length(medium, stream)
-        example.ids[start:start] = [self.filler_id] * (at - start)
-        if example.labels is not None:
-            example.labels[start:start] = [-100] * (at - start)
-        example.spans = [*first, *((place + at - start, index, stream) for place, index, stream in example.spans)]
-
-    def _append_medium(
-        self, example: Example, rendered: Rendered, sampling: Sampling | None, known: dict[Any, Medium]
-    ) -> None:
-        if len(example.media) >= len(rendered.media):
-            raise UserError(example.name or "text", "more placeholders than media")
-        place = len(example.media)
-        # a single image is cut into tiles; with others, each is one view (LLaVA-OneVision)
-        alone = len(rendered.media) == 1
-        if (place, alone) not in known:
-            known[place, alone] = self.read(rendered.media[place], sampling, tiled=alone)
-        medium = known[place, alone]
-        for stream, node in enumerate(self.plan.output[medium.spec.kind]):
-            if node in self.plan.first:
-                continue  # put in once everything is known
-            example.spans.append((len(example.ids), len(example.media), stream))
-            example.ids += [self.filler_id] * self._length(medium, stream)
-        if example.labels is not None:
-            example.labels += [-100] * (len(example.ids) - len(example.labels))
-        example.media.append(medium)
-
-    def _length(self, medium: Medium, stream: int) -> int:
-        return self.plan.streams(medium.spec)[stream].tokens
 
     def read(self, entry: MediumEntry | dict[str, Any], sampling: Sampling | None = None, tiled: bool = True) -> Medium:
         """Decode one content entry and resize it for every encoder.
@@ -314,17 +264,7 @@ class MMLLMProcessor(ProcessorMixin):
         """
         if isinstance(entry, dict):
             (entry,) = entries_of({"content": [entry]})
-        sampling = entry.sampled(sampling or self.plan.sampling)
-        wanted = self.plan.geometries
-        tiling = self.plan.tiling if tiled and entry.kind == "image" else None
-        ref = entry.ref
-        if ref is not None:
-            loaded, key = self.loader.load(ref, sampling, wanted, tiling), (ref, sampling, tiling)
-        else:
-            clip, kind = _in_memory(entry.source, entry.kind, sampling), entry.kind
-            loaded = resized(clip, kind, tuple(wanted.values()), tiling)
-            key = (kind, id(entry.source), sampling, tiling)
-        return _medium(key, loaded, entry.source)
+        return read_medium(self.loader, self.plan, entry, sampling, tiled)
 
     def sampling(
         self,
@@ -357,11 +297,7 @@ def _checked_level(level: int | None, known: int | None, name: str) -> int:
     return level
 
 
-def _medium(key: Any, loaded: Loaded, source: Any) -> Medium:
-    return Medium(key, loaded.spec, loaded.times, loaded.pixels, loaded.features, loaded.keys, source, loaded.corrupt)
-
-
-def _flat(media: Any) -> list:
+def _flat(media: object) -> list:
     if media is None:
         return []
     if not isinstance(media, list | tuple):
@@ -373,23 +309,6 @@ def _without_last_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]] |
     """The conversation without its last question and answer; None if that was the only one."""
     questions = [index for index, message in enumerate(messages) if message["role"] == "user"]
     return messages[: questions[-1]] if len(questions) > 1 else None
-
-
-def _in_memory(source: Any, kind: str, sampling: Sampling) -> Clip:
-    """Frames that are already in memory: a PIL image or uint8 [H, W, 3] or [T, H, W, 3] (one frame per second)."""
-    from PIL import ImageOps
-
-    array = np.asarray(ImageOps.exif_transpose(source).convert("RGB") if hasattr(source, "convert") else source)
-    array = array[None] if array.ndim == 3 else array
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3:
-        raise UserError(f"{kind} array", "wrong shape or type", expected="uint8 [T, H, W, 3]", got=array.shape)
-    if kind == "video":
-        from mmllm.data.media.types import Probe
-
-        probe = Probe("video", len(array), 1.0, *array.shape[1:3])
-        index = sampling.indices(probe, None, None)
-        return Clip(array[index], np.asarray(index, dtype=np.float64))
-    return Clip(array[:1], np.zeros(1))
 
 
 AutoProcessor.register("mmllm", MMLLMProcessor)

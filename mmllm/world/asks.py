@@ -117,9 +117,9 @@ def final_place(scene: Scene, thing: Thing) -> Question | None:
     """OS: its position in the row at the end."""
     if not scene.row:
         return None
-    places = ("left", "middle", "right")
-    answer = places[scene.row.index(thing.color)]
-    return Question(f"Where is the {thing.noun} at the end?", answer, rest(places, answer))
+    sides = ("left", "middle", "right")
+    answer = sides[scene.row.index(thing.color)]
+    return Question(f"Where is the {thing.noun} at the end?", answer, rest(sides, answer))
 
 
 def direction(scene: Scene, thing: Thing) -> Question | None:

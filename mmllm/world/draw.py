@@ -67,9 +67,9 @@ def scatter(scene: Scene, canvas: np.ndarray, shift: np.ndarray, zoom: np.ndarra
             canvas[frame[inside], (py + dy)[inside], (px + dx)[inside]] = light
 
 
-def paste(frame: np.ndarray, shape: str, pose: str, place: tuple[float, float, float, str]) -> None:
+def paste(frame: np.ndarray, shape: str, pose: str, position: tuple[float, float, float, str]) -> None:
     """Draw one thing onto a frame [S, S, 3]; what lies outside is cut off."""
-    y, x, size, color = place
+    y, x, size, color = position
     whole = max(round(size), 2)
     top, left = round(y - whole / 2), round(x - whole / 2)
     side = frame.shape[0]
@@ -92,9 +92,9 @@ def render(scene: Scene) -> np.ndarray:
     for t, frame in enumerate(canvas):
         z, s = float(zoom[t]), float(shift[t])
         for thing in scene.things:
-            place = state(thing, t)
-            if place is not None:
-                y, x, size, color = place
+            position = state(thing, t)
+            if position is not None:
+                y, x, size, color = position
                 seen = ((y - half) * z + half, (x - half) * z + half + s, size * z, color)
                 paste(frame, thing.shape, thing.pose, seen)
     if scene.flash:

@@ -10,6 +10,11 @@ from pathlib import Path
 
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.files import held, read_record, write_json, write_text
+from mmllm.world.groups import make_items
+from mmllm.world.layout import write_clip, write_item
+from mmllm.world.tasks import MLVU, MVBENCH
+from mmllm.world.tokenizer import build_tokenizer
+from mmllm.world.training import draw_sample, letter_line, text_line
 
 VERSION = 1
 MANIFEST = "world.json"
@@ -65,9 +70,6 @@ def dumps(value: object) -> str:
 
 def run_job(job: Job) -> tuple[str, int, dict[str, list[str]]]:
     """Do one piece of work in any process; returns (kind, start, {file: lines})."""
-    from mmllm.world.layout import write_clip
-    from mmllm.world.training import draw_sample, letter_line, text_line
-
     side, extra = job.level.side, job.level.extra
     lines: dict[str, list[str]] = {}
     numbers = range(job.start, job.end)
@@ -87,10 +89,6 @@ def run_job(job: Job) -> tuple[str, int, dict[str, list[str]]]:
 
 def run_test(job: Job) -> None:
     """Write all clips and the JSON file of one test task."""
-    from mmllm.world.groups import make_items
-    from mmllm.world.layout import write_item
-    from mmllm.world.tasks import MLVU, MVBENCH
-
     task = next(task for task in MVBENCH + MLVU if task.stem == job.kind)
     root = job.out / ("mvbench" if task in MVBENCH else "mlvu")
     (root / "video" / task.folder).mkdir(parents=True, exist_ok=True)
@@ -103,8 +101,6 @@ def run_test(job: Job) -> None:
 
 def plan(out: Path, level: Level, seed: int) -> list[Job]:
     """All pieces of work."""
-    from mmllm.world.tasks import MLVU, MVBENCH
-
     jobs = [Job(out, task.stem, 0, 1, seed, level) for task in MVBENCH + MLVU]
     for kind, total, step in (
         ("clips", level.clips, 100),
@@ -199,8 +195,6 @@ def make_world(
 
 
 def _make(out: Path, level: str, seed: int, jobs: int, progress: Progress | None) -> dict[str, object]:
-    from mmllm.world.tokenizer import build_tokenizer
-
     sizes = LEVELS[level]
     which = {"level": level, "seed": seed, "version": VERSION}
     write_json(out / MAKING, which)

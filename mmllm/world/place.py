@@ -37,8 +37,8 @@ def size_of(cast: Cast, rng: Random, actions: tuple[Action, ...]) -> float:
 
 def path(thing: Thing, frames: int) -> Path:
     """Positions of a thing at twelve times spread over the clip: (y, x, half of its size), `None` while hidden."""
-    places = (state(thing, round(i * (frames - 1) / (TIMES - 1))) for i in range(TIMES))
-    return [place and (place[0], place[1], place[2] / 2) for place in places]
+    circles = (state(thing, round(i * (frames - 1) / (TIMES - 1))) for i in range(TIMES))
+    return [circle and (circle[0], circle[1], circle[2] / 2) for circle in circles]
 
 
 def apart(a: Path, b: Path, y: float, x: float) -> bool:
@@ -67,15 +67,15 @@ def put(
     pair, actions = part
     size = size_of(cast, rng, actions)
     own = path(Thing(*pair, 0.0, 0.0, size, actions), frames)
-    seen = [place for place in own if place]
-    y0, x0 = (min(place[i] - place[2] for place in seen) + min(drift[i], 0) for i in (0, 1))
-    y1, x1 = (max(place[i] + place[2] for place in seen) + max(drift[i], 0) for i in (0, 1))
+    seen = [circle for circle in own if circle]
+    y0, x0 = (min(circle[i] - circle[2] for circle in seen) + min(drift[i], 0) for i in (0, 1))
+    y1, x1 = (max(circle[i] + circle[2] for circle in seen) + max(drift[i], 0) for i in (0, 1))
     if max(y1 - y0, x1 - x0) > cast.side - 2:
         return None
     for _ in range(12):
         y, x = round(rng.uniform(1 - y0, cast.side - 1 - y1)), round(rng.uniform(1 - x0, cast.side - 1 - x1))
         if all(apart(own, other, y, x) for other in taken):
-            taken.append([place and (place[0] + y, place[1] + x, place[2]) for place in own])
+            taken.append([circle and (circle[0] + y, circle[1] + x, circle[2]) for circle in own])
             return Thing(*pair, y, x, size, actions)
     return None
 

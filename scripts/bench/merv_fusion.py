@@ -16,10 +16,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmllm.contract.parts import Part
 
 FORMS = ("reference", "cheap")
 MIB = 2**20
@@ -33,7 +36,7 @@ def make(options: argparse.Namespace) -> tuple[list[Tensor], Tensor]:
     return [row.requires_grad_() for row in rows[:-1]], rows[-1]
 
 
-def build(form: str, options: argparse.Namespace) -> Any:
+def build(form: str, options: argparse.Namespace) -> Part:
     """One form of the fusion, with the authors' random weights."""
     from mmllm.contract.parts import Site
     from mmllm.contract.registry import find
@@ -45,7 +48,7 @@ def build(form: str, options: argparse.Namespace) -> Any:
     return part(Site(specs, options.width), attn_dim=options.attn_dim, reference=form == "reference").to(options.device)
 
 
-def step(part: Any, streams: list[Tensor], upstream: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+def step(part: Part, streams: list[Tensor], upstream: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Forward and backward: output, weights, gradients of the streams."""
     out, weights = part.mix(streams)
     wanted = [*streams, *part.parameters()]
@@ -55,7 +58,7 @@ def step(part: Any, streams: list[Tensor], upstream: Tensor) -> tuple[Tensor, Te
     return out.detach(), weights.detach(), list(gradients[: len(streams)])
 
 
-def kept(part: Any, streams: list[Tensor]) -> float:
+def kept(part: Part, streams: list[Tensor]) -> float:
     """MiB that autograd keeps for the backward pass, weights and streams included, each storage once."""
     sizes: dict[int, int] = {}
 

@@ -13,12 +13,21 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
-def batches(recipe: Any, processor: Any, count: int, size: int) -> list[dict[str, Any]]:
+    from transformers import TrainerControl, TrainerState
+
+    from mmllm.config.recipe import Recipe
+    from mmllm.model.modeling import MMLLMForConditionalGeneration
+    from mmllm.processing.processor import MMLLMProcessor
+
+
+def batches(recipe: Recipe, processor: MMLLMProcessor, count: int, size: int) -> list[dict[str, Any]]:
     """Prepared batches of the instruct stage."""
     from mmllm.train.objectives.language_modeling import LanguageModeling
     from mmllm.train.stage import load_data
@@ -28,7 +37,7 @@ def batches(recipe: Any, processor: Any, count: int, size: int) -> list[dict[str
     return [objective.prepare([data[i] for i in range(k * size, (k + 1) * size)], processor) for k in range(count)]
 
 
-def by_hand(model: Any, prepared: list[dict[str, Any]], lr: float) -> Any:
+def by_hand(model: MMLLMForConditionalGeneration, prepared: list[dict[str, Any]], lr: float) -> Iterator[None]:
     """A generator of step seconds of a plain loop: embed, run the LLM, head on scored rows, cross-entropy."""
     from mmllm.processing.collate import move
 
@@ -51,7 +60,9 @@ def by_hand(model: Any, prepared: list[dict[str, Any]], lr: float) -> Any:
         yield time.perf_counter() - start
 
 
-def by_trainer(model: Any, prepared: list[dict[str, Any]], lr: float, device: str) -> Any:
+def by_trainer(
+    model: MMLLMForConditionalGeneration, prepared: list[dict[str, Any]], lr: float, device: str
+) -> Iterator[None]:
     """A generator of step seconds of StageTrainer, its loop paused after every step."""
     import tempfile
     from queue import Queue
@@ -69,7 +80,9 @@ def by_trainer(model: Any, prepared: list[dict[str, Any]], lr: float, device: st
             go.get()
             self.start = time.perf_counter()
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        def on_step_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+        ) -> None:
             done.put(time.perf_counter() - self.start)
 
     arguments = TrainingArguments(

@@ -86,19 +86,19 @@ def test_without_a_prompt_the_gate_is_neutral():
 @torch.no_grad()
 def test_a_records_level_is_its_embedding_and_other_rows_are_mixed():
     part, prompt = gate(), said()
-    prompt.level = torch.tensor([2, -1, 4])
+    prompt.alignment_level = torch.tensor([2, -1, 4])
     out = part(clips(), prompt=prompt).values[:, 0]
     assert torch.equal(out[0], part.table[2])
     assert torch.equal(out[2], part.table[4])
     torch.testing.assert_close(out[1], part(clips(), prompt=said()).values[1, 0])
-    prompt.level = torch.tensor([0, -1, 0])  # the weakest level is one, too
+    prompt.alignment_level = torch.tensor([0, -1, 0])  # the weakest level is one, too
     out = part(clips(), prompt=prompt).values[:, 0]
     assert torch.equal(out[0], part.table[0]) and torch.equal(out[2], part.table[0])
 
 
 def test_every_weight_is_in_the_graph_whatever_the_records_carry():
     part, prompt = gate(), said()
-    prompt.level = torch.tensor([0, 1, 2])
+    prompt.alignment_level = torch.tensor([0, 1, 2])
     part(clips(), prompt=prompt).values.sum().backward()
     assert all(parameter.grad is not None for parameter in part.parameters())
     assert part.table.grad[:3].all()
@@ -161,7 +161,8 @@ def test_a_record_s_level_or_its_first_question_makes_the_token():
     chats = [[turn(clip, "What moves?"), answer]] * 3 + [[turn("Say something."), answer]]
     chats.append([turn(clip, "What moves?"), answer, turn("A second question, and a long one?"), answer])
     examples = [
-        processor.encode(chat, level=level) for chat, level in zip(chats, (2, None, 0, None, None), strict=True)
+        processor.encode(chat, alignment_level=level)
+        for chat, level in zip(chats, (2, None, 0, None, None), strict=True)
     ]
     batch = processor.collate(examples, padding_side="left")
     embeds = model.embed(batch).embeds
@@ -260,11 +261,11 @@ def test_a_record_whose_level_the_table_has_not_is_named_when_it_is_read():
     chat = [turn(video(1), "What moves?"), turn("it moves left", role="assistant")]
     processor = tiny_processor(tiny_recipe("nano/aligngpt"))
     count = processor.plan.alignment_levels
-    assert processor.encode(chat, level=count - 1).level == count - 1
+    assert processor.encode(chat, alignment_level=count - 1).alignment_level == count - 1
     with pytest.raises(UserError, match=f"sample clip-7: level: .*expected below {count}, got {count}"):
-        processor.encode(chat, level=count, name="clip-7")
+        processor.encode(chat, alignment_level=count, name="clip-7")
     without = tiny_processor(tiny_recipe("nano/llava"))
-    assert without.encode(chat, level=count).level == count
+    assert without.encode(chat, alignment_level=count).alignment_level == count
 
 
 def test_mistakes_of_the_command_are_named(tmp_path, capsys):

@@ -106,10 +106,10 @@ def test_the_lowest_layers_of_both_towers_enter_first():
     part, seen, asked = bridge(gate=1.0), clips(), prompts()
     image, text = part.norm(seen.extras["hidden_states"]).unbind(2), part.text_norm(asked.hidden_states).unbind(2)
     places = torch.zeros(1, 12, 8)  # moments are not learnt yet
-    fused = part.stack(text, image, asked.mask, frames=3, places=places, weigh=True)
+    fused = part.stack(text, image, asked.mask, frames=3, positions=places, weigh=True)
     added = part.out(fused.image + masked_mean(fused.text, asked.mask)[:, None])
     torch.testing.assert_close(part(seen, prompt=asked).values, seen.values + added, atol=1e-6, rtol=0)
-    turned = part.stack(text, image[::-1], asked.mask, frames=3, places=places, weigh=True)
+    turned = part.stack(text, image[::-1], asked.mask, frames=3, positions=places, weigh=True)
     assert not torch.allclose(turned.image, fused.image, atol=1e-2)
 
 

@@ -20,7 +20,7 @@ from helpers.studies import study
 
 from mmllm.cli import main
 from mmllm.contract.errors import UserError
-from mmllm.lab.runs import Lab, Run, _places, _terminated_as_interrupt
+from mmllm.lab.runs import Lab, Run, _slots, _terminated_as_interrupt
 from mmllm.lab.study import StudyFile
 from mmllm.lab.table import estimate, render, results
 
@@ -296,7 +296,7 @@ def test_runs_go_to_gpus_in_turn_or_share_the_cores(monkeypatch, device, gpus, j
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     monkeypatch.setattr("torch.get_num_threads", lambda: 8)
-    assert _places(device, jobs) == places
+    assert _slots(device, jobs) == places
 
 
 def test_no_run_at_a_time_is_refused(tmp_path, capsys):

@@ -7,8 +7,8 @@ import torch
 from helpers.tiny import save_model, tiny_model, tiny_recipe
 from safetensors.torch import load_file, save_file
 
-from mmllm.api import load_weights
 from mmllm.contract.errors import UserError
+from mmllm.model.checkpoint import load_weights
 
 
 @pytest.fixture(scope="module")

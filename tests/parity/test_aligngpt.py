@@ -37,7 +37,7 @@ def gate_of(golden) -> LevelGate:
 def prompts(tokens: Tensor, mask: Tensor, level: Tensor | None = None) -> PromptFeatures:
     """Prompts of tokens [B, L, D]; a record's level where it is known."""
     made = PromptFeatures(mask.long(), mask, tokens)
-    made.level = level
+    made.alignment_level = level
     return made
 
 
@@ -113,7 +113,7 @@ def test_pretraining_takes_the_records_level(golden):
     close(found[:, 0], golden["level_table"][level])
     check_sequence(golden, "pretrain", tokens, found)
     # a record without a level gets the mixture, and nothing said an even one
-    said.level, said.present = torch.full_like(level, -1), torch.zeros(len(level), dtype=torch.bool)
+    said.alignment_level, said.present = torch.full_like(level, -1), torch.zeros(len(level), dtype=torch.bool)
     close(
         part(images(tokens), prompt=said).values[:, 0],
         (part.table[-1] + part.table[:-1].mean(0)).expand(len(tokens), -1),

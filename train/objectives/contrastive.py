@@ -6,7 +6,7 @@ Sources: CLIP (Radford et al. 2021, figure 3), SigLIP (Zhai et al. 2023, algorit
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
@@ -17,6 +17,12 @@ from mmllm.contract.parts import Objective
 from mmllm.contract.registry import register
 from mmllm.contract.types import Term
 from mmllm.data.records.conversations import Sample
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
+
+    from mmllm.contract.parts import TextSource
+    from mmllm.processing.processor import MMLLMProcessor
 
 
 class ClipLoss(nn.Module):
@@ -96,7 +102,7 @@ class Contrastive(Objective):
         self.text = text
         self.waiting = False  # whether a batch was counted and not yet scored
 
-    def prepare(self, samples: list, processor: Any) -> Batch:
+    def prepare(self, samples: list, processor: MMLLMProcessor) -> Batch:
         """Conversations -> clips as `visual`, one pair per sample, and their descriptions as ids and mask [B, L].
 
         Raises:
@@ -117,7 +123,7 @@ class Contrastive(Objective):
         names = [sample.id for sample in samples]
         return {"input_ids": ids, "attention_mask": mask, "visual": visual, "names": names}
 
-    def _source(self, sources: Any) -> Any:
+    def _source(self, sources: nn.ModuleDict) -> TextSource:
         known = list(sources)
         name = known[0] if self.text is None and len(known) == 1 else self.text
         if name not in known:
@@ -190,14 +196,14 @@ class _Gather(torch.autograd.Function):
     """All processes' rows in the forward; in the backward, the sum of all processes' gradients for this one's rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, rows: Tensor) -> Tensor:
         """[B, J] -> [A, J], in the order of the processes."""
         found = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
         distributed.all_gather(found, rows.contiguous())
         return torch.cat(found)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
         """[A, J] -> [B, J], summed over the processes."""
         whole = gradient.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(whole)

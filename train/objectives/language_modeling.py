@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from mmllm.contract.parts import Objective
 from mmllm.contract.registry import register
 from mmllm.contract.types import Term
 from mmllm.data.records.alignment_levels import level_of
+
+if TYPE_CHECKING:
+    from mmllm.processing.processor import MMLLMProcessor
 
 
 @register("objective", "language_modeling")
@@ -34,13 +37,15 @@ class LanguageModeling(Objective):
             raise UserError("objective language_modeling: groups", "must be 1 or more", got=groups)
         self.groups = groups
 
-    def prepare(self, samples: list, processor: Any) -> Batch:
+    def prepare(self, samples: list, processor: MMLLMProcessor) -> Batch:
         """Conversations -> padded batch; `names` are the rows' samples, `groups` the parts' (first, last, length).
 
         Raises:
             UserError: a sample has no answer to learn.
         """
-        examples = [processor.encode(sample.messages, name=sample.id, level=level_of(sample)) for sample in samples]
+        examples = [
+            processor.encode(sample.messages, name=sample.id, alignment_level=level_of(sample)) for sample in samples
+        ]
         for example in examples:
             if all(label == -100 for label in example.labels):
                 raise UserError(f"sample {example.name}", "has no assistant turn to learn from")

@@ -33,7 +33,7 @@ TOUCH = 60.0
 """An entry used again within this many seconds is not marked again."""
 
 
-def key_of(facts: Any) -> str:
+def key_of(facts: object) -> str:
     """The hash of plain facts (maps, lists, numbers, texts), as hexadecimal text."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -187,10 +187,10 @@ class Digests:
         Raises:
             OSError: it cannot be read.
         """
-        place = Path(path)
-        if not place.is_dir():
-            return self._file(place)
-        parts = [[entry.name, self._file(entry)] for entry in sorted(place.iterdir()) if entry.is_file()]
+        path = Path(path)
+        if not path.is_dir():
+            return self._file(path)
+        parts = [[entry.name, self._file(entry)] for entry in sorted(path.iterdir()) if entry.is_file()]
         return key_of(parts)
 
     def _file(self, path: Path) -> str:

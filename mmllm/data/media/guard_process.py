@@ -86,12 +86,12 @@ class ReaderProcess:
             self._fill(head)
             kind, size = HEAD.unpack(head)
             if kind != JSON:
-                place = pictures.place(size)
+                room = pictures.reserve(size)
                 if kind == SHARED:
-                    place[:] = self.memory[used : used + size]
+                    room[:] = self.memory[used : used + size]
                     used += size
                 else:
-                    self._fill(place)
+                    self._fill(room)
                 pictures.placed()
                 continue
             if size > JSON_BYTES:
@@ -142,7 +142,7 @@ class Pictures:
         if self.convert is None:
             self.frames = np.empty(self.shape, np.uint8)
 
-    def place(self, size: int) -> memoryview:
+    def reserve(self, size: int) -> memoryview:
         """Memory for the next picture; more than requested come if a back end had to be given up halfway."""
         if size != self.size or self.count >= 2 * self.shape[0]:
             raise ReaderDied

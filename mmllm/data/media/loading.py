@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from mmllm.data.media.pixels import to_geometry
 from mmllm.data.media.sampling import Sampling
 from mmllm.data.media.tiling import Tiling
 from mmllm.data.media.types import Clip, MediaRef
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 FORMAT = 2
 """Part of every key; raise it when the same facts come to mean different tensors."""
@@ -118,7 +121,7 @@ class MediaLoader:
             return [to_geometry(frame[None], geometry, where, limits)[0] for geometry in geometries]
 
         clip = self.reader.read(ref, sampling, convert)
-        pixels = {geometry: _stacked(clip.frames, place) for place, geometry in enumerate(geometries)}
+        pixels = {geometry: _stacked(clip.frames, index) for index, geometry in enumerate(geometries)}
         times = torch.as_tensor(clip.times, dtype=torch.float32)
         return Loaded(MediaSpec(ref.kind, len(clip.frames)), times, pixels, corrupt=clip.corrupt)
 
@@ -144,13 +147,13 @@ def resized(
     return Loaded(spec, times, pixels, corrupt=clip.corrupt)
 
 
-def _stacked(frames: list[list[Tensor | None]], place: int) -> Tensor:
+def _stacked(frames: list[list[Tensor | None]], column: int) -> Tensor:
     """[F, 3, h, w] from one of the sizes of each frame, which is released: a long clip is not held twice."""
-    whole = frames[0][place].new_empty(len(frames), *frames[0][place].shape)
+    whole = frames[0][column].new_empty(len(frames), *frames[0][column].shape)
     for index, frame in enumerate(frames):
-        whole[index] = frame[place]
+        whole[index] = frame[column]
     for frame in frames:
-        frame[place] = None
+        frame[column] = None
     return whole
 
 
@@ -196,7 +199,7 @@ class _Kept:
         return found
 
     def pixels(
-        self, geometries: Any, read: Callable[[tuple[Geometry, ...]], Loaded]
+        self, geometries: Iterable[Geometry], read: Callable[[tuple[Geometry, ...]], Loaded]
     ) -> dict[Geometry, dict[str, Tensor]]:
         """{geometry: frames, times and layout}: cached ones, and those that `read` returns for the others."""
         geometries = tuple(dict.fromkeys(geometries))

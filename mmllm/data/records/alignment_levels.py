@@ -24,7 +24,7 @@ AUTHORS_FIELD = "similarity"
 """The same in the authors' published records, where it is an integer."""
 
 
-def level_of(sample: Sample) -> Any:
+def level_of(sample: Sample) -> object:
     """The level that a record gives; None if it gives none."""
     theirs = sample.fields.get(AUTHORS_FIELD)
     return sample.fields.get(FIELD, theirs if isinstance(theirs, int) else None)

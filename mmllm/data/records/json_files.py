@@ -92,13 +92,13 @@ def take(record: dict[str, Any], key: str, kind: type, where: str, default: Any 
     if value is None and default is not ...:
         return default
     if isinstance(value, bool) or not (_is_finite(value) if kind is float else isinstance(value, kind)):
-        place = f"{where}{'.' if where.endswith(']') else ':'}{key}"
+        location = f"{where}{'.' if where.endswith(']') else ':'}{key}"
         what = "missing" if value is None else "of the wrong type"
-        raise UserError(place, what, expected=NAMES[kind], got=None if value is None else short(repr(value)))
+        raise UserError(location, what, expected=NAMES[kind], got=None if value is None else short(repr(value)))
     return value
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """The beginning of a value, for errors."""
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -112,7 +112,7 @@ def _regular(path: str | Path) -> Path:
     return path
 
 
-def _is_deep(value: Any) -> bool:
+def _is_deep(value: object) -> bool:
     level = [value]
     for _ in range(DEEPEST):
         inside = (part for one in level for part in (one.values() if isinstance(one, dict) else one))
@@ -122,14 +122,14 @@ def _is_deep(value: Any) -> bool:
     return True
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: object) -> bool:
     try:
         return isinstance(value, int | float) and math.isfinite(value)
     except OverflowError:  # an integer too large for a float
         return False
 
 
-def _is_unicode(value: Any) -> bool:
+def _is_unicode(value: object) -> bool:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

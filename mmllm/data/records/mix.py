@@ -158,7 +158,7 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _entries(item: Any, where: str, folder: Path, root: Path | None) -> list[Entry]:
+def _entries(item: object, where: str, folder: Path, root: Path | None) -> list[Entry]:
     """The data files of one item: its braces may stand for several."""
     item = {"json_path": item} if isinstance(item, str) else item
     _check_keys(item, ENTRY_KEYS, f"{where}.")
@@ -194,12 +194,12 @@ def _split(name: str) -> list[str]:
 
 def _find(name: str, folder: Path, root: Path | None) -> Path:
     """The file or folder that a mix names: beside the mix, below the root, or relative to the current folder."""
-    places = [folder / name, *([root / name] if root else []), Path(name)]
-    there = (place for place in places if all(exists(Path(text)) for text in expand_braces(str(place))))
-    return next(there, places[0])
+    paths = [folder / name, *([root / name] if root else []), Path(name)]
+    there = (path for path in paths if all(exists(Path(text)) for text in expand_braces(str(path))))
+    return next(there, paths[0])
 
 
-def _check_keys(data: Any, known: tuple[str, ...], where: str) -> None:
+def _check_keys(data: object, known: tuple[str, ...], where: str) -> None:
     if not isinstance(data, dict):
         raise UserError(where.rstrip(":."), "not a map", expected=f"keys among {', '.join(known)}", got=short(data))
     for key in data:

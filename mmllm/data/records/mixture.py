@@ -33,8 +33,8 @@ class Joined(Sequence):
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
-        place = bisect_right(self.ends, index)
-        return self.sources[place][index - (self.ends[place - 1] if place else 0)]
+        source = bisect_right(self.ends, index)
+        return self.sources[source][index - (self.ends[source - 1] if source else 0)]
 
 
 class Subset(Sequence):
@@ -102,9 +102,9 @@ class Mixture(Sequence):
 
     def locate(self, index: int) -> tuple[int, int]:
         """(source, index in it) of a sample."""
-        periods, place = divmod(range(self.length)[index], self.period)
-        source = self.turn[place]
-        number = periods * self.weights[source] + self.number[place]
+        periods, slot = divmod(range(self.length)[index], self.period)
+        source = self.turn[slot]
+        number = periods * self.weights[source] + self.number[slot]
         turns, item = divmod(number, len(self.sources[source]))
         return source, permuted(item, len(self.sources[source]), mixed(mixed(self.seed, source), turns))
 
@@ -124,8 +124,8 @@ def interleave(weights: Sequence[int]) -> Iterator[int]:
     waiting = [(0, source, 0) for source in range(len(weights))]
     heapify(waiting)
     ready: list[tuple[int, int, int]] = []
-    for place in range(period):
-        while waiting and waiting[0][0] <= place:
+    for slot in range(period):
+        while waiting and waiting[0][0] <= slot:
             _, source, number = heappop(waiting)
             deadline = -(-(number + 1) * period // weights[source])
             heappush(ready, (deadline, source, number))

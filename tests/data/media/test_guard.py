@@ -341,11 +341,11 @@ def test_pictures_of_another_size_and_far_more_than_asked_for_make_no_sense() ->
     pictures.expect([2, 4, 5, 3])
     for size in (0, 59, 61):
         with pytest.raises(ReaderDied):
-            pictures.place(size)
+            pictures.reserve(size)
     for number in range(4):
-        pictures.place(60)[:] = bytes([number]) * 60
+        pictures.reserve(60)[:] = bytes([number]) * 60
         pictures.placed()
     with pytest.raises(ReaderDied):
-        pictures.place(60)
+        pictures.reserve(60)
     assert pictures.at([0, 1])[:, 0, 0, 0].tolist() == [0, 1]
     assert pictures.at([3, 0])[:, 0, 0, 0].tolist() == [3, 0]

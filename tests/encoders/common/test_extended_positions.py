@@ -13,6 +13,7 @@ from transformers import (
 
 from mmllm.contract.parts import Site
 from mmllm.contract.registry import find
+from mmllm.contract.types import Needs
 from mmllm.encoders.common.extended_positions import extend_positions, extend_tower
 
 CLIP = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -39,7 +40,7 @@ def test_weights_of_a_shorter_tower_are_stretched_where_they_are_loaded(kind, mo
     assert torch.equal(ours, extend_positions(table))
     ids = torch.zeros(2, source.positions, dtype=torch.long)
     ids[0], ids[1, :4] = torch.tensor([48, *range(1, 48), *range(1, 12), 49]), torch.tensor([48, 1, 2, 49])
-    found = source(ids, torch.ones_like(ids))
+    found = source(ids, torch.ones_like(ids), Needs(prompt=("tokens", "pooled")))
     assert found.tokens.isfinite().all() and found.pooled.shape[0] == 2
     if kind == "clip_text":  # rows that were kept, and a causal tower: a short prompt is what it was
         short = original(input_ids=torch.tensor([[48, 1, 2, 49]]))

@@ -102,8 +102,8 @@ class DecordBackend(Backend):
 
     def _random(self, moments: np.ndarray, keep: Convert) -> tuple[list[Any], np.ndarray]:
         """Values by random access, each picture decoded once; and all time stamps (seconds)."""
-        places = np.maximum(np.searchsorted(self._stamps, moments, side="right") - 1, 0)
-        unique, back = np.unique(places, return_inverse=True)
+        indices = np.maximum(np.searchsorted(self._stamps, moments, side="right") - 1, 0)
+        unique, back = np.unique(indices, return_inverse=True)
         step = max(1, CHUNK_BYTES // (self.probe.height * self.probe.width * 3))
         values: list[Any] = []
         for start in range(0, len(unique), step):
@@ -111,14 +111,14 @@ class DecordBackend(Backend):
                 batch = self._reader.get_batch(unique[start : start + step].tolist()).asnumpy()
             self._check_shape(batch.shape[1:])
             values += [keep(picture) for picture in batch]
-        return [values[place] for place in back.tolist()], self._stamps
+        return [values[index] for index in back.tolist()], self._stamps
 
     def _sequential(self, moments: np.ndarray, keep: Convert) -> tuple[list[Any], np.ndarray]:
         """Values in one pass from the start, at constant rate; and the time stamps implied by it."""
-        places = np.floor(moments * self.probe.fps).astype(int).tolist()
+        indices = np.floor(moments * self.probe.fps).astype(int).tolist()
         reader = self._reader if self._reader is not None else self._open_reader()
         self._reader = None
-        wanted, values, last = set(places), {}, max(places)
+        wanted, values, last = set(indices), {}, max(indices)
         for count in range(min(len(reader), last + 1)):
             with _failures("decode"):
                 picture = reader.next()
@@ -126,7 +126,7 @@ class DecordBackend(Backend):
             if picture is not None:
                 self._check_shape(picture.shape)
                 values[count] = keep(picture)
-        return [values[min(place, count)] for place in places], np.arange(count + 1) / self.probe.fps
+        return [values[min(index, count)] for index in indices], np.arange(count + 1) / self.probe.fps
 
     def _check_shape(self, found: tuple[int, ...]) -> None:
         """Refuse pictures whose size differs from the header's."""

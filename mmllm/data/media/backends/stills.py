@@ -104,12 +104,12 @@ class FolderBackend(Backend):
             UserError: a file that is unreadable.
         """
         loaded = {}
-        places = [min(int(moment * self.probe.fps + 1e-6), len(self.files) - 1) for moment in times]
-        for place in sorted(set(places)):
-            self.reading = self.files[place]
+        indices = [min(int(moment * self.probe.fps + 1e-6), len(self.files) - 1) for moment in times]
+        for index in sorted(set(indices)):
+            self.reading = self.files[index]
             picture = load_image(str(self.reading), self.limits)
-            loaded[place] = convert(picture) if convert else picture
-        return [loaded[place] for place in places]
+            loaded[index] = convert(picture) if convert else picture
+        return [loaded[index] for index in indices]
 
 
 def load_image(source: str | BytesIO, limits: Limits = DEFAULTS, where: str = "") -> np.ndarray:

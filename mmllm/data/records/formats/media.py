@@ -32,8 +32,8 @@ def media(record: dict[str, Any], kind: str, where: str, root: Path, spill: Path
     key = next((key for key in (kind, f"{kind}s") if record.get(key)), kind)
     values = record.get(key) or []
     values = values if isinstance(values, list) else [values]
-    places = [f"{where}:{key}[{index}]" if len(values) > 1 else f"{where}:{key}" for index in range(len(values))]
-    entries = [_entry(kind, value, place, root, spill) for value, place in zip(values, places, strict=True)]
+    locations = [f"{where}:{key}[{index}]" if len(values) > 1 else f"{where}:{key}" for index in range(len(values))]
+    entries = [_entry(kind, value, location, root, spill) for value, location in zip(values, locations, strict=True)]
     bounds = [side for side in ("start", "end") if kind == "video" and entries and record.get(side) is not None]
     if bounds and len(entries) > 1:
         raise UserError(f"{where}:{bounds[0]}", f"one bound for {len(entries)} videos", expected="one video")
@@ -53,7 +53,7 @@ def _seconds(record: dict[str, Any], side: str, where: str) -> float:
     return seconds
 
 
-def _entry(kind: str, value: Any, where: str, root: Path, spill: Path) -> dict[str, Any]:
+def _entry(kind: str, value: object, where: str, root: Path, spill: Path) -> dict[str, Any]:
     if isinstance(value, dict) and (value.get("bytes") or value.get("path")):
         content, name = value.get("bytes"), value.get("path")
         if not isinstance(content, bytes | None) or not isinstance(name, str | None):

@@ -31,21 +31,21 @@ class Messages(Source):
         if not isinstance(messages, list) or not messages:
             raise UserError(f"{where}:messages", "missing", expected="a list of messages")
         for index, message in enumerate(messages):
-            place = f"{where}:messages[{index}]"
+            at = f"{where}:messages[{index}]"
             if not isinstance(message, dict) or "role" not in message or "content" not in message:
                 raise UserError(f"{where}:messages", "a message needs role and content", got=short(message))
-            take(message, "role", str, place)
+            take(message, "role", str, at)
             content = message["content"]
             if not isinstance(content, str | list):
-                raise UserError(place, "wrong type", expected="a text or a list of entries", got=short(content))
+                raise UserError(at, "wrong type", expected="a text or a list of entries", got=short(content))
             for entry in content_entries(message):
-                self._check(entry, place)
+                self._check(entry, at)
                 if isinstance(entry.get("path"), str):
                     entry["path"] = str(self.root / entry["path"])
         fields = {key: value for key, value in record.items() if key not in ("id", "messages")}
         return Sample(str(record.get("id", where)), messages, fields)
 
-    def _check(self, entry: Any, where: str) -> None:
+    def _check(self, entry: object, where: str) -> None:
         kind = entry.get("type") if isinstance(entry, dict) else None
         if kind not in list(KINDS):
             raise UserError(where, "unknown type of entry", got=short(entry), hint=nearest(str(kind), list(KINDS)))

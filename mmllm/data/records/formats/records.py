@@ -51,8 +51,8 @@ class JsonRecords(Sequence):
             file.seek(self.starts[index])
             last = index + 1 == len(self.starts)
             text = file.read(-1 if last else self.starts[index + 1] - self.starts[index])
-        place = f"record {index + 1}" if self.on_one_line else self.lines[index]
-        where = f"{self.path}:{place}"
+        line = f"record {index + 1}" if self.on_one_line else self.lines[index]
+        where = f"{self.path}:{line}"
         # in an array, a record is known to be followed by a comma or the end
         value = parse_json(text, where, followed=self.is_array)
         if not isinstance(value, dict):

@@ -40,7 +40,7 @@ def conversation(
             raise UserError(f"{where}:conversations", "missing", expected=f"one of {', '.join(READERS)}")
         turns = READERS[used](record[used], f"{where}:{used}")
     found = {kind: media(record, kind, where, root, spill) for kind in ("image", "video")}
-    messages = _place(turns, found, where)
+    messages = _fill(turns, found, where)
     taken = {"id", used, *MEDIA_KEYS, *(("start", "end") if found["video"] else ())}
     fields = {key: value for key, value in record.items() if key not in taken and value is not None}
     for key in ("chosen", "rejected"):
@@ -52,7 +52,7 @@ def conversation(
     return Sample(where if name is None else str(name), messages, fields)
 
 
-def said(turns: Any, where: str) -> list[Turn]:
+def said(turns: object, where: str) -> list[Turn]:
     """`[{"from": "human", "value": ...}]` or `[{"role": "user", "content": ...}]`.
 
     Raises:
@@ -70,7 +70,7 @@ def said(turns: Any, where: str) -> list[Turn]:
     return result
 
 
-def _text(content: Any, where: str) -> str:
+def _text(content: object, where: str) -> str:
     """A text, or the entries of a content list as one text; the entry of a medium becomes its placeholder."""
     if isinstance(content, str):
         return content
@@ -85,7 +85,7 @@ def _text(content: Any, where: str) -> str:
     return "".join(pieces)
 
 
-def _exchanges(pairs: Any, where: str) -> list[Turn]:
+def _exchanges(pairs: object, where: str) -> list[Turn]:
     """`[{"user": ..., "assistant": ...}]`."""
     turns = []
     for index, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
@@ -96,7 +96,7 @@ def _exchanges(pairs: Any, where: str) -> list[Turn]:
     return turns
 
 
-def _prompt(prompt: Any, where: str) -> list[Turn]:
+def _prompt(prompt: object, where: str) -> list[Turn]:
     """A question, or the turns before the answer."""
     return [("user", prompt)] if isinstance(prompt, str) else said(prompt, where)
 
@@ -110,7 +110,7 @@ READERS: dict[str, Callable[[Any, str], list[Turn]]] = {
 """{key of a record: function that reads the turns there}."""
 
 
-def _place(turns: list[Turn], found: dict[str, list[dict[str, Any]]], where: str) -> list[dict[str, Any]]:
+def _fill(turns: list[Turn], found: dict[str, list[dict[str, Any]]], where: str) -> list[dict[str, Any]]:
     """Messages with each medium at its placeholder; media without a placeholder come first."""
     if not any(PLACEHOLDER.search(text) for _, text in turns):
         loose = [entry for entries in found.values() for entry in entries]

@@ -57,7 +57,7 @@ class _Members(Sequence):
             try:
                 for group in group_by_keys(_headers(shard)):
                     key = group.pop("__key__")
-                    members = {suffix: place for suffix, place in group.items() if not suffix.startswith("__")}
+                    members = {suffix: member for suffix, member in group.items() if not suffix.startswith("__")}
                     self.index += json.dumps([number, key, members]).encode()
                     self.starts.append(len(self.index))
             except (tarfile.TarError, OSError, ValueError) as error:
