@@ -7,6 +7,7 @@ import hashlib
 import pickle
 import shutil
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -130,7 +131,13 @@ def check_data(folder: Path, checkpoint: Path | None, files: list[Path], main: b
 
 
 def digest(path: Path) -> str:
-    """A digest of a file's bytes."""
+    """A digest of a file's bytes, read once per process while the file stays as it is."""
+    found = path.stat()
+    return _digest(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: Path, size: int, changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
