@@ -311,7 +311,7 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
-        """Named sums and counts, computed with `model.embed`, `model.run` and `model.logits`."""
+        """Named sums and counts, computed with `model.embed`, `model.run` and `model.lm_head`."""
         raise NotImplementedError
 
 

@@ -15,6 +15,7 @@ from mmllm.contract.parts import Part
 from mmllm.contract.types import LLMInputs, Needs
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.front_end import FrontEnd
+from mmllm.model.head import Head
 from mmllm.processing.collate import joined, move
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
         embedding = self.model.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = Head(text.hidden_size, text.vocab_size)
         self.post_init()
 
     def embed(self, batch: Batch) -> LLMInputs:
@@ -197,10 +198,6 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
         name = source or next(iter(prompts.sources))
         asked = {name: {"ids": batch["input_ids"], "mask": batch["attention_mask"]}}
         return prompts(asked, {name: Needs(prompt=("pooled",))}, self.model.get_input_embeddings())[name].pooled
-
-    def logits(self, rows: Tensor) -> Tensor:
-        """[..., D] -> [..., vocabulary]; call it on scored rows only."""
-        return self.lm_head(rows)
 
     def forward(
         self,

@@ -50,7 +50,7 @@ def by_hand(model: MMLLMForConditionalGeneration, prepared: list[dict[str, Any]]
         hidden = model.run(model.embed(batch))
         targets = batch["labels"][:, 1:]
         scored = targets != -100
-        logits = model.logits(hidden[:, :-1][scored]).float()
+        logits = model.lm_head(hidden[:, :-1][scored]).float()
         loss = torch.nn.functional.cross_entropy(logits, targets[scored])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -56,7 +56,7 @@ def test_the_padding_of_a_row_is_read_by_nothing_though_there_is_no_mask(data):
     with torch.no_grad():
         found = objective(model, batch)["language_modeling"].sum
         hidden = model.run(model.embed(batch))
-        logits, targets = model.logits(hidden[:, :-1]).transpose(1, 2), batch["labels"][:, 1:]
+        logits, targets = model.lm_head(hidden[:, :-1]).transpose(1, 2), batch["labels"][:, 1:]
         masked = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
         alone = sum(objective(model, objective.prepare([one], processor))["language_modeling"].sum for one in samples)
     torch.testing.assert_close(found, masked, rtol=1e-6, atol=0)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmllm.contract.batch import Batch
 from mmllm.contract.errors import UserError
@@ -76,6 +76,8 @@ class LanguageModeling(Objective):
             states.append(hidden[:, :-1][scored])
             targets.append(wanted[scored])
         target = torch.cat(targets)
-        logits = model.logits(torch.cat(states)).float()
-        loss = nn.functional.cross_entropy(logits, target, reduction="sum")
-        return {"language_modeling": Term(loss, len(target))}
+
+        def score(logits: Tensor, rows: slice) -> dict[str, Tensor]:
+            return {"language_modeling": nn.functional.cross_entropy(logits, target[rows], reduction="sum")}
+
+        return {"language_modeling": Term(model.lm_head(torch.cat(states), score)["language_modeling"], len(target))}

@@ -1,0 +1,214 @@
+"""The head over the LLM's hidden states: logits, and scores of many rows without ever holding their logits together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.autograd.function import FunctionCtx
+
+Score = Callable[[Tensor, slice], dict[str, Tensor]]
+"""(float32 logits [n, V] of some rows, which rows) -> {term: a sum over these rows}; the same terms for all rows."""
+Read = Callable[[Tensor, slice], Tensor]
+"""(float32 logits [n, V] of some rows, which rows) -> a value per row, [n, ...]."""
+
+ELEMENTS = 2**25
+"""Logits held at a time: 134 MB in float32. Gradients of fewer cost more time, since each chunk adds to the whole
+gradient of the weight."""
+
+
+class Head(nn.Linear):
+    """The projection from hidden states to the vocabulary.
+
+    It is called in one of four ways, so that its weight is read inside its forward alone:
+    `head(rows)` gives logits; `head(rows, score=f)` sums of scores with their gradients; `head(rows, read=f)` a value
+    per row without gradients; `head()` the Gram matrix of its weight.
+    """
+
+    def __init__(self, width: int, vocabulary: int) -> None:
+        super().__init__(width, vocabulary, bias=False)
+
+    def forward(
+        self,
+        rows: Tensor | None = None,
+        score: Score | None = None,
+        read: Read | None = None,
+        *,
+        scales: dict[str, float] | None = None,
+        groups: Sequence[int] | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """Logits of hidden states, or what `score` or `read` makes of them, chunk by chunk.
+
+        Gradients of a score are formed while the logits of a chunk are there, and nothing is computed again. That
+        needs the terms' share in the loss beforehand, up to a common factor: with several terms, `scales`.
+
+        Args:
+            rows: [..., D]; [N, D] with `score` or `read`; None = the Gram matrix.
+            score: called with the logits of each chunk.
+            read: as `score`, without gradients.
+            scales: {term: its factor in the loss}; default: 1 each. A term with factor 0 gets no gradient.
+            groups: sizes of runs of rows that have to be scored together; default: each row on its own.
+
+        Returns:
+            logits [..., V]; with `score` {term: sum}; with `read` values [N, ...]; without rows W'W [D, D].
+
+        Raises:
+            RuntimeError: in the backward, where the loss weighs the terms otherwise than `scales` says.
+        """
+        if rows is None:
+            return self.weight.T @ self.weight
+        if score is not None:
+            return _scored(rows, self.weight, score, scales or {}, groups)
+        if read is not None:
+            with torch.no_grad():
+                chunks = _chunks(groups or [1] * len(rows), self.out_features)
+                return torch.cat([read(_logits(rows[chunk], self.weight), chunk) for chunk in chunks])
+        return super().forward(rows)
+
+
+def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log p(target) of each row: logits [N, V] and targets [N] -> [N]."""
+    return -nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def _chunks(groups: Sequence[int], vocabulary: int) -> Iterator[slice]:
+    """Runs of whole groups with at most `ELEMENTS` logits; a group that has more stands alone."""
+    most, first = max(1, ELEMENTS // vocabulary), 0
+    for start, stop in pairwise(accumulate(groups, initial=0)):
+        if stop - first > most and start > first:
+            yield slice(first, start)
+            first = start
+    if sum(groups) > first or not groups:
+        yield slice(first, sum(groups))
+
+
+def _logits(rows: Tensor, weight: Tensor) -> Tensor:
+    """Logits in float32 or better, computed in the number format of autocast."""
+    logits = nn.functional.linear(rows, weight)
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def _scored(
+    rows: Tensor, weight: Tensor, score: Score, scales: dict[str, float], groups: Sequence[int] | None
+) -> dict[str, Tensor]:
+    """{term: sum over all rows}, differentiable in rows and weight."""
+    names: list[str] = []
+    learning = torch.is_grad_enabled()  # inside a Function it never is
+    values = _ChunkedScore.apply(rows, weight, score, scales, groups or [1] * len(rows), names, learning)
+    return dict(zip(names, values, strict=True))
+
+
+class _ChunkedScore(torch.autograd.Function):
+    """Sums of scores; the gradient of their sum weighted by `scales` is formed in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        rows: Tensor,
+        weight: Tensor,
+        score: Score,
+        scales: dict[str, float],
+        groups: Sequence[int],
+        names: list[str],
+        learning: bool,
+    ) -> tuple[Tensor, ...]:
+        """Rows [N, D] and weight [V, D] -> one sum per term; their names are put into `names`."""
+        of_rows, of_weight = (wanted and learning for wanted in ctx.needs_input_grad[:2])
+        grad_rows = torch.zeros_like(rows) if of_rows else None
+        grad_weight = torch.zeros_like(weight) if of_weight else None
+        totals: dict[str, Tensor] = {}
+        shares: dict[str, float] = {}
+        for chunk in _chunks(groups, len(weight)):
+            logits = _logits(rows[chunk], weight)
+            if not of_rows and not of_weight:
+                _add(totals, score(logits, chunk))
+                continue
+            gradient = _gradient(logits, score, chunk, scales, totals, shares)
+            del logits
+            if gradient is not None:
+                _add_gradients(gradient, rows, weight, grad_rows, grad_weight, chunk)
+        names += totals
+        # Not by save_for_backward, which would keep a second reference: the gradient itself becomes the weight's then.
+        ctx.kept, ctx.scales = [grad_rows, grad_weight], [shares.get(name, 0.0) for name in totals]
+        ctx.mark_non_differentiable(*(value for name, value in totals.items() if name not in shares))
+        return tuple(totals.values())
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """The kept gradients times the factor that the loss has beside `scales`."""
+        if ctx.kept is None:
+            raise RuntimeError("the head's gradients are gone: they serve one backward")
+        factor, kept, ctx.kept = _common_factor(upstream, ctx.scales), ctx.kept, None
+        for gradient in kept:
+            if gradient is not None:
+                gradient.mul_(factor.to(gradient.dtype))
+        return (*kept, None, None, None, None, None)
+
+
+def _gradient(
+    logits: Tensor,
+    score: Score,
+    chunk: slice,
+    scales: dict[str, float],
+    totals: dict[str, Tensor],
+    shares: dict[str, float],
+) -> Tensor | None:
+    """The gradient of a chunk's weighted score with respect to its logits.
+
+    The sums are added to `totals`; `shares` learns by how much each term with a gradient was weighted.
+    """
+    with torch.enable_grad():
+        leaf = logits.requires_grad_()
+        sums = score(leaf, chunk)
+        _add(totals, {name: value.detach() for name, value in sums.items()})
+        # Relative to the largest: what is small in itself would be lost in float16, whose loss is scaled only later.
+        largest = max((abs(scales.get(name, 1.0)) for name, value in sums.items() if value.requires_grad), default=0.0)
+        for name, value in sums.items():
+            if value.requires_grad and largest:
+                shares[name] = scales.get(name, 1.0) / largest
+        weighed = [shares[name] * value for name, value in sums.items() if shares.get(name)]
+        return torch.autograd.grad(sum(weighed), leaf)[0] if weighed else None
+
+
+def _add_gradients(
+    gradient: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    grad_rows: Tensor | None,
+    grad_weight: Tensor | None,
+    chunk: slice,
+) -> None:
+    """Through the product of rows and weight, in its number format."""
+    active = torch.is_autocast_enabled(rows.device.type)
+    dtype = torch.get_autocast_dtype(rows.device.type) if active else rows.dtype
+    gradient, rows = gradient.to(dtype), rows[chunk]
+    if grad_rows is not None:
+        grad_rows[chunk] = (gradient @ weight.to(dtype)).to(grad_rows.dtype)
+    if grad_weight is None:
+        return
+    if grad_weight.dtype == dtype:
+        grad_weight.addmm_(gradient.T, rows.to(dtype))
+    else:
+        grad_weight += gradient.T @ rows.to(dtype)
+
+
+def _add(totals: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
+    for name, value in sums.items():
+        totals[name] = totals[name] + value if name in totals else value
+
+
+def _common_factor(upstream: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """What the gradients of the terms are beside their scales; the same for all of them.
+
+    Raises:
+        RuntimeError: it differs.
+    """
+    factors = torch.stack([value / share for value, share in zip(upstream, scales, strict=True) if share])
+    if not torch.allclose(factors, factors[:1], rtol=1e-4, atol=0):
+        raise RuntimeError(f"the head's terms were scored with scales {list(scales)}, the loss weighs them otherwise")
+    return factors[0]
