@@ -82,6 +82,7 @@ def load(
     """
     import torch
 
+    from mmllm.model.adapters import ADAPTER, load_adapter
     from mmllm.model.checkpoint import refuse_holes
     from mmllm.model.modeling import MMLLMForConditionalGeneration
     from mmllm.processing.processor import MMLLMProcessor
@@ -96,6 +97,8 @@ def load(
     except (OSError, ValueError) as error:
         raise UserError(folder, f"cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     refuse_holes(folder, info)
+    if (folder / ADAPTER).is_dir():
+        load_adapter(model, folder / ADAPTER)
     check_generation(model, folder)
     check_tokenizer(processor, folder)
     if processor.model_section != model.config.model_section:

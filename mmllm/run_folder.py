@@ -160,11 +160,16 @@ class RunFolder:
         Raises:
             UserError: the disk is full, or writing is not permitted.
         """
+        from mmllm.model.adapters import ADAPTER, adapter_layers, save_adapter, without_adapters
+
         fresh, old = self.path / "model.new", self.path / "model.old"
         for path in (fresh, old):
             shutil.rmtree(path, ignore_errors=True)
+        adapted = bool(adapter_layers(model))
         with writing(fresh):
-            model.save_pretrained(fresh, state_dict=state)
+            model.save_pretrained(fresh, state_dict=without_adapters(state or model.state_dict()) if adapted else state)
+            if adapted:
+                save_adapter(model, fresh / ADAPTER, recipe.llm.name or str(self.model))
             processor.save_pretrained(fresh)
             (fresh / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
             if self.model.exists():

@@ -142,13 +142,13 @@ def _digest(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def losses_of(folder: Path, state: TrainerState) -> tuple[float, int]:
-    """(sum of the losses that are not in the log yet, step of the last log line) of a checkpoint."""
+def losses_of(folder: Path, state: TrainerState) -> tuple[float, int, dict[str, list[float]]]:
+    """(sum of the losses that are not in the log yet, step of the last log line, the terms) of a checkpoint."""
     path = folder / LOSSES
     if not path.is_file():  # a checkpoint of a version that did not keep them
-        return 0.0, state.global_step
+        return 0.0, state.global_step, {}
     kept = read_record(path)
-    return kept["loss"], kept["since"]
+    return kept["loss"], kept["since"], kept.get("terms", {})
 
 
 @contextlib.contextmanager

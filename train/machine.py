@@ -12,13 +12,14 @@ from torch import nn
 
 from mmllm.config.recipe import Recipe
 from mmllm.config.schema import Stage
-from mmllm.contract.arguments import Count, Number, parse
+from mmllm.contract.arguments import Count, Number, bind, parse
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.files import read_record
 from mmllm.device import check_device
+from mmllm.model.adapters import Lora
 from mmllm.train.context import RunOptions, StageContext
 from mmllm.train.data import data_files
-from mmllm.train.weights import resolve_init
+from mmllm.train.weights import LORA, resolve_init
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -40,7 +41,7 @@ def training_arguments(context: StageContext) -> TrainingArguments:
         gradient_accumulation_steps=accumulation,
         max_steps=stage.steps or -1,
         num_train_epochs=stage.epochs or 1,
-        learning_rate=stage.lr,
+        learning_rate=max(stage.lr.values()) if isinstance(stage.lr, dict) else stage.lr,
         lr_scheduler_type="constant_with_warmup" if stage.schedule == "constant" else stage.schedule,
         warmup_steps=stage.warmup,
         weight_decay=stage.weight_decay,
@@ -160,9 +161,48 @@ def plan(name: str, stage: Stage, recipe: Recipe, options: RunOptions, processes
         UserError: the batch, the DeepSpeed config, a data file or an initial model does not fit or is missing.
     """
     data_files(stage, recipe)
+    check_adapter(name, stage, recipe)
+    check_rates(name, stage, recipe)
     resolve_init(name, stage, recipe)
     deepspeed_config(options.deepspeed, stage)
     return split_batch(name, stage, recipe, processes)
+
+
+def check_adapter(name: str, stage: Stage, recipe: Recipe) -> Lora | None:
+    """The settings of the adapter that a stage trains, or None.
+
+    Raises:
+        UserError: settings that do not fit, or of an adapter that the stage does not train.
+    """
+    where = recipe.where(f"stages.{name}")
+    if LORA not in stage.trains:
+        if stage.lora is not None or stage.keep != "merged":
+            key = "lora" if stage.lora is not None else "keep"
+            raise UserError(f"{where}.{key}", "the stage trains no adapter", hint=f"trains: [{LORA}]")
+        return None
+    if "llm" in stage.trains:
+        raise UserError(f"{where}.trains", f"llm and {LORA} at once", hint="one of them")
+    if stage.keep == "adapter" and name != list(recipe.stages)[-1]:
+        raise UserError(f"{where}.keep", "adapter: later stages train another model", hint="keep: merged")
+    lora = Lora(**bind(Lora, stage.lora or {}, f"{where}.lora"))
+    if stage.keep == "adapter" and lora.init in ("nlora", "slora"):
+        raise UserError(f"{where}.keep", "peft's format has no adapter of three factors", hint="keep: merged")
+    return lora
+
+
+def check_rates(name: str, stage: Stage, recipe: Recipe) -> None:
+    """See that a map of learning rates has one for each name in `trains`.
+
+    Raises:
+        UserError: one is missing or left over.
+    """
+    if not isinstance(stage.lr, dict):
+        return
+    where = recipe.where(f"stages.{name}.lr")
+    if set(stage.lr) != set(stage.trains):
+        raise UserError(where, "needs a rate for each name in trains", expected=list(stage.trains), got=list(stage.lr))
+    if stage.optimizer == "muon":
+        raise UserError(where, "one rate per name goes with adamw", hint=f"stages.{name}.optimizer=adamw")
 
 
 def _deepspeed_file(name: str) -> dict[str, Any]:

@@ -87,3 +87,15 @@ def muon(model: nn.Module, lr: float, muon_lr: float, weight_decay: float) -> Mu
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     return MuonAdamW(hidden, groups, lr=lr, muon_lr=muon_lr, weight_decay=weight_decay)
+
+
+def grouped(rates: list[tuple[list[nn.Parameter], float]], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of an optimizer with a learning rate each; weight decay on matrices alone."""
+    groups = []
+    for parameters, lr in rates:
+        chosen = [parameter for parameter in parameters if parameter.requires_grad]
+        for decayed in (True, False):
+            own = [parameter for parameter in chosen if (parameter.ndim >= 2) == decayed]
+            if own:
+                groups.append({"params": own, "lr": lr, "weight_decay": weight_decay if decayed else 0.0})
+    return groups

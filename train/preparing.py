@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import get_worker_info
 
 from mmllm.contract.errors import UserError
-from mmllm.contract.parts import Objective
+from mmllm.contract.objective import Objective
 from mmllm.contract.registry import load_plugin, plugins
 from mmllm.data.records.conversations import Sample
 from mmllm.train.caching import delta, snapshot

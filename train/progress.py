@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
+LIBRARY = ("loss", "grad_norm", "learning_rate")
+"""What the library logs; the rest are terms and memory."""
+
+
 class StageProgress(TrainerCallback):
     """Progress line, log.jsonl and curves.png of one stage.
 
@@ -34,6 +38,7 @@ class StageProgress(TrainerCallback):
         self.run, self.stage, self.batch, self.quiet = run, stage, samples_per_step, quiet
         self.trainer: Any = None
         self.loss: float | None = None
+        self.terms: dict[str, float] = {}
         self.skipped = 0
 
     def on_train_begin(
@@ -49,7 +54,8 @@ class StageProgress(TrainerCallback):
         done = state.global_step - self.first
         facts = {"samples/s": f"{done * self.batch / max(seconds, 1e-9):.1f}"}
         if self.loss is not None:
-            facts = {"loss": f"{self.loss:.3f}", **facts}
+            terms = {name.replace("_", " "): f"{value:.3f}" for name, value in self.terms.items()}
+            facts = {"loss": f"{self.loss:.3f}", **terms, **facts}
         facts["data wait"] = f"{100 * self.trainer.data_seconds / max(seconds, 1e-9):.0f} %"
         self._say_skipped()
         skipped = {"skipped": str(self.skipped)} if self.skipped else {}
@@ -74,8 +80,8 @@ class StageProgress(TrainerCallback):
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         self.loss = logs["loss"]
-        keys = ("loss", "grad_norm", "learning_rate")
-        known = {key: logs[key] for key in keys if key in logs}
+        known = {key: value for key, value in logs.items() if key != "epoch"}
+        self.terms = {key: value for key, value in known.items() if key not in LIBRARY}
         self.run.log({"stage": self.stage, "step": state.global_step, **known, **self._statistics()})
 
     def _statistics(self) -> dict[str, float]:

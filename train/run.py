@@ -139,7 +139,7 @@ def check(
         "llm": llm_facts(recipe, processor.tokenizer.chat_template),
     }
     for name, stage in chosen.items():
-        objective = build_objective(stage.objective, recipe.where(f"stages.{name}.objective"))
+        objective = build_objective(stage.objective, recipe.where(f"stages.{name}.objective"), recipe.path)
         validate_module_names(blueprint.plan, stage, recipe.where(f"stages.{name}"))
         micro, accumulation = plan(name, stage, recipe, options, processes)
         data = load_data(stage, recipe)

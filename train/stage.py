@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmllm.contract.arguments import bind
-from mmllm.contract.parts import Objective
+from mmllm.contract.objective import Objective
 from mmllm.contract.registry import find
+from mmllm.model.adapters import add_adapters, merge_adapters
 from mmllm.train.caching import attach_caches
 from mmllm.train.checkpoints import check_checkpoint, check_data, last_checkpoint
 from mmllm.train.context import StageContext, Stopped
 from mmllm.train.data import data_files, load_data
-from mmllm.train.machine import join, precision, set_gradient_checkpointing, training_arguments
+from mmllm.train.machine import check_adapter, join, precision, set_gradient_checkpointing, training_arguments
 from mmllm.train.preparing import Preparer, ending_workers
 from mmllm.train.progress import StageProgress, StopOnSignal
 from mmllm.train.shared import SharedStage
 from mmllm.train.trainer import StageTrainer, split_objective
-from mmllm.train.weights import freeze, load_init, resolve_init
+from mmllm.train.weights import freeze, load_init, resolve_init, trained_parameters
 
 
 def run_stage(context: StageContext) -> None:
@@ -31,6 +33,9 @@ def run_stage(context: StageContext) -> None:
     stage, recipe, model, run = context.stage, context.recipe, context.model, context.run
     for part, folder in resolve_init(context.name, stage, recipe):
         load_init(model, part, folder, context.where("init"))
+    adapter = check_adapter(context.name, stage, recipe)
+    if adapter is not None:
+        add_adapters(model, adapter, context.where("lora"))
     freeze(model, stage.trains, context.where("trains"))
     # Kept weights follow exactly the earlier stages: a run that took another path neither stores nor takes any.
     usual = list(run.status["stages"]) == list(recipe.stages)[: context.number - 1]
@@ -51,6 +56,9 @@ def run_stage(context: StageContext) -> None:
             if shared is not None and main:
                 shared.save(model, state)
     model.requires_grad_(True)
+    if adapter is not None and stage.keep == "merged":
+        merge_adapters(model)
+        state = None  # it was gathered before
     if main:
         run.save_model(model, context.processor, recipe, state)
         run.finish_stage(context.name, steps=stage.steps, epochs=stage.epochs)
@@ -82,11 +90,14 @@ def _train_stage(context: StageContext) -> tuple[dict[str, Tensor], int | None]:
 def make_trainer(context: StageContext) -> tuple[StageTrainer, StopOnSignal, Path | None]:
     """The trainer of a stage, the callback that stops it, and the checkpoint it continues from."""
     stage, options, model, processor = context.stage, context.options, context.model, context.processor
-    objective = build_objective(stage.objective, context.where("objective"))
+    objective, worker = (
+        build_objective(stage.objective, context.where("objective"), context.recipe.path) for _ in range(2)
+    )
     data, processes, folder = load_data(stage, context.recipe), join(options), context.folder
     quiet = options.quiet or not processes.is_main_process
     progress, stopper = StageProgress(context.run, context.name, stage.batch, quiet), StopOnSignal()
     attach_caches(model, processor, options.reader, options.caches(), f"{precision(options)} {options.deepspeed}")
+    objective.bind(context)
     if any(True for _ in objective.parameters()):
         model.objective = objective  # its weights train with the model's and are removed after the stage
     set_gradient_checkpointing(model, stage.checkpointing)
@@ -94,13 +105,14 @@ def make_trainer(context: StageContext) -> tuple[StageTrainer, StopOnSignal, Pat
         model=model,
         args=training_arguments(context),
         train_dataset=range(len(data)),
-        data_collator=Preparer(data, objective, processor, options.skip_bad),
+        data_collator=Preparer(data, worker, processor, options.skip_bad),
         processing_class=processor,
         callbacks=[progress, stopper],
         objective=objective,
         batch=stage.batch,
         stage=context.name,
         muon_lr=stage.muon_lr if stage.optimizer == "muon" else None,
+        rates=_rates(context),
     )
     _drop_printer(trainer)
     progress.trainer = trainer
@@ -113,6 +125,15 @@ def make_trainer(context: StageContext) -> tuple[StageTrainer, StopOnSignal, Pat
     return trainer, stopper, checkpoint
 
 
+def _rates(context: StageContext) -> list[tuple[list[nn.Parameter], float]] | None:
+    """Parameters and learning rate of each name in `trains`, where the stage gives one per name."""
+    stage = context.stage
+    if not isinstance(stage.lr, dict):
+        return None
+    found = trained_parameters(context.model, stage.trains, context.where("trains"))
+    return [(parameters, stage.lr[name]) for name, parameters in found.items()]
+
+
 def _drop_printer(trainer: StageTrainer) -> None:
     """Remove the callback that prints every log record to stdout, which is for results."""
     from transformers import PrinterCallback
@@ -120,8 +141,10 @@ def _drop_printer(trainer: StageTrainer) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-def build_objective(section: str | dict, where: str) -> Objective:
+def build_objective(section: str | dict, where: str, path: Callable[[str], str] = str) -> Objective:
     """An objective from its section of a recipe: a name, or a map with `type` and arguments."""
     section = {"type": section} if isinstance(section, str) else section
     cls = find("objective", section.get("type", ""), where)
-    return cls(**bind(cls, {key: value for key, value in section.items() if key != "type"}, where))
+    objective = cls(**bind(cls, {key: value for key, value in section.items() if key != "type"}, where))
+    objective.locate(path)
+    return objective

@@ -16,11 +16,12 @@ from transformers import Trainer
 
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import write_json, writing
-from mmllm.contract.parts import Objective
+from mmllm.contract.objective import Objective
 from mmllm.train.caching import LookUps
 from mmllm.train.checkpoints import LOSSES, OBJECTIVE, finish, losses_of, naming, start
-from mmllm.train.optimizer import muon
+from mmllm.train.optimizer import grouped, muon
 from mmllm.train.order import EpochOrder
+from mmllm.train.terms import TermLog, means
 
 
 class StageTrainer(Trainer):
@@ -31,6 +32,7 @@ class StageTrainer(Trainer):
         stage: name of the stage, for messages.
         batch: samples per step over all processes; an epoch is made of whole batches.
         muon_lr: peak learning rate of Muon; None = AdamW alone.
+        rates: parameters with a peak learning rate each; None = one for all.
     """
 
     def __init__(
@@ -40,12 +42,15 @@ class StageTrainer(Trainer):
         batch: int,
         stage: str = "stage",
         muon_lr: float | None = None,
+        rates: list[tuple[list[nn.Parameter], float]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.objective, self.stage, self.batch, self.muon_lr = objective, stage, batch, muon_lr
+        self.rates = rates
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the count of all micro-batches itself
         self.data_seconds = 0.0
+        self.terms = TermLog()
         self.looked_up = LookUps()
         self.skipped: list[str] = []
         self.checkpoint: Path | None = None
@@ -53,6 +58,9 @@ class StageTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The library's optimizer, or Muon beside it where the stage asks for it."""
+        if self.rates is not None and self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(grouped(self.rates, self.args.weight_decay), **settings)
         if self.muon_lr is None:
             return super().create_optimizer(model)
         if self.optimizer is None:
@@ -74,7 +82,8 @@ class StageTrainer(Trainer):
         The library checks whether it is done only after a step, so it would make one step too many.
         """
         if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
-            loss, self._globalstep_last_logged = losses_of(Path(kwargs["resume_from_checkpoint"]), self.state)
+            loss, self._globalstep_last_logged, terms = losses_of(Path(kwargs["resume_from_checkpoint"]), self.state)
+            self.terms.load(terms, self.args.device, 1 / self.args.world_size)
             self._tr_loss = torch.tensor(loss, device=self.args.device)
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -127,11 +136,12 @@ class StageTrainer(Trainer):
             UserError: the loss is not finite; names the samples and the last good checkpoint.
         """
         names = inputs.pop("names", [])
-        terms = model(**inputs, objective=self.objective)
-        counts = num_items_in_batch or {}
+        counts = {name: float(count) for name, count in (num_items_in_batch or {}).items()}
+        terms = model(**inputs, **({"totals": counts} if counts else {}), objective=self.objective)
         # A term with nothing to score (no answer that counts, no pair) is 0, not 0 / 0.
         totals = {name: max(1, counts.get(name, term.count)) for name, term in terms.items()}
-        loss = sum(term.weight * term.sum / totals[name] for name, term in terms.items())
+        loss = sum(term.weight * term.sum / totals[name] for name, term in terms.items() if term.weight)
+        self.terms.add(terms)
         if not math.isfinite(loss.item()):
             raise UserError(
                 f"{self.stage} step {self.state.global_step + 1}, samples {', '.join(map(str, names))}",
@@ -141,6 +151,42 @@ class StageTrainer(Trainer):
         # Gradients are averaged over processes, but the denominators are sums over them.
         loss = loss * self.accelerator.num_processes
         return (loss, terms) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """One forward and backward.
+
+        Raises:
+            UserError: out of memory; says with what, what is kept, and how to go on with less at a time.
+        """
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(inputs) from error
+
+    def _out_of_memory(self, inputs: dict[str, Any]) -> UserError:
+        samples, length = inputs["input_ids"].shape
+        less = (
+            f"stages.{self.stage}.micro_batch={samples // 2}"
+            if samples > 1
+            else f"stages.{self.stage}.checkpointing=true"
+        )
+        where = f"{self.stage} step {self.state.global_step + 1}"
+        return UserError(where, f"out of memory with {samples} samples of {length} tokens; {self._kept()}", hint=less)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The library's record of some steps, with the mean of every term where there are several."""
+        if "loss" in logs:
+            found = means(self.terms.state(self._reduced))
+            self.terms.clear()
+            logs |= found if len(found) > 1 else {}
+            if torch.cuda.is_available():
+                logs["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        super().log(logs, start_time)
+
+    def _reduced(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value
 
     def _kept(self) -> str:
         return f"{self.checkpoint} is intact" if self.checkpoint else "no checkpoint yet"
@@ -159,6 +205,7 @@ class StageTrainer(Trainer):
         with writing(folder):
             super()._save_checkpoint(model, trial)
         losses = {"loss": float(self.accelerator.reduce(self._tr_loss, "mean")), "since": self._globalstep_last_logged}
+        losses["terms"] = self.terms.state(self._reduced)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_json(folder / LOSSES, losses)

@@ -9,9 +9,13 @@ from torch import nn
 from mmllm.config.recipe import Recipe
 from mmllm.config.schema import Stage
 from mmllm.contract.errors import UserError, nearest
+from mmllm.model.adapters import adapter_parameters
 from mmllm.model.checkpoint import load_weights
 from mmllm.model.folder import model_folder
 from mmllm.model.front_end_plan import FrontEndPlan
+
+LORA = "llm.lora"
+"""The LLM's adapter, in `trains`."""
 
 
 def freeze_names(plan: FrontEndPlan, trains: tuple[str, ...], where: str) -> dict[str, list[nn.Module]]:
@@ -20,13 +24,13 @@ def freeze_names(plan: FrontEndPlan, trains: tuple[str, ...], where: str) -> dic
     Raises:
         UserError: a name that the model does not have.
     """
-    known: dict[str, list[nn.Module]] = {"llm": [], "encoders": [plan.bank], "connector": [plan.parts]}
+    known: dict[str, list[nn.Module]] = {"llm": [], LORA: [], "encoders": [plan.bank], "connector": [plan.parts]}
     known |= {f"encoders.{name}": [part] for name, part in plan.bank.encoders.items()}
     known |= {"text": [plan.prompts]} | {f"text.{name}": [part] for name, part in plan.prompts.sources.items()}
     known |= {f"connector.{name}": [part] for name, part in plan.parts.items()}
     for name in trains:
-        if name not in known:
-            known[name] = [_below(name, known, where)]
+        if name not in known:  # what the LLM has is known where it is built
+            known[name] = [] if name.startswith("llm.") else [_below(name, known, where)]
     return known
 
 
@@ -36,7 +40,11 @@ def _below(name: str, known: dict[str, list[nn.Module]], where: str) -> nn.Modul
     Raises:
         UserError: the part has no such module.
     """
-    whole = max((part for part in known if name.startswith(f"{part}.") and "." in part), key=len, default=None)
+    whole = max(
+        (part for part in known if name.startswith(f"{part}.") and ("." in part or part == "llm")),
+        key=len,
+        default=None,
+    )
     if whole is None:
         raise UserError(where, f"the model has no {name!r}", hint=nearest(name, list(known)))
     (part,) = known[whole]
@@ -53,11 +61,26 @@ def freeze(model: nn.Module, trains: tuple[str, ...], where: str) -> None:
     Raises:
         UserError: a name that the model does not have.
     """
-    known = _modules(model, trains, where)
+    chosen = trained_parameters(model, trains, where)
     model.requires_grad_(False)
+    for parameters in chosen.values():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def trained_parameters(model: nn.Module, trains: tuple[str, ...], where: str) -> dict[str, list[nn.Parameter]]:
+    """{name in `trains`: its parameters}; what two names have in common belongs to the first.
+
+    Raises:
+        UserError: a name that the model does not have.
+    """
+    known, taken = _modules(model, trains, where), set()
+    found: dict[str, list[nn.Parameter]] = {}
     for name in trains:
-        for module in known[name]:
-            module.requires_grad_(True)
+        own = adapter_parameters(model) if name == LORA else [p for part in known[name] for p in part.parameters()]
+        found[name] = [parameter for parameter in own if id(parameter) not in taken]
+        taken |= {id(parameter) for parameter in own}
+    return found
 
 
 def resolve_init(name: str, stage: Stage, recipe: Recipe) -> list[tuple[str | None, Path]]:
@@ -99,7 +122,7 @@ def load_init(model: nn.Module, part: str | None, folder: Path, where: str) -> N
 
 
 def _modules(model: nn.Module, names: tuple[str, ...], where: str) -> dict[str, list[nn.Module]]:
-    return {
-        **freeze_names(model.model.front_end.plan, names, where),
-        "llm": [model.model.language_model, model.lm_head],
-    }
+    known = freeze_names(model.model.front_end.plan, names, where)
+    llm = {"llm": [model.model.language_model]}
+    inside = {name: [_below(name, llm, where)] for name in names if name.startswith("llm.") and name != LORA}
+    return {**known, **inside, "llm": [model.model.language_model, model.lm_head]}

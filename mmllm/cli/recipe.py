@@ -71,8 +71,13 @@ def run_show(options: argparse.Namespace) -> int:
     print(f"llm: {llm_facts(recipe)}")
     for name, stage in recipe.stages.items():
         length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs:g} epochs"
-        print(f"stage {name}: {length} of {stage.batch}, trains {', '.join(stage.trains)}, lr {stage.lr:g}")
+        print(f"stage {name}: {length} of {stage.batch}, trains {', '.join(stage.trains)}, lr {_rates(stage.lr)}")
     return 0
+
+
+def _rates(lr: float | dict[str, float]) -> str:
+    """One learning rate, or one per name."""
+    return f"{lr:g}" if not isinstance(lr, dict) else ", ".join(f"{name} {rate:g}" for name, rate in lr.items())
 
 
 def _size(options: argparse.Namespace) -> tuple[int, int] | None:

@@ -107,10 +107,21 @@ def _config_keys(config: dict[str, Any]) -> list[str]:
 
 
 def _typed(old: object, value: str) -> Any:
-    """Text stays text where an annotation will parse it later; a plain number or map is read as YAML reads it."""
-    if isinstance(old, str):
+    """Text stays text where an annotation will parse it later; a plain number or map is read as YAML reads it.
+
+    A number such as 1e-5 is a text to YAML; a map may take its place.
+    """
+    if isinstance(old, str) and not (value.startswith("{") and _is_number(old)):
         return value
     try:
         return parse_yaml(value, value)
     except UserError:
         return value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

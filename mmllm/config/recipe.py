@@ -14,7 +14,7 @@ from mmllm.config.llm_source import llm_source
 from mmllm.config.overrides import override_all
 from mmllm.config.schema import LLM, Stage
 from mmllm.config.sections import merge, normalise
-from mmllm.contract.arguments import bind
+from mmllm.contract.arguments import NotNegative, bind, parse
 from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError, nearest, shown
 from mmllm.contract.library import pretrained
@@ -85,6 +85,9 @@ class Recipe:
         for part, folder in stage.init.items() if isinstance(stage.init, dict) else ():
             if not isinstance(folder, str):
                 raise UserError(f"{where}.init.{part}", "not a folder", expected="a run folder", got=folder)
+        if isinstance(stage.lr, dict):
+            rates = {key: parse(rate, NotNegative, f"{where}.lr.{key}") for key, rate in stage.lr.items()}
+            stage = replace(stage, lr=rates)
         if not stage.data:
             raise UserError(f"{where}.data", "missing", expected="a .jsonl file of conversations")
         return stage

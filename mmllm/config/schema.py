@@ -34,7 +34,7 @@ class Stage:
     Attributes:
         data: a data file of any format, a mix (.yaml), or several of them, concatenated.
         trains: what learns: `encoders`, `text`, `connector`, `llm`, one of them by name (`encoders.clip`), or a module
-            inside (`encoders.clip.adapter`).
+            inside (`encoders.clip.adapter`, `llm.layers.20`). `llm.lora` is an adapter of the LLM.
         steps: length in optimizer steps; give exactly one of steps and epochs.
         epochs: length in epochs.
         batch: samples per optimizer step over all processes.
@@ -42,13 +42,15 @@ class Stage:
         checkpointing: recompute activations in the backward pass instead of keeping them.
         optimizer: "adamw", or "muon": Muon on hidden matrices, AdamW on the rest.
         muon_lr: Muon's own peak learning rate.
-        lr: peak learning rate.
+        lr: peak learning rate; or {name: rate} for every name in `trains`.
         schedule: its shape after the warm-up.
         warmup: share of the steps.
         weight_decay: on matrices only.
         clip: largest gradient norm; 0 = no clipping.
         init: a run or model folder whose weights it starts from; default: the previous stage. Or {name: folder} for
             single parts, named as in `trains`, which may combine parts from several recipes.
+        lora: the adapter that `llm.lora` trains (rank, alpha, dropout, targets, dora, init).
+        keep: "merged" puts the adapter into the weights at the end; "adapter" keeps it beside them.
         share: keep its trained weights in the cache, so that other recipes with an equal stage start from them.
     """
 
@@ -61,11 +63,13 @@ class Stage:
     micro_batch: Count | None = None
     checkpointing: bool = False
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: NotNegative = 1e-3
+    lr: NotNegative | dict = 1e-3
     muon_lr: NotNegative = 1e-2
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Share = 0.03
     weight_decay: NotNegative = 0.0
     clip: NotNegative = 1.0
     init: str | dict | None = None
+    lora: dict | None = None
+    keep: Literal["merged", "adapter"] = "merged"
     share: bool = False

@@ -71,6 +71,8 @@ class Batch(TypedDict):
         visual: the media.
         names: of the samples, row by row, for errors.
         groups: (first row, last row, length) of the rows that go through the LLM together.
+        segments: [B, L], 0 = prefix, 1 and 2 = branches that share it and do not see each other, -1 = padding.
+        totals: {term: its count in the whole batch}, over all micro-batches and processes; the trainer's.
     """
 
     input_ids: Tensor
@@ -80,3 +82,5 @@ class Batch(TypedDict):
     visual: NotRequired[VisualInputs]
     names: NotRequired[list[str]]
     groups: NotRequired[list[tuple[int, int, int]]]
+    segments: NotRequired[Tensor]
+    totals: NotRequired[dict[str, float]]

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.contract.arguments import signature
-from mmllm.contract.batch import Batch
-from mmllm.contract.types import Geometry, MediaSpec, Needs, PromptFeatures, Term, TokenSpec, VisualTokens
+from mmllm.contract.types import Geometry, MediaSpec, Needs, PromptFeatures, TokenSpec, VisualTokens
 
 
 class NoPrompt(ValueError):
@@ -296,23 +295,4 @@ class TextSource(Tower):
         raise NotImplementedError
 
 
-class Objective(nn.Module):
-    """What a stage optimises. Runs inside the model's forward, so that gradients are synchronised."""
-
-    kind: ClassVar[str] = "objective"
-    registered_name: ClassVar[str] = ""
-
-    def prepare(self, samples: list, processor: Any) -> Batch:
-        """A batch from raw samples; runs in a loader worker."""
-        raise NotImplementedError
-
-    def counts(self, batch: Batch) -> dict[str, int]:
-        """{term: denominator} of a batch, without a forward; summed over micro-batches and processes."""
-        raise NotImplementedError
-
-    def forward(self, model: nn.Module, batch: Batch) -> dict[str, Term]:
-        """Named sums and counts, computed with `model.embed`, `model.run` and `model.lm_head`."""
-        raise NotImplementedError
-
-
-__all__ = ["Encoder", "Objective", "Part", "PromptFeatures", "Site", "TextSource", "Tower"]
+__all__ = ["Encoder", "Part", "PromptFeatures", "Site", "TextSource", "Tower"]

@@ -245,16 +245,18 @@ class LLMInputs:
         mask: [B, L] of 1 (real) and 0 (padding), or None.
         positions: [B, L] or None.
         visual: [B, L] bool, which positions hold visual tokens.
+        segments: [B, L] or None; 0 = prefix, 1, 2, ... = branches that see the prefix and themselves, -1 = padding.
     """
 
     embeds: Tensor
     mask: Tensor | None
     positions: Tensor | None
     visual: Tensor
+    segments: Tensor | None = None
 
     def part(self, rows: slice, length: int) -> LLMInputs:
         """The first `length` positions of some rows."""
-        tensors = (self.embeds, self.mask, self.positions, self.visual)
+        tensors = (self.embeds, self.mask, self.positions, self.visual, self.segments)
         return LLMInputs(*(None if tensor is None else tensor[rows, :length] for tensor in tensors))
 
 

@@ -52,6 +52,8 @@ def model_folder(path: str | Path) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise UserError("model", "not a path", expected="a run folder or a model folder", got=shown(path))
     path = Path(path)
+    if (path / "adapter_config.json").is_file():  # an adapter lies in the folder of its model
+        path = path.parent
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():
             return folder

@@ -61,7 +61,9 @@ class Head(nn.Linear):
             RuntimeError: in the backward, where the loss weighs the terms otherwise than `scales` says.
         """
         if rows is None:
-            return self.weight.T @ self.weight
+            weight = self.weight.float()
+            with torch.autocast(weight.device.type, enabled=False):
+                return weight.T @ weight
         if score is not None:
             return _scored(rows, self.weight, score, scales or {}, groups)
         if read is not None:

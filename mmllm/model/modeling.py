@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from mmllm.contract.batch import Batch, VisualInputs
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part
 from mmllm.contract.types import LLMInputs, Needs
+from mmllm.model.branches import branch_mask, split, takes_masks
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.front_end import FrontEnd
 from mmllm.model.head import Head
@@ -21,7 +23,7 @@ from mmllm.processing.collate import joined, move
 if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
-    from mmllm.contract.parts import Objective
+    from mmllm.contract.objective import Objective
 
 # What the LLM returns besides its hidden states; the library renamed past_key_values to cache after 5.23.
 BESIDE = ("cache", "past_key_values", "hidden_states", "attentions")
@@ -148,12 +150,25 @@ class MMLLMModel(MMLLMPreTrainedModel):
 
     def run(self, sequence: LLMInputs, **kwargs: Any) -> BaseModelOutputWithPast:
         """The LLM's body over a sequence; `last_hidden_state` [B, L, D] and whatever else the library returns."""
+        if sequence.segments is not None:
+            return self._run_branches(sequence, **kwargs)
         return self.language_model(
             inputs_embeds=sequence.embeds,
             attention_mask=sequence.mask,
             position_ids=sequence.positions,
             **kwargs,
         )
+
+    def _run_branches(self, sequence: LLMInputs, **kwargs: Any) -> BaseModelOutputWithPast:
+        """Branches of a shared prefix; `last_hidden_state` at their positions in the sequence, padding unspecified."""
+        config = self.language_model.config
+        if takes_masks(config):
+            mask = branch_mask(sequence.segments, config, sequence.embeds.dtype)
+            return self.run(replace(sequence, mask=mask, segments=None), **kwargs)
+        rows, where = split(sequence)
+        output = self.run(rows, **kwargs)
+        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[where]
+        return output
 
 
 class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
@@ -175,7 +190,8 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
     def embed(self, batch: Batch) -> LLMInputs:
         """The sequence of a batch."""
         keys = ("input_ids", "attention_mask", "position_ids", "visual")
-        return self.model.embed(**{key: batch[key] for key in keys if key in batch})
+        inputs = self.model.embed(**{key: batch[key] for key in keys if key in batch})
+        return replace(inputs, segments=batch.get("segments"))
 
     def run(self, sequence: LLMInputs) -> Tensor:
         """Hidden states [B, L, D] of a whole sequence, without a cache."""

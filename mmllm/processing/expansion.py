@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mmllm.contract.errors import UserError
 from mmllm.model.front_end_plan import FrontEndPlan
@@ -41,13 +41,15 @@ class Expander:
         self.tokenizer, self.controls, self.plan = tokenizer, controls, plan
         self.placeholder_ids, self.filler_id = placeholder_ids, filler_id
 
-    def expand(self, rendered: Rendered, read: ReadEntry, answers: bool = False, name: str = "") -> Example:
+    def expand(
+        self, rendered: Rendered, read: ReadEntry, answers: bool | Literal["last"] = False, name: str = ""
+    ) -> Example:
         """Ids and spans of one conversation.
 
         Args:
             rendered: its text, its media and the extents of its answers.
             read: called for each medium, in order.
-            answers: whether to make labels.
+            answers: whether to make labels; "last" = of the last answer alone.
             name: of the conversation, for errors.
 
         Raises:
@@ -58,6 +60,7 @@ class Expander:
         encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=placed)
         offsets = encoded["offset_mapping"] if placed else None
         example = Example([], [] if answers else None, name=name)
+        extents = rendered.answers[-1:] if answers == "last" else rendered.answers
         for position, token in enumerate(encoded["input_ids"]):
             if token in self.placeholder_ids:
                 self._append_medium(example, rendered, read)
@@ -67,7 +70,7 @@ class Expander:
             if answers:
                 # Overlap, not inclusion: many tokenizers join a word with the space before it.
                 first, last = offsets[position]
-                learnt = any(last > start and first < end for start, end in rendered.answers)
+                learnt = any(last > start and first < end for start, end in extents)
                 example.labels += ids if learnt else [-100] * len(ids)
         if len(example.media) != len(rendered.media):
             raise UserError(name or "text", "a placeholder was lost in tokenisation")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from PIL import ImageOps
 
 from mmllm.contract.errors import UserError
+from mmllm.contract.types import Geometry
 from mmllm.data.media.loading import MediaLoader, resized
 from mmllm.data.media.sampling import Sampling
 from mmllm.data.media.types import Clip, Probe
@@ -15,7 +18,12 @@ from mmllm.processing.content import MediumEntry
 
 
 def read_medium(
-    loader: MediaLoader, plan: FrontEndPlan, entry: MediumEntry, sampling: Sampling | None, tiled: bool
+    loader: MediaLoader,
+    plan: FrontEndPlan,
+    entry: MediumEntry,
+    sampling: Sampling | None,
+    tiled: bool,
+    beside: Iterable[Geometry] = (),
 ) -> Medium:
     """Decode one content entry and resize it for every encoder.
 
@@ -25,12 +33,13 @@ def read_medium(
         entry: a file, or pixels in memory.
         sampling: used where the entry itself says nothing; None = the recipe's.
         tiled: cut an image into tiles, if the recipe does that.
+        beside: sizes that are wanted of its pixels beside the encoders' own.
 
     Raises:
         UserError: the medium cannot be read.
     """
     sampling = entry.sampled(sampling or plan.sampling)
-    wanted = plan.geometries
+    wanted = plan.geometries | {f"beside {index}": geometry for index, geometry in enumerate(beside)}
     tiling = plan.tiling if tiled and entry.kind == "image" else None
     ref = entry.ref
     if ref is not None:

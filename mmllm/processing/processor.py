@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import AutoProcessor, ProcessorMixin
 
 from mmllm.contract.arguments import Count, Number, parse
 from mmllm.contract.errors import UserError, shown
+from mmllm.contract.types import Geometry
 from mmllm.data.media.loading import MediaLoader
 from mmllm.data.media.sampling import Sampling
 from mmllm.model.front_end_plan import FrontEndPlan, shared_plan
@@ -164,7 +166,7 @@ class MMLLMProcessor(ProcessorMixin):
                 raise UserError(
                     f"{kind}s", f"more media than placeholders: {len(rest)} left over", hint=f"add <{kind}>"
                 )
-        examples = [self._expander().expand(item, self._reader(sampling)) for item in rendered]
+        examples = [self._expander().expand(item, self.reader(sampling)) for item in rendered]
         return self.collate(examples, padding_side=options["padding_side"] or "left")
 
     def _take(self, text: str, queues: dict[str, list]) -> list[MediumEntry]:
@@ -183,7 +185,7 @@ class MMLLMProcessor(ProcessorMixin):
         self,
         messages: list[dict[str, Any]],
         *,
-        answers: bool = True,
+        answers: bool | Literal["last"] = True,
         prompt: bool = False,
         continued: bool = False,
         template: str | None = None,
@@ -191,24 +193,26 @@ class MMLLMProcessor(ProcessorMixin):
         sampling: Sampling | None = None,
         name: str = "",
         alignment_level: int | None = None,
+        read: ReadEntry | None = None,
     ) -> Example:
         """One conversation: media read, tokens expanded, labels on the assistant turns.
 
         Args:
-            answers: whether to make labels.
+            answers: whether to make labels; "last" = of the last answer alone, and no turn is dropped.
             prompt, continued, template, variables: see `mmllm.processing.chat_template.render`.
             sampling: a sampling other than the recipe's, for this conversation.
             alignment_level: how completely text and media match.
+            read: a reader of the media (see `reader`), shared by conversations with equal media.
 
         Raises:
             UserError: a medium cannot be read, or even the first turn is longer than `max_length`.
         """
         level = _checked_level(alignment_level, self.plan.alignment_levels, name)
         how = {"prompt": prompt, "continued": continued, "template": template, "variables": variables}
-        expander, read = self._expander(), self._reader(sampling)
+        expander, read = self._expander(), read or self.reader(sampling)
         while True:
             rendered = render(self.tokenizer, messages, **how)
-            shorter = _without_last_turn(messages) if answers else None
+            shorter = _without_last_turn(messages) if answers is True else None
             if self.max_length is not None and len(rendered.text) > CHARACTERS * self.max_length:
                 if shorter is None:  # refuse before tokenising megabytes
                     what = f"a text of {len(rendered.text)} characters"
@@ -235,16 +239,25 @@ class MMLLMProcessor(ProcessorMixin):
     def _expander(self) -> Expander:
         return Expander(self.tokenizer, self.controls, self.placeholder_ids, self.filler_id, self.plan)
 
-    def _reader(self, sampling: Sampling | None) -> ReadEntry:
-        """Reads the media of one conversation, each once, however many of its last turns have to be dropped."""
+    def reader(self, sampling: Sampling | None = None, beside: Iterable[Geometry] = ()) -> ReadEntry:
+        """Reads the media of one conversation by their positions, each once, however often it is encoded.
+
+        Args:
+            sampling: how to sample, unless an entry says; default: the recipe's.
+            beside: sizes that are wanted of their pixels beside the encoders' own.
+        """
         known: dict[tuple[int, bool], Medium] = {}
 
         def read(index: int, entry: MediumEntry, tiled: bool) -> Medium:
             if (index, tiled) not in known:
-                known[index, tiled] = self.read(entry, sampling, tiled)
+                known[index, tiled] = read_medium(self.loader, self.plan, entry, sampling, tiled, beside)
             return known[index, tiled]
 
         return read
+
+    def visual_tokens(self, example: Example) -> int:
+        """How many positions of an example hold visual tokens."""
+        return self._expander().visual_tokens(example)
 
     @cached_property
     def controls(self) -> ControlTokens:

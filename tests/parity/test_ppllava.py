@@ -304,8 +304,3 @@ def test_splice(golden):
     assert not golden["out_embeds"][~real].any()  # ours is the pad id's row, which nothing attends to
     positions = (real.cumsum(1) - 1).masked_fill(~real, 1)
     assert positions.tolist() == golden["out_position_ids"].tolist()
-
-
-@pytest.mark.skip(reason="ppllava_dpo waits for the preference objective of the trainer")
-def test_ppllava_dpo():
-    """Pairs, log-probabilities, losses, rewards and gradients of the DPO stage."""

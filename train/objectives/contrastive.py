@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from mmllm.contract.batch import Batch
 from mmllm.contract.errors import UserError, nearest
-from mmllm.contract.parts import Objective
+from mmllm.contract.objective import Objective
 from mmllm.contract.registry import register
 from mmllm.contract.types import Term
 from mmllm.data.records.conversations import Sample

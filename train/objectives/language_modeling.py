@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmllm.contract.batch import Batch
 from mmllm.contract.errors import UserError
-from mmllm.contract.parts import Objective
+from mmllm.contract.objective import Objective
 from mmllm.contract.registry import register
 from mmllm.contract.types import Term
 from mmllm.data.records.alignment_levels import level_of
