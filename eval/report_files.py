@@ -113,3 +113,14 @@ def run_report(
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
     write_text(path, "\n".join(lines).rstrip() + "\n")
+
+
+def beside(models: dict[str, dict[str, Report]]) -> list[list[str]]:
+    """Several models' reports as the rows of one table, each benchmark's together, its head first."""
+    rows = [["model", "benchmark", "average", "chance", "blind", "single frame", "n/all"]]
+    for name in dict.fromkeys(name for reports in models.values() for name in reports):
+        for model, reports in models.items():
+            if (report := reports.get(name)) is not None:
+                floors = [percent(report.mean(floor)) for floor in FLOORS]
+                rows.append([model, name, percent(report.average), *floors, f"{report.scored}/{report.total}"])
+    return rows

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 LIBRARY = ("loss", "grad_norm", "learning_rate")
 """What the library logs; the rest are terms and memory."""
+UNDRAWN = ("time", "learning_rate", "memory_gb")
+"""Numbers of the log that are no curve."""
 
 
 class StageProgress(TrainerCallback):
@@ -143,23 +145,57 @@ class StopOnSignal(TrainerCallback):
 
 
 def draw_curves(run: Path) -> None:
-    """Draw curves.png from log.jsonl: the loss of every stage over its steps."""
+    """Draw curves.png from log.jsonl: a column per stage with its loss, and below it the terms of the loss, if several.
+
+    Crosses are held-out samples.
+    """
     from matplotlib.figure import Figure
 
-    stages: dict[str, dict[int, float]] = {}
-    log = run / "log.jsonl"
-    for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a kill, or not ours
-            record = json.loads(line)
-            stages.setdefault(str(record["stage"]), {})[int(record["step"])] = float(record["loss"])
+    stages = _curves(run / "log.jsonl")
     if not stages:
         return
-    figure = Figure(figsize=(4.5 * len(stages), 3), layout="constrained")
-    for axes, (name, losses) in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages.items(), strict=True):
-        axes.plot(list(losses), list(losses.values()), linewidth=1)
-        axes.set(title=name, xlabel="step", ylabel="loss", yscale="log")
-        axes.grid(alpha=0.3)
+    rows = max(len(curves) for curves in stages.values())
+    figure = Figure(figsize=(4.5 * len(stages), 1.2 + 1.8 * rows), layout="constrained")
+    grid = figure.subplots(rows, len(stages), squeeze=False)
+    for column, (stage, curves) in enumerate(stages.items()):
+        for row, (name, kinds) in enumerate(curves.items()):
+            axes = grid[row][column]
+            for kind, values in kinds.items():
+                style = {"color": "tab:blue", "linewidth": 1}
+                if kind == "held out":
+                    style = {"color": "tab:orange", "linestyle": "none", "marker": "x", "markersize": 5}
+                axes.plot(list(values), list(values.values()), **style)
+            axes.set(title=stage if row == 0 else None, ylabel=name.replace("_", " "))
+            axes.set_yscale("log" if name == "loss" and min(kinds["train"].values()) > 0 else "linear")
+            axes.grid(alpha=0.3)
+        grid[len(curves) - 1][column].set_xlabel("step")
+        for axes in grid[len(curves) :, column]:
+            axes.set_visible(False)
     try:  # never fail a training run for a picture
         figure.savefig(run / "curves.png", dpi=110)
     except OSError as error:
         say(f"warning: {run / 'curves.png'} was not drawn ({error.strerror})\n")
+
+
+Curves = dict[str, dict[str, dict[int, float]]]
+"""{term: {"train" or "held out": {step: value}}}."""
+
+
+def _curves(log: Path) -> dict[str, Curves]:
+    """{stage: its curves}, the loss first."""
+    stages: dict[str, Curves] = {}
+    for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a kill, or not ours
+            record = json.loads(line)
+            curves, step = stages.setdefault(str(record["stage"]), {}), int(record["step"])
+            for key, value in record.items():
+                if isinstance(value, float) and key not in UNDRAWN and "." not in key:
+                    held = key.startswith("validation")
+                    name = key.removeprefix("validation").removeprefix("_") or "loss"
+                    kinds = curves.setdefault(name, {})
+                    kinds.setdefault("held out" if held else "train", {})[step] = value
+    drawn = {
+        stage: {name: kinds for name, kinds in found.items() if "train" in kinds} for stage, found in stages.items()
+    }
+    order = {stage: sorted(found.items(), key=lambda item: item[0] != "loss") for stage, found in drawn.items()}
+    return {stage: dict(found) for stage, found in order.items() if found}

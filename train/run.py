@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mmllm.config.schema import Stage
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.files import held
 from mmllm.data.media.loading import MediaLoader
+from mmllm.data.records.conversations import Sample
 from mmllm.device import check_device, choose_threads
 from mmllm.model.blueprint import Blueprint, llm_facts
 from mmllm.model.build import build_model, build_processor, set_stop_tokens
@@ -30,6 +32,9 @@ from mmllm.train.data import load_data
 from mmllm.train.machine import from_main, join, plan, precision
 from mmllm.train.stage import build_objective, run_stage
 from mmllm.train.weights import validate_module_names
+
+LOOKED_AT = 50
+"""Number of samples among which a dry run looks for one with a medium."""
 
 
 def train(recipe: Recipe, out: str | Path, options: RunOptions, stages: list[str] | None = None) -> RunFolder:
@@ -143,12 +148,17 @@ def check(
         validate_module_names(blueprint.plan, stage, recipe.where(f"stages.{name}"))
         micro, accumulation = plan(name, stage, recipe, options, processes)
         data = load_data(stage, recipe)
-        batch = objective.prepare([data[0]], processor)
+        batch = objective.prepare([_telling(data)], processor)
         length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs:g} epochs"
         parts = f"{micro} x {accumulation}" + (f" x {processes} processes" if processes > 1 else "")
         first = f"first sample {batch['input_ids'].shape[1]} tokens, {len(batch['visual']['media'])} media"
         facts[f"stage {name}"] = f"{len(data)} samples, {length} of {parts}; {first}"
     return facts
+
+
+def _telling(data: Sequence[Sample]) -> Sample:
+    """The first sample with a medium among the first ones: it shows more than text does."""
+    return next((sample for sample in islice(data, LOOKED_AT) if sample.media()), data[0])
 
 
 def _chosen(recipe: Recipe, names: list[str] | None) -> dict[str, Stage]:

@@ -139,7 +139,9 @@ def _from_main(value: bool) -> bool:
 
 def _stage_facts(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     facts = {**asdict(stage), "micro_batch": None, "data": [digest(path) for path in data_files(stage, recipe)]}
-    del facts["checkpointing"]  # like micro_batch it says how, not what; excluded so that digests stay the same
+    # like micro_batch they say how, not what, or belong to stages that are not shared: digests stay what they were
+    for name in ("checkpointing", "validation", "validate_every", "lora", "keep"):
+        del facts[name]
     return facts
 
 

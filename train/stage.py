@@ -21,6 +21,7 @@ from mmllm.train.preparing import Preparer, ending_workers
 from mmllm.train.progress import StageProgress, StopOnSignal
 from mmllm.train.shared import SharedStage
 from mmllm.train.trainer import StageTrainer, split_objective
+from mmllm.train.validation import Validation, held_out
 from mmllm.train.weights import freeze, load_init, resolve_init, trained_parameters
 
 
@@ -101,13 +102,16 @@ def make_trainer(context: StageContext) -> tuple[StageTrainer, StopOnSignal, Pat
     if any(True for _ in objective.parameters()):
         model.objective = objective  # its weights train with the model's and are removed after the stage
     set_gradient_checkpointing(model, stage.checkpointing)
+    preparer = Preparer(data, worker, processor, options.skip_bad)
+    learnt, held = held_out(len(data), stage.validation, options.seed, context.where("validation"))
+    validation = Validation(context, preparer, held, objective)
     trainer = StageTrainer(
         model=model,
         args=training_arguments(context),
-        train_dataset=range(len(data)),
-        data_collator=Preparer(data, worker, processor, options.skip_bad),
+        train_dataset=learnt,
+        data_collator=preparer,
         processing_class=processor,
-        callbacks=[progress, stopper],
+        callbacks=[progress, *([validation] if held else []), stopper],
         objective=objective,
         batch=stage.batch,
         stage=context.name,
@@ -115,7 +119,7 @@ def make_trainer(context: StageContext) -> tuple[StageTrainer, StopOnSignal, Pat
         rates=_rates(context),
     )
     _drop_printer(trainer)
-    progress.trainer = trainer
+    progress.trainer = validation.trainer = trainer
     checkpoint = last_checkpoint(folder)
     check_data(folder, checkpoint, data_files(stage, context.recipe), processes.is_main_process)
     if checkpoint is not None:

@@ -178,14 +178,15 @@ class StageTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """The library's record of some steps, with the mean of every term where there are several."""
         if "loss" in logs:
-            found = means(self.terms.state(self._reduced))
+            found = means(self.terms.state(self.reduced))
             self.terms.clear()
             logs |= found if len(found) > 1 else {}
             if torch.cuda.is_available():
                 logs["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         super().log(logs, start_time)
 
-    def _reduced(self, value: Tensor) -> Tensor:
+    def reduced(self, value: Tensor) -> Tensor:
+        """A tensor added up over all processes."""
         return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value
 
     def _kept(self) -> str:
@@ -205,7 +206,7 @@ class StageTrainer(Trainer):
         with writing(folder):
             super()._save_checkpoint(model, trial)
         losses = {"loss": float(self.accelerator.reduce(self._tr_loss, "mean")), "since": self._globalstep_last_logged}
-        losses["terms"] = self.terms.state(self._reduced)
+        losses["terms"] = self.terms.state(self.reduced)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_json(folder / LOSSES, losses)
@@ -215,13 +216,17 @@ class StageTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save weights and processor only: the arguments are in the run folder, as text."""
         if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model)
-            if hasattr(model, "objective"):
-                state_dict, own = split_objective(state_dict or model.state_dict())
-                Path(output_dir).mkdir(parents=True, exist_ok=True)
-                save_file(own, Path(output_dir) / OBJECTIVE)
-            model.save_pretrained(output_dir, state_dict=state_dict)
-            self.processing_class.save_pretrained(output_dir)
+            self.save_weights(output_dir, state_dict)
+
+    def save_weights(self, folder: str, state_dict: dict | None = None) -> None:
+        """A model folder; the objective's weights beside the model's."""
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "objective"):
+            state_dict, own = split_objective(state_dict or model.state_dict())
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            save_file(own, Path(folder) / OBJECTIVE)
+        model.save_pretrained(folder, state_dict=state_dict)
+        self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with naming(resume_from_checkpoint):

@@ -64,12 +64,14 @@ def run(options: argparse.Namespace) -> int:
         return check(names, _roots(options.model[0], names, options.root), options)
     calm_libraries()
     from mmllm.api import load
+    from mmllm.contract.files import write_text
     from mmllm.data.media.loading import MediaLoader
-    from mmllm.eval.report_files import run_report
+    from mmllm.eval.report_files import beside, run_report
     from mmllm.model.folder import model_folder
     from mmllm.run_folder import add_seconds, read_seconds
+    from mmllm.tables import aligned, markdown
 
-    results, holes = {}, False
+    results, found, holes = {}, {}, False
     labels = _labels(options.model)
     roots_of = {path: _roots(path, names, options.root) for path in options.model}  # fail before anything is loaded
     for path in options.model:
@@ -87,8 +89,17 @@ def run(options: argparse.Namespace) -> int:
             finally:
                 add_seconds(out, f"eval_{name}", time.perf_counter() - start)
         results[path] = run_report(reports, read_seconds(out), out, options.limit)
+        found[labels[path]] = reports
         holes |= any(report.missing or report.unreadable for report in reports.values())
         _print(path, reports, out, options)
+    if len(found) > 1:
+        lines = beside(found)
+        if options.out:
+            write_text(
+                options.out / "models.md", "\n".join(["# Models", "", "Accuracy in %.", "", *markdown(lines)]) + "\n"
+            )
+        if not options.json:
+            print("\n".join(aligned(lines)))
     if options.json:
         print_json(results if len(results) > 1 else next(iter(results.values())))
     return 3 if holes else 0

@@ -51,6 +51,8 @@ class Stage:
             single parts, named as in `trains`, which may combine parts from several recipes.
         lora: the adapter that `llm.lora` trains (rank, alpha, dropout, targets, dora, init).
         keep: "merged" puts the adapter into the weights at the end; "adapter" keeps it beside them.
+        validation: how many samples are held out and scored now and then; the best weights are kept in `best/`.
+        validate_every: steps between two scorings; default: a fifth of the stage.
         share: keep its trained weights in the cache, so that other recipes with an equal stage start from them.
     """
 
@@ -70,6 +72,8 @@ class Stage:
     weight_decay: NotNegative = 0.0
     clip: NotNegative = 1.0
     init: str | dict | None = None
+    validation: Count | None = None
+    validate_every: Count | None = None
     lora: dict | None = None
     keep: Literal["merged", "adapter"] = "merged"
     share: bool = False

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ELSEWHERE = {
     "llava": "connectors/common/projectors.py",  # everybody's projector
     "clip": "train/objectives/contrastive.py",  # an objective, and no connector
+    "llava_kd": "train/objectives/distillation.py",
 }
 """Where the part of a paper is that is no connector of its own."""
 NO_PART = ("smol",)

@@ -112,7 +112,7 @@ class Preference(Objective):
         """Pairs, and tokens of the chosen answers."""
         pairs = len(batch["lengths"]) // 2
         counts = {"preference": pairs, "sft": sum(batch["lengths"][::2])}
-        return counts | dict.fromkeys(("margin", "chosen_wins", "chosen_reward", "rejected_reward"), pairs)
+        return counts | dict.fromkeys(("margin", "chosen_wins", "likelier", "chosen_reward", "rejected_reward"), pairs)
 
     def forward(self, model: MMLLMForConditionalGeneration, batch: Batch) -> dict[str, Term]:
         """Summed losses and statistics of the pairs."""
@@ -160,13 +160,18 @@ def _pairs(answers: Tensor, reference: Tensor, lengths: Tensor) -> Pairs:
 
 @torch.no_grad()
 def _statistics(pairs: Pairs, settings: Settings) -> dict[str, Tensor]:
-    """Rewards in DPO's sense, their difference, and how often the chosen answer has the higher one; summed."""
+    """Rewards in DPO's sense, their difference, and how often the chosen answer has the higher one; summed.
+
+    `likelier`: how often the policy itself finds the chosen answer likelier, token by token, whatever the reference.
+    """
     chosen = settings.beta * (pairs.chosen - pairs.reference_chosen)
     rejected = settings.beta * (pairs.rejected - pairs.reference_rejected)
     wins = (chosen > rejected).to(chosen.dtype)
+    means = pairs.chosen / pairs.chosen_length.clamp_min(1), pairs.rejected / pairs.rejected_length.clamp_min(1)
     return {
         "margin": (chosen - rejected).sum(),
         "chosen_wins": wins.sum(),
+        "likelier": (means[0] > means[1]).to(chosen.dtype).sum(),
         "chosen_reward": chosen.sum(),
         "rejected_reward": rejected.sum(),
     }
