@@ -10,6 +10,7 @@ from setuptools import find_namespace_packages, setup
 FOLDERS = ("encoders", "connectors", "train", "eval")
 
 DATA = ["datasets>=3", "webdataset>=0.2.100"]
+LORA = ["peft>=0.19"]
 TOWERS = ["gguf>=0.10", "open_clip_torch>=3.3", "timm>=1.0.31"]
 
 packages = ["mmllm", *(f"mmllm.{name}" for name in find_namespace_packages("mmllm") if "recipes" not in name)]
@@ -47,7 +48,8 @@ setup(
     extras_require={
         "data": DATA,
         "deepspeed": ["deepspeed>=0.17"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "setuptools>=77", *DATA, *TOWERS],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "setuptools>=77", "trl>=1.0", *LORA, *DATA, *TOWERS],
+        "lora": LORA,
         "towers": TOWERS,
     },
     entry_points={"console_scripts": ["mmllm=mmllm.cli:main"]},

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from mmllm.cli import align_levels
+from mmllm.cli import align_levels, rso
 from mmllm.cli.common import cache_dir, common, flag, given_path, print_json
 from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
@@ -24,6 +24,7 @@ examples:
   mmllm data check mix.yaml --root LLaVA-Video-178K --jobs 16
   mmllm data check train.json --quick
   mmllm data align-levels captions.jsonl --pair openai/clip-vit-large-patch14-336 --out captions.levels.jsonl
+  mmllm data rso questions.jsonl --model runs/mine --scorer pair name=runs/clip --out pairs.jsonl
 
 The same command run again checks only what has changed.
 exit codes: 0 all good, 2 a record does not fit or no medium can be read, 3 some media are missing or broken
@@ -56,6 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     common(check, "--json", "--quiet", "--plugin", "--jobs", "--cache-dir")
     check.set_defaults(run=run_check)
     align_levels.configure(verbs)
+    rso.configure(verbs)
 
 
 def run_check(options: argparse.Namespace) -> int:

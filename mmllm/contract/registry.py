@@ -25,6 +25,7 @@ PACKAGES = {
     "objective": "mmllm.train.objectives",
     "backend": "mmllm.data.media.backends",
     "format": "mmllm.data.records.formats",
+    "scorer": "mmllm.model.scorers",
 }
 _parts: dict[str, dict[str, type]] = {kind: {} for kind in PACKAGES}
 _imported: set[str] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from mmllm.train import trainer
 from mmllm.train.context import RunOptions
 from mmllm.train.run import train
 
-data, out, tokenizer = sys.argv[1:]
+data, out, tokenizer, objective = sys.argv[1:]
 recipe = tiny_recipe()
 recipe.model["llm"]["tokenizer"] = tokenizer
 recipe.data["stages"] = {
     "instruct": {
         "data": data,
+        "objective": json.loads(objective),
         "trains": ["encoders", "connector", "llm"],
         "steps": 2,
         "batch": 4,

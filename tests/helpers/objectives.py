@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from helpers.small_runs import options, recipe
@@ -11,12 +12,12 @@ from helpers.tiny import frames, write_video
 from mmllm.train.run import train
 
 
-def preference_pairs(folder: Path, count: int = 8) -> Path:
-    """Pairs about a video, an image or nothing, with answers of unequal length."""
+def preference_pairs(folder: Path, count: int = 8, clip: Callable[[int], bool] = lambda index: index % 4 != 3) -> Path:
+    """Pairs, some of them about a clip, with answers of unequal length."""
     lines = []
     for index in range(count):
         content = [{"type": "text", "text": f"Question {index}: what moves?"}]
-        if index % 4 != 3:
+        if clip(index):
             write_video(folder / f"clips/{index}.mp4", frames(index, 8))
             content.insert(0, {"type": "video", "path": f"clips/{index}.mp4", "frames": 8 if index % 2 else 4})
         chosen, rejected = "A red square moves left.", "left" if index % 2 else "The blue dot stays where it is."

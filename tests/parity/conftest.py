@@ -45,6 +45,11 @@ class Golden:
         array = self.arrays[name]
         return torch.from_numpy(np.array(array, np.float32 if array.dtype.kind == "f" else np.int64))
 
+    def exact(self, name: str) -> torch.Tensor:
+        """An array of decisions in float64, as it was computed."""
+        self.unread.discard(name)
+        return torch.from_numpy(np.array(self.arrays[name], np.float64))
+
     def number(self, name: str) -> float | int:
         """A setting: an array of one number."""
         return self[name].item()

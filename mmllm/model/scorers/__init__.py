@@ -1,0 +1,1 @@
+"""Rewards of answers: by an image-text model, or by a rule."""
