@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh", "train_nano.sh", "train_8gpu.sh"])
+@pytest.mark.parametrize(
+    "script", ["quickstart.sh", "test.sh", "train_nano.sh", "train_8gpu.sh", "train_kd.sh", "train_dpo.sh"]
+)
 def test_help_and_unknown_flags(script):
     done = subprocess.run(["bash", f"scripts/{script}", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0

@@ -293,3 +293,24 @@ def test_braces_and_folders_stand_for_files(tmp_path):
     assert [file.name for file in files_of(tmp_path / "t{est,rain}-0.parquet")] == ["test-0.parquet", "train-0.parquet"]
     with pytest.raises(UserError, match=r"train-2\.parquet: no such data file"):
         files_of(tmp_path / "train-{1,2}.parquet")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "What?", "chosen": "a dog", "rejected": "a cat"},
+        {
+            "prompt": [{"role": "user", "content": "What?"}],
+            "chosen": [{"role": "assistant", "content": "a dog"}],
+            "rejected": [{"role": "assistant", "content": "a cat"}],
+        },
+        {
+            "chosen": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "a dog"}],
+            "rejected": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "a cat"}],
+        },
+    ],
+)
+def test_pairs_as_trl_writes_them(tmp_path, record):
+    (sample,) = open_source(lines(tmp_path / "data.jsonl", record))
+    assert sample.messages == [{"role": "user", "content": "What?"}]
+    assert sample.fields == {"chosen": "a dog", "rejected": "a cat"}
