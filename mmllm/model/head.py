@@ -17,8 +17,8 @@ Score = Callable[[Tensor, slice], dict[str, Tensor]]
 Read = Callable[[Tensor, slice], Tensor]
 """(float32 logits [n, V] of some rows, which rows) -> a value per row, [n, ...]."""
 
-ELEMENTS = 2**25
-"""Logits held at a time: 134 MB in float32. Gradients of fewer cost more time, since each chunk adds to the whole
+ELEMENTS = 3 * 2**23
+"""Logits held at a time: 100 MB in float32. Gradients of fewer cost more time, since each chunk adds to the whole
 gradient of the weight."""
 
 
@@ -74,8 +74,26 @@ class Head(nn.Linear):
 
 
 def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """log p(target) of each row: logits [N, V] and targets [N] -> [N]."""
-    return -nn.functional.cross_entropy(logits, targets, reduction="none")
+    """log p(target) of each row: logits [N, V] and targets [N] -> [N]; the negative of cross-entropy."""
+    return _LogProbs.apply(logits, targets)
+
+
+class _LogProbs(torch.autograd.Function):
+    """Keeps the logits alone for the backward, where the library's form holds four tensors of their size."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, targets: Tensor) -> Tensor:
+        """[N, V] and [N] -> [N]."""
+        total = logits.logsumexp(-1)
+        ctx.save_for_backward(logits, targets, total)
+        return logits.gather(-1, targets[:, None])[:, 0] - total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, upstream: Tensor) -> tuple[Tensor, None]:
+        """upstream * (one-hot - softmax)."""
+        logits, targets, total = ctx.saved_tensors
+        gradient = torch.sub(logits, total[:, None]).exp_().mul_(-upstream[:, None])
+        return gradient.scatter_add_(-1, targets[:, None], upstream[:, None]), None
 
 
 def _chunks(groups: Sequence[int], vocabulary: int) -> Iterator[slice]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmllm.contract.batch import Batch
 from mmllm.contract.errors import UserError
@@ -20,6 +20,7 @@ from mmllm.contract.registry import register
 from mmllm.contract.types import Term
 from mmllm.data.records.alignment_levels import level_of
 from mmllm.data.records.conversations import Sample
+from mmllm.model.head import log_probs
 from mmllm.processing.collate import Example, Medium
 from mmllm.processing.content import MediumEntry
 from mmllm.processing.expansion import ReadEntry
@@ -196,9 +197,8 @@ class Distillation(Objective):
                 theirs = teacher_head(teacher_rows[which])[:, :compared].to(logits.dtype)
             apart = DIVERGENCES[self.divergence](logits[:, :compared], theirs, self.skew)
             own = targets[which]
-            loss = nn.functional.cross_entropy(logits[: len(own)], own, reduction="sum")
             return {
-                "language_modeling": loss,
+                "language_modeling": -log_probs(logits[: len(own)], own).sum(),
                 "response": apart[: len(own)].sum(),
                 "visual": apart[len(own) :].sum(),
             }

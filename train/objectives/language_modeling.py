@@ -15,6 +15,7 @@ from mmllm.contract.objective import Objective
 from mmllm.contract.registry import register
 from mmllm.contract.types import Term
 from mmllm.data.records.alignment_levels import level_of
+from mmllm.model.head import log_probs
 
 if TYPE_CHECKING:
     from mmllm.processing.processor import MMLLMProcessor
@@ -78,6 +79,6 @@ class LanguageModeling(Objective):
         target = torch.cat(targets)
 
         def score(logits: Tensor, rows: slice) -> dict[str, Tensor]:
-            return {"language_modeling": nn.functional.cross_entropy(logits, target[rows], reduction="sum")}
+            return {"language_modeling": -log_probs(logits, target[rows]).sum()}
 
         return {"language_modeling": Term(model.lm_head(torch.cat(states), score)["language_modeling"], len(target))}
