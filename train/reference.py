@@ -63,15 +63,22 @@ class FrozenCopy:
         return answer_log_probs(self.model, batch)
 
 
+ZERO_AT_FIRST = ("default", "gaussian", "eva", "slora")
+"""Starts of an adapter that leave the weights below it as they are."""
+
+
 class AdapterOff:
     """The model itself with its adapter switched off: as it was, as long as nothing else trains."""
 
     def __init__(self, context: StageContext, objective: Objective) -> None:
-        if context.stage.trains != ("llm.lora",):
-            where, trains = context.where("objective.reference"), ", ".join(context.stage.trains)
-            raise UserError(
-                where, "adapter: the rest of the model trains too", expected="trains: [llm.lora]", got=trains
-            )
+        where, stage = context.where("objective.reference"), context.stage
+        if stage.trains != ("llm.lora",):
+            what, got = "adapter: the rest of the model trains too", ", ".join(stage.trains)
+            raise UserError(where, what, expected="trains: [llm.lora]", got=got)
+        init = (stage.lora or {}).get("init", "default")
+        if init not in ZERO_AT_FIRST:
+            what = f"adapter: init {init} moves the weights below, so that the model without it is another one"
+            raise UserError(where, what, hint="stored")
 
     def log_probs(self, model: MMLLMForConditionalGeneration, batch: Batch) -> Tensor:
         """See `Reference`."""

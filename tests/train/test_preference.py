@@ -167,6 +167,13 @@ def test_each_loss_prefers_what_was_chosen(pairs, tmp_path, loss):
     assert lines[-1]["preference"] < lines[0]["preference"]
 
 
+def test_an_adapter_as_reference_has_to_leave_the_weights_as_they_are(pairs, tmp_path):
+    objective = {"type": "preference", "reference": "adapter"}
+    made = recipe(pairs, objective=objective, trains=["llm.lora"], lora={"rank": 2, "init": "nlora"})
+    with pytest.raises(UserError, match="init nlora moves the weights below"):
+        train(made, tmp_path, options())
+
+
 def test_an_adapter_as_reference_has_to_be_all_that_trains(built, tmp_path):
     made, model, processor, _ = built
     context = StageContext("instruct", 1, made.stages["instruct"], made, model, processor, None, options())

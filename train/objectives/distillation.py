@@ -112,7 +112,7 @@ class Distillation(Objective):
 
     def _encode(self, sample: Sample, ours: MMLLMProcessor, theirs: MMLLMProcessor) -> tuple[Example, Example]:
         wanted = {"student": set(ours.plan.geometries.values()), "teacher": set(theirs.plan.geometries.values())}
-        read = ours.reader(beside=sorted(wanted["teacher"] - wanted["student"], key=repr))
+        read = ours.reader(beside=sorted(wanted["teacher"], key=repr))  # the student's own may come from a cache
 
         def view(whose: str) -> ReadEntry:
             """The medium with the pixels of one of them; what is cached of the student's encoders is the student's."""
