@@ -37,7 +37,7 @@ def configure(verbs: argparse._SubParsersAction) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = verbs.add_parser("rso", help=what, description=what, epilog=EPILOG, formatter_class=formatter)
     parser.add_argument("data", type=given_path, metavar="FILE", help="a data file; answers at its end are left out")
-    parser.add_argument("arguments", nargs="*", metavar="key=value", help="arguments of the scorer")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="arguments of the scorer")
     parser.add_argument("--model", required=True, help="run folder or model folder that answers")
     parser.add_argument("--scorer", required=True, help="pair, words, or one of a plug-in")
     parser.add_argument("--out", type=given_path, required=True, metavar="OUT.jsonl", help="what is written")
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
 
     calm_libraries()
     cls = find("scorer", options.scorer, "--scorer")
-    given = dict(word.split("=", 1) if "=" in word else (word, None) for word in options.arguments)
+    given = dict(word.split("=", 1) if "=" in word else (word, None) for word in options.overrides)
     scorer = cls(**bind(cls, given, f"--scorer {options.scorer}"))
     source = open_source(options.data, options.root)
     total = min(len(source), options.limit or len(source))

@@ -9,6 +9,7 @@ import pytest
 
 from mmllm.cli import main
 from mmllm.config import recipe as recipes
+from mmllm.config.recipe import load
 
 TWINS = [
     name for name in recipes.names() if name.startswith("nano/") and name.split("/")[1] not in ("base", "llava", "clip")
@@ -30,11 +31,16 @@ def run(world) -> Path:
 
 
 def train(recipe: str, world: Path, out: Path) -> Path:
-    """A run of a nano twin, two steps a stage, with the text stages of the others."""
+    """A run of a nano twin, two steps a stage, with the text stages of the others, and the run that it starts from."""
     words = ["train", recipe, "--out", str(out), "--quiet", "--device", "cpu", "--jobs", "0"]
     words += ["--cache-dir", str(world.parent / "cache"), f"roots.world={world}"]
-    for stage in ("letters", "text", "caption", "instruct"):
+    made = load(recipe)
+    for stage, values in made.stages.items():
         words += [f"stages.{stage}.steps=2", f"stages.{stage}.batch=4"]
+        words += [f"stages.{stage}.validation=4"] if values.validation else []
+    for root in {"teacher", "start"} & set(made.data["roots"]):
+        other = "nano/small" if "small" in recipe else "nano/llava"
+        words.append(f"roots.{root}={train(other, world, out.with_name(root))}")
     assert main(words) == 0
     return out
 

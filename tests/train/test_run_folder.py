@@ -18,7 +18,7 @@ def model(text: str) -> SimpleNamespace:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "weights").write_text(text)
 
-    return SimpleNamespace(save_pretrained=save)
+    return SimpleNamespace(save_pretrained=save, named_modules=list)
 
 
 PROCESSOR = SimpleNamespace(save_pretrained=lambda folder: None)

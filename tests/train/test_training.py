@@ -360,3 +360,20 @@ def test_a_damaged_shared_stage_is_made_anew(data, tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
     for name, value in weights(tmp_path / "first").items():
         assert torch.equal(weights(tmp_path / "second")[name], value), name
+
+
+@pytest.mark.parametrize(("micro", "hint"), [(4, r"micro_batch=2"), (1, r"checkpointing=true")])
+def test_out_of_memory_says_with_what_and_how_to_go_on(data, tmp_path, monkeypatch, micro, hint):
+    from transformers import Trainer
+
+    real = Trainer.training_step
+
+    def short(self, *args):
+        if self.state.global_step == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, *args)
+
+    monkeypatch.setattr(Trainer, "training_step", short)
+    what = rf"instruct step 3: out of memory with {micro} samples of \d+ tokens; .*checkpoint-2 is intact.*{hint}"
+    with pytest.raises(UserError, match=what):
+        train(recipe(data, micro_batch=micro), tmp_path, options(save_steps=2))
