@@ -17,8 +17,8 @@ Score = Callable[[Tensor, slice], dict[str, Tensor]]
 Read = Callable[[Tensor, slice], Tensor]
 """(float32 logits [n, V] of some rows, which rows) -> a value per row, [n, ...]."""
 
-ELEMENTS = 3 * 2**23
-"""Logits held at a time: 100 MB in float32. Gradients of fewer cost more time, since each chunk adds to the whole
+ELEMENTS = 2**25
+"""Logits held at a time: 134 MB in float32. Gradients of fewer cost more time, since each chunk adds to the whole
 gradient of the weight."""
 
 
@@ -140,9 +140,10 @@ class _ChunkedScore(torch.autograd.Function):
         """Rows [N, D] and weight [V, D] -> one sum per term; their names are put into `names`."""
         of_rows, of_weight = (wanted and learning for wanted in ctx.needs_input_grad[:2])
         grad_rows = torch.zeros_like(rows) if of_rows else None
-        grad_weight = torch.zeros_like(weight) if of_weight else None
+        grad_weight = torch.empty_like(weight) if of_weight else None
         totals: dict[str, Tensor] = {}
         shares: dict[str, float] = {}
+        first = True
         for chunk in _chunks(groups, len(weight)):
             logits = _logits(rows[chunk], weight)
             if not of_rows and not of_weight:
@@ -151,7 +152,10 @@ class _ChunkedScore(torch.autograd.Function):
             gradient = _gradient(logits, score, chunk, scales, totals, shares)
             del logits
             if gradient is not None:
-                _add_gradients(gradient, rows, weight, grad_rows, grad_weight, chunk)
+                _add_gradients(gradient, rows, weight, grad_rows, grad_weight, chunk, first)
+                first = False
+        if first and grad_weight is not None:
+            grad_weight.zero_()
         names += totals
         # Not by save_for_backward, which would keep a second reference: the gradient itself becomes the weight's then.
         ctx.kept, ctx.scales = [grad_rows, grad_weight], [shares.get(name, 0.0) for name in totals]
@@ -202,8 +206,9 @@ def _add_gradients(
     grad_rows: Tensor | None,
     grad_weight: Tensor | None,
     chunk: slice,
+    first: bool,
 ) -> None:
-    """Through the product of rows and weight, in its number format."""
+    """Through the product of rows and weight, in its number format; the first chunk writes the weight's gradient."""
     active = torch.is_autocast_enabled(rows.device.type)
     dtype = torch.get_autocast_dtype(rows.device.type) if active else rows.dtype
     gradient, rows = gradient.to(dtype), rows[chunk]
@@ -212,7 +217,9 @@ def _add_gradients(
     if grad_weight is None:
         return
     if grad_weight.dtype == dtype:
-        grad_weight.addmm_(gradient.T, rows.to(dtype))
+        grad_weight.addmm_(gradient.T, rows.to(dtype), beta=0 if first else 1)
+    elif first:
+        grad_weight.copy_(gradient.T @ rows.to(dtype))
     else:
         grad_weight += gradient.T @ rows.to(dtype)
 
