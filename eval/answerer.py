@@ -13,12 +13,12 @@ import torch
 
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.files import held, read_record, write_json
-from mmllm.contract.parts import tensor_bytes
 from mmllm.contract.registry import plugins
 from mmllm.eval.benchmarks import find_benchmark
 from mmllm.eval.protocol import PROTOCOLS, Protocol
 from mmllm.eval.report import Report
 from mmllm.eval.runner import run_benchmark
+from mmllm.model.checkpoint import weights_digest
 
 if TYPE_CHECKING:
     from mmllm.model.modeling import MMLLMForConditionalGeneration
@@ -167,15 +167,6 @@ def find_protocol(name: str) -> Protocol:
     if name not in PROTOCOLS:
         raise UserError(f"--protocol {name}", "no such protocol", hint=nearest(name, list(PROTOCOLS)))
     return PROTOCOLS[name]
-
-
-def weights_digest(model: MMLLMForConditionalGeneration) -> str:
-    """A short digest of all weights and buffers, so that answers of two models are never mixed."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor_bytes(value))
-    return digest.hexdigest()[:16]
 
 
 def _same_subject(folder: Path, subject: dict[str, Any]) -> None:

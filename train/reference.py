@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +16,8 @@ from torch.utils.data import DataLoader
 from mmllm.contract.batch import Batch
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import append_lines
-from mmllm.contract.parts import tensor_bytes
 from mmllm.model.adapters import adapter_layers
+from mmllm.model.checkpoint import weights_digest
 from mmllm.model.head import log_probs
 from mmllm.processing.collate import move
 from mmllm.progress import Progress
@@ -97,7 +96,7 @@ class StoredReference:
         processes = join(context.options)
         model = context.model.to(processes.device)
         self.known: dict[str, tuple[float, float]] = {}
-        file = context.folder / f"reference-{_digest(model, precision(context.options))}.jsonl"
+        file = context.folder / f"reference-{weights_digest(model)}-{precision(context.options)}.jsonl"
         self._read(file)
         self._compute(context, objective, model, file)
 
@@ -184,12 +183,3 @@ def _autocast(device: torch.device, format_name: str) -> dict:
         "dtype": torch.float16 if format_name == "float16" else torch.bfloat16,
         "enabled": format_name != "float32",
     }
-
-
-def _digest(model: nn.Module, format_name: str) -> str:
-    """Of all that the reference's log-probabilities depend on, the pairs aside."""
-    digest = hashlib.sha256(format_name.encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor_bytes(value))
-    return digest.hexdigest()[:16]

@@ -57,7 +57,7 @@ class StageTrainer(Trainer):
         self.order = EpochOrder(0, 1, 0)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The library's optimizer, or Muon beside it where the stage asks for it."""
+        """The library's optimizer, with a rate per name or with Muon beside it where the stage asks for that."""
         if self.rates is not None and self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind(grouped(self.rates, self.args.weight_decay), **settings)

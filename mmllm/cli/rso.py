@@ -114,7 +114,7 @@ def _records(
     options: argparse.Namespace,
     number: int,
 ) -> list[dict[str, Any]]:
-    """What is written about one question; a question whose answers tell nothing is noted, so that it is done."""
+    """What is written about one question; nothing where its answers have equal rewards, so that it is asked again."""
     from mmllm.data.records.formats.messages import as_record
     from mmllm.data.records.rejection_sampling import RANKINGS, distinct, rejection_sample
 

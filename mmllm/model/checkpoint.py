@@ -1,7 +1,8 @@
-"""Weights of a model folder into a model, exactly or not at all."""
+"""Weights of a model folder into a model, exactly or not at all; a digest of a model's weights."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mmllm.contract.errors import UserError
+from mmllm.contract.parts import tensor_bytes
 from mmllm.model.folder import check_model_folder, model_folder
 
 if TYPE_CHECKING:
@@ -70,3 +72,12 @@ def refuse_holes(folder: Path, info: dict[str, Any]) -> None:
 
 def _shapes(key: str, found: Sequence[int], own: Sequence[int]) -> str:
     return f"{key} is {list(found)}, expected {list(own)}"
+
+
+def weights_digest(model: MMLLMForConditionalGeneration) -> str:
+    """A short digest of all weights and buffers, so that answers of two models are never mixed."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor_bytes(value))
+    return digest.hexdigest()[:16]

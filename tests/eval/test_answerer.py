@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mmllm.contract.errors import UserError
-from mmllm.eval.answerer import ModelAnswerer, evaluate_model, weights_digest
+from mmllm.eval.answerer import ModelAnswerer, evaluate_model
+from mmllm.model.checkpoint import weights_digest
 
 
 class Batch(dict):

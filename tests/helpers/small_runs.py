@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from helpers.tiny import frames, tiny_recipe, tokenizer_folder, write_video
 
@@ -69,3 +71,20 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(run / "model" / "model.safetensors")
+
+
+@contextmanager
+def stopping_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs inside are signalled to stop after this step, once."""
+    from mmllm.train import progress
+
+    stop = progress.StopOnSignal.on_step_end
+
+    def stop_there(self, args, state, control, **kwargs):
+        if state.global_step == step and self.signal is None:
+            self.signal = 15
+        stop(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.StopOnSignal, "on_step_end", stop_there)
+        yield

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from helpers.objectives import distilled, teacher_of
-from helpers.small_runs import losses, options, recipe, weights
+from helpers.small_runs import losses, options, recipe, stopping_after, weights
 from helpers.tiny import tiny_recipe, tokenizer_folder
 
 from mmllm.api import load
@@ -129,7 +129,6 @@ def test_a_clip_is_decoded_once_for_both(data, teacher, tmp_path, monkeypatch):
 
 
 def test_training_learns_and_resumes_and_accumulates(data, teacher, tmp_path, monkeypatch):
-    from mmllm.train import progress
     from mmllm.train.context import Stopped
 
     made = recipe(data, objective=distilled(teacher))
@@ -141,39 +140,20 @@ def test_training_learns_and_resumes_and_accumulates(data, teacher, tmp_path, mo
     assert not any("teacher" in name for name in weights(tmp_path / "straight"))
     train(recipe(data, objective=distilled(teacher), micro_batch=1), tmp_path / "four", options())
     assert losses(tmp_path / "four") == pytest.approx(straight, abs=5e-5)
-    stop = progress.StopOnSignal.on_step_end
-
-    def stop_after_three(self, args, state, control, **kwargs):
-        if state.global_step == 3 and self.signal is None:
-            self.signal = 15
-        stop(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(progress.StopOnSignal, "on_step_end", stop_after_three)
-        with pytest.raises(Stopped):
-            train(made, tmp_path / "cut", options())
+    with stopping_after(3, monkeypatch), pytest.raises(Stopped):
+        train(made, tmp_path / "cut", options())
     train(made, tmp_path / "cut", options())
     assert losses(tmp_path / "cut") == straight
 
 
 def test_terms_between_two_lines_survive_a_stop(data, teacher, tmp_path, monkeypatch):
     """Lines every four steps, a stop after the third: the fourth's line averages all four."""
-    from mmllm.train import progress
     from mmllm.train.context import Stopped
 
     made, asked = recipe(data, objective=distilled(teacher), steps=5), options(log_steps=4)
     train(made, tmp_path / "straight", asked)
-    stop = progress.StopOnSignal.on_step_end
-
-    def stop_after_three(self, args, state, control, **kwargs):
-        if state.global_step == 3 and self.signal is None:
-            self.signal = 15
-        stop(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(progress.StopOnSignal, "on_step_end", stop_after_three)
-        with pytest.raises(Stopped):
-            train(made, tmp_path / "cut", asked)
+    with stopping_after(3, monkeypatch), pytest.raises(Stopped):
+        train(made, tmp_path / "cut", asked)
     train(made, tmp_path / "cut", asked)
     both = [
         [{k: v for k, v in json.loads(line).items() if k != "time"} for line in (tmp_path / run / "log.jsonl").open()]

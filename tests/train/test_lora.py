@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.small_runs import losses, options, recipe, weights
+from helpers.small_runs import losses, options, recipe, stopping_after, weights
 
 import mmllm
 from mmllm.contract.errors import UserError
@@ -107,22 +107,12 @@ def test_a_kept_adapter_is_loaded_with_its_model(data, tmp_path):
 
 
 def test_an_adapter_stage_resumes(data, tmp_path, monkeypatch):
-    from mmllm.train import progress
     from mmllm.train.context import Stopped
 
     made = recipe(data, trains=["llm.lora"], lora={"rank": 4, "dropout": 0.1})
     train(made, tmp_path / "straight", options())
-    stop = progress.StopOnSignal.on_step_end
-
-    def stop_after_three(self, args, state, control, **kwargs):
-        if state.global_step == 3 and self.signal is None:
-            self.signal = 15
-        stop(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(progress.StopOnSignal, "on_step_end", stop_after_three)
-        with pytest.raises(Stopped):
-            train(made, tmp_path / "cut", options())
+    with stopping_after(3, monkeypatch), pytest.raises(Stopped):
+        train(made, tmp_path / "cut", options())
     train(made, tmp_path / "cut", options())
     assert losses(tmp_path / "cut") == losses(tmp_path / "straight")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.small_runs import context, losses, options, recipe, weights
+from helpers.small_runs import context, losses, options, recipe, stopping_after, weights
 from helpers.tiny import tiny_recipe
 
 from mmllm.contract.errors import UserError
@@ -57,19 +57,8 @@ def test_two_workers_are_none(data, straight, tmp_path):
 
 
 def test_resumed_is_uninterrupted(data, straight, tmp_path, monkeypatch):
-    from mmllm.train import progress
-
-    stop = progress.StopOnSignal.on_step_end
-
-    def stop_after_three(self, args, state, control, **kwargs):
-        if state.global_step == 3 and self.signal is None:
-            self.signal = 15
-        stop(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(progress.StopOnSignal, "on_step_end", stop_after_three)
-        with pytest.raises(Stopped) as stopped:
-            train(recipe(data), tmp_path, options())
+    with stopping_after(3, monkeypatch), pytest.raises(Stopped) as stopped:
+        train(recipe(data), tmp_path, options())
     assert stopped.value.checkpoint.name == "checkpoint-3"
     assert "instruct" not in json.loads(
         (tmp_path / "status.json").read_text() if (tmp_path / "status.json").exists() else '{"x": 0}'
@@ -195,20 +184,10 @@ def test_matrices_alone_decay():
 
 
 def test_a_run_with_muon_resumes_to_the_same_losses(data, tmp_path, monkeypatch):
-    from mmllm.train import progress
-
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     train(recipe(data, optimizer="muon"), straight, options())
-    stop = progress.StopOnSignal.on_step_end
-
-    def stop_after_two(self, args, state, control, **kwargs):
-        self.signal = 15 if state.global_step == 2 else self.signal
-        stop(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(progress.StopOnSignal, "on_step_end", stop_after_two)
-        with pytest.raises(Stopped):
-            train(recipe(data, optimizer="muon"), cut, options())
+    with stopping_after(2, monkeypatch), pytest.raises(Stopped):
+        train(recipe(data, optimizer="muon"), cut, options())
     train(recipe(data, optimizer="muon"), cut, options())
     assert losses(cut) == losses(straight)
 
