@@ -96,7 +96,6 @@ class Distillation(Objective):
         """
         teacher = teacher_processor(self.teacher)
         self._check(teacher, processor)
-        teacher.loader = processor.loader
         pairs = [self._encode(sample, processor, teacher) for sample in samples]
         batch = processor.collate([student for student, _ in pairs], padding_side="right")
         theirs = teacher.collate([example for _, example in pairs], padding_side="right")
