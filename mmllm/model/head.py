@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,9 +17,10 @@ Score = Callable[[Tensor, slice], dict[str, Tensor]]
 Read = Callable[[Tensor, slice], Tensor]
 """(float32 logits [n, V] of some rows, which rows) -> a value per row, [n, ...]."""
 
-ELEMENTS = 2**25
-"""Logits held at a time: 134 MB in float32. Gradients of fewer cost more time, since each chunk adds to the whole
-gradient of the weight."""
+ELEMENTS = 2**24
+"""Logits scored at a time: 67 MB in float32, a few times over."""
+MULTIPLIED = 4
+"""Chunks whose logits are computed at once: 268 MB. A product of few rows reads the whole weight for little work."""
 
 
 class Head(nn.Linear):
@@ -69,7 +70,7 @@ class Head(nn.Linear):
         if read is not None:
             with torch.no_grad():
                 chunks = _chunks(groups or [1] * len(rows), self.out_features)
-                return torch.cat([read(_logits(rows[chunk], self.weight), chunk) for chunk in chunks])
+                return torch.cat([read(_float(super(Head, self).forward(rows[chunk])), chunk) for chunk in chunks])
         return super().forward(rows)
 
 
@@ -107,9 +108,14 @@ def _chunks(groups: Sequence[int], vocabulary: int) -> Iterator[slice]:
         yield slice(first, sum(groups))
 
 
-def _logits(rows: Tensor, weight: Tensor) -> Tensor:
-    """Logits in float32 or better, computed in the number format of autocast."""
-    logits = nn.functional.linear(rows, weight)
+def _batched(chunks: Iterator[slice], count: int) -> Iterator[list[slice]]:
+    """Consecutive chunks, so many at a time."""
+    while some := list(islice(chunks, count)):
+        yield some
+
+
+def _float(logits: Tensor) -> Tensor:
+    """In float32 or better; they were computed in the number format of autocast."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
@@ -144,16 +150,22 @@ class _ChunkedScore(torch.autograd.Function):
         totals: dict[str, Tensor] = {}
         shares: dict[str, float] = {}
         first = True
-        for chunk in _chunks(groups, len(weight)):
-            logits = _logits(rows[chunk], weight)
-            if not of_rows and not of_weight:
-                _add(totals, score(logits, chunk))
-                continue
-            gradient = _gradient(logits, score, chunk, scales, totals, shares)
-            del logits
-            if gradient is not None:
-                _add_gradients(gradient, rows, weight, grad_rows, grad_weight, chunk, first)
+        for chunks in _batched(_chunks(groups, len(weight)), MULTIPLIED):
+            rows_of = slice(chunks[0].start, chunks[-1].stop)
+            logits, some = nn.functional.linear(rows[rows_of], weight), False
+            for chunk in chunks:
+                part = logits[chunk.start - rows_of.start : chunk.stop - rows_of.start]
+                if not of_rows and not of_weight:
+                    _add(totals, score(_float(part), chunk))
+                    continue
+                gradient = _gradient(_float(part), score, chunk, scales, totals, shares)
+                if gradient is not None:  # in the place of its logits, which nobody reads again
+                    part.copy_(gradient)
+                    some = True
+            if some:
+                _add_gradients(logits, rows[rows_of], weight, grad_rows, grad_weight, rows_of, first)
                 first = False
+            logits = part = gradient = None  # or the next ones would be computed while these are held
         if first and grad_weight is not None:
             grad_weight.zero_()
         names += totals
@@ -187,7 +199,7 @@ def _gradient(
     The sums are added to `totals`; `shares` learns by how much each term with a gradient was weighted.
     """
     with torch.enable_grad():
-        leaf = logits.requires_grad_()
+        leaf = logits.detach().requires_grad_()
         sums = score(leaf, chunk)
         _add(totals, {name: value.detach() for name, value in sums.items()})
         # Relative to the largest: what is small in itself would be lost in float16, whose loss is scaled only later.
@@ -205,15 +217,13 @@ def _add_gradients(
     weight: Tensor,
     grad_rows: Tensor | None,
     grad_weight: Tensor | None,
-    chunk: slice,
+    where: slice,
     first: bool,
 ) -> None:
     """Through the product of rows and weight, in its number format; the first chunk writes the weight's gradient."""
-    active = torch.is_autocast_enabled(rows.device.type)
-    dtype = torch.get_autocast_dtype(rows.device.type) if active else rows.dtype
-    gradient, rows = gradient.to(dtype), rows[chunk]
+    dtype = gradient.dtype
     if grad_rows is not None:
-        grad_rows[chunk] = (gradient @ weight.to(dtype)).to(grad_rows.dtype)
+        grad_rows[where] = (gradient @ weight.to(dtype)).to(grad_rows.dtype)
     if grad_weight is None:
         return
     if grad_weight.dtype == dtype:
