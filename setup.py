@@ -7,7 +7,7 @@ from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
 
-FOLDERS = ("encoders", "connectors", "train", "eval")
+FOLDERS = ("encoders", "connectors", "reducers", "train", "eval")
 
 DATA = ["datasets>=3", "webdataset>=0.2.100"]
 LORA = ["peft>=0.19"]

@@ -129,13 +129,14 @@ def evaluate_model(
 
 
 def subject_of(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor) -> dict[str, Any]:
-    """What answers depend on besides the question: weights, number format, front end, tokenizer, decoding, reader."""
-    tokenizer = processor.tokenizer
+    """What answers depend on besides the question: weights, number format, front end, reducer, tokenizer, and so on."""
+    tokenizer, reduction = processor.tokenizer, getattr(model, "reduction", None)
     decoding = model.generation_config.to_dict()
     return {
         "weights": weights_digest(model),
         "dtype": str(model.dtype),
         "front_end": _digest(processor.model_section),
+        "reduce": None if reduction is None else reduction.section,
         "tokenizer": _digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]),
         "decoding": _digest({key: value for key, value in decoding.items() if key != "transformers_version"}),
         "reader": [processor.loader.reader.backend, processor.loader.reader.corrupt],

@@ -33,6 +33,8 @@ def _rows(report: Report) -> list[list[str]]:
 def _notes(report: Report) -> list[str]:
     """Warnings, tasks without a score and excluded items, one sentence each."""
     notes = [f"WARNING: {warning}" for warning in report.warnings]
+    if reduced := report.subject.get("reduce"):
+        notes.append("visual tokens reduced: " + ", ".join(f"{key} {value}" for key, value in reduced.items()))
     notes += [f"{task}: {reason}" for task, reason in report.not_scored.items()]
     notes += [f"broken {row['id']}: {row['reason']}" for row in report.broken]
     return notes + [f"excluded {row['id']}: {row['reason']}" for row in report.excluded]

@@ -17,6 +17,7 @@ _HOMES = {
     "generate": "mmllm.api",
     "evaluate": "mmllm.api",
     "pipeline": "mmllm.api",
+    "reduce": "mmllm.api",
     "Video": "mmllm.api",
     "Image": "mmllm.api",
     "MMLLMConfig": "mmllm.model.config",

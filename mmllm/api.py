@@ -17,7 +17,7 @@ from mmllm.model.folder import check_generation, check_model_folder, check_token
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Pipeline
+    from transformers import Pipeline, PreTrainedModel
 
     from mmllm.eval.report import Report
     from mmllm.model.modeling import MMLLMForConditionalGeneration
@@ -73,9 +73,19 @@ class Image:
 
 
 def load(
-    path: str | Path, *, device: str | None = None, dtype: torch.dtype | str = "auto"
+    path: str | Path,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    reduce: str | Path | dict[str, Any] | None = None,
+    keep: float | None = None,
 ) -> tuple[MMLLMForConditionalGeneration, MMLLMProcessor]:
     """Load the (model, processor) of a run folder or a model folder, ready to answer.
+
+    Args:
+        device: where to; None = the CPU.
+        dtype: number format; "auto" = that of the files.
+        reduce, keep: see `mmllm.reduce`.
 
     Raises:
         UserError: there is no model, a file is damaged, or the weights are not exactly those that the config requires.
@@ -85,6 +95,7 @@ def load(
     from mmllm.model.adapters import ADAPTER, load_adapter
     from mmllm.model.checkpoint import refuse_holes
     from mmllm.model.modeling import MMLLMForConditionalGeneration
+    from mmllm.model.reduction.setting import read_setting
     from mmllm.processing.processor import MMLLMProcessor
 
     folder = model_folder(path)
@@ -113,7 +124,30 @@ def load(
         logger.warning(
             "%s: %d of its weights are not finite (%s ...): its answers are meaningless", folder, len(bad), bad[0]
         )
+    setting = read_setting(reduce, keep)
+    if setting is not None:
+        model.model.reduce(setting)
     return model, processor
+
+
+def reduce(
+    model: PreTrainedModel, reduce: str | Path | dict[str, Any] | None, keep: float | None = None
+) -> PreTrainedModel:
+    """Let a loaded model read fewer visual tokens; it is changed in place and returned.
+
+    Args:
+        model: one of ours, or a vision-language model of transformers.
+        reduce: a reducer by name ("aim", "random", ...), a file or section `{type: aim, l1: 14, ...}`, or None = off.
+        keep: the budget beside a name: visual tokens averaged over the LLM's layers, as a share of all.
+
+    Raises:
+        UserError: no such reducer, a budget that it cannot meet, or a model that cannot be reduced.
+    """
+    from mmllm.model.reduction.setting import read_setting
+    from mmllm.model.reduction.stock import body_of
+
+    body_of(model).reduce(read_setting(reduce, keep))
+    return model
 
 
 def generate(

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmllm.contract.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 BUSY = 0.5
 """If other processes keep this many cores busy, they count as a neighbour."""
@@ -46,6 +51,38 @@ def pick_device(name: str | None) -> str:
     if name is not None:
         return name
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+class PeakMemory:
+    """The most memory in use within a block: of the accelerator, or of this process where there is none.
+
+    Attributes:
+        bytes: known after the block; None where the system does not tell.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        import torch
+
+        if self.device.type == "cpu":
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is in use now
+        else:
+            torch.accelerator.reset_peak_memory_stats(self.device)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        import torch
+
+        if self.device.type != "cpu":
+            self.bytes = torch.accelerator.max_memory_allocated(self.device)
+            return
+        with suppress(OSError):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            self.bytes = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 def sleep_beside_neighbours() -> None:

@@ -42,7 +42,7 @@ class Reference(Protocol):
 @torch.no_grad()
 def answer_log_probs(model: MMLLMForConditionalGeneration, batch: Batch) -> Tensor:
     """[answers]: log-probabilities of the answers of a batch of pairs, summed over their tokens."""
-    rows = model.run(model.embed(batch)).flatten(0, 1)[batch["sources"]]
+    rows = model.run(model.embed(batch))[0].flatten(0, 1)[batch["sources"]]
     targets = batch["targets"]
     tokens = model.lm_head(rows, read=lambda logits, which: log_probs(logits, targets[which]))
     lengths = torch.tensor(batch["lengths"], device=tokens.device)

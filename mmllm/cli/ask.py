@@ -8,11 +8,22 @@ import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from mmllm.cli.common import calm_libraries, common, flag, media_reader, print_json, reader_flags
+from mmllm.cli.common import (
+    calm_libraries,
+    common,
+    flag,
+    media_reader,
+    print_json,
+    reader_flags,
+    reduce_flags,
+    settings,
+)
 from mmllm.contract.arguments import Count, Positive
+from mmllm.contract.errors import UserError
 from mmllm.device import pick_device
 
 if TYPE_CHECKING:
+    from mmllm.model.modeling import MMLLMForConditionalGeneration
     from mmllm.processing.collate import VisualBatch
     from mmllm.processing.processor import MMLLMProcessor
 
@@ -21,7 +32,11 @@ examples:
   mmllm ask --model runs/mine --video clip.mp4 "What does the red square do?"
   mmllm ask --model runs/mine --video 'clip.mp4#t=3,8' --frames 16 "Who enters?"
   mmllm ask --model runs/mine --image a.jpg --image b.jpg "What differs?"
+  mmllm ask --model runs/mine --video clip.mp4 --reduce none --reduce random --reduce aim --keep 0.5 "Who enters?"
+
+Several --reduce or several --model: one line for each, with visual tokens, time and memory.
 """
+HEAD = ("visual tokens first/mean/last layer", "first word", "peak", "answer")
 
 
 class AddMedium(argparse.Action):
@@ -39,59 +54,119 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.description = "Ask a model about videos and images; the answer streams to stdout."
     parser.add_argument("question")
-    parser.add_argument("--model", required=True, help="run folder or model folder")
+    parser.add_argument("--model", required=True, action="append", help="run folder or model folder (may repeat)")
     parser.add_argument("--video", action=AddMedium, metavar="FILE[#t=START,END]", help="a video (may repeat)")
     parser.add_argument("--image", action=AddMedium, metavar="FILE", help="an image (may repeat)")
     sampling = parser.add_mutually_exclusive_group()
     sampling.add_argument("--frames", type=flag(Count), help="frames of each video (default: the model's own)")
     sampling.add_argument("--fps", type=flag(Positive), help="frames per second of each video, instead of --frames")
     parser.add_argument("--max-new-tokens", type=flag(Count), default=64, help="longest answer (default 64)")
+    reduce_flags(parser)
     reader_flags(parser)
     common(parser, "--json", "--quiet", "--plugin", "--trust-remote-code", "--device", "--dtype")
     parser.set_defaults(run=run, media=None)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Ask and print the answer."""
+    """Ask and print the answer, or a table of several."""
     calm_libraries()
-    from mmllm.api import check_new_tokens, load, stream_answer
+    from mmllm.api import check_new_tokens, load, reduce
     from mmllm.data.media.loading import MediaLoader
+
+    ways = settings(options)
+    alone = len(ways) == 1 and len(options.model) == 1
+    if len(set(options.model)) < len(options.model):
+        raise UserError("--model", "given twice", got=", ".join(options.model))
+    found = []
+    for path in options.model:
+        model, processor = load(path, device=pick_device(options.device), dtype=options.dtype or "auto")
+        check_new_tokens(processor, options.max_new_tokens, "--max-new-tokens")
+        processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
+        batch = _batch(processor, options).to(model.device)
+        prompt = batch["input_ids"].shape[1]
+        check_new_tokens(processor, options.max_new_tokens, "--max-new-tokens", prompt=prompt)
+        _say(batch, _visual_tokens(batch, processor), options.quiet)
+        for name, section in ways.items():
+            reduce(model, section)
+            answer = _answer(model, processor, batch, options.max_new_tokens, show=alone and not options.json)
+            found.append({"model": path, "reduce": name, **answer})
+    _print(found, alone, options)
+    return 0
+
+
+def _batch(processor: MMLLMProcessor, options: argparse.Namespace) -> VisualBatch:
     from mmllm.data.media.types import MediaRef
 
     media = [MediaRef.parse(kind, text) for kind, text in options.media or []]
-    device = pick_device(options.device)
-    model, processor = load(options.model, device=device, dtype=options.dtype or "auto")
-    check_new_tokens(processor, options.max_new_tokens, "--max-new-tokens")
-    processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
     content = [
         {"type": ref.kind, "path": ref.path, "start": ref.start, "end": ref.end, "fps": ref.fps} for ref in media
     ]
     content.append({"type": "text", "text": options.question})
-    batch = processor.apply_chat_template(
+    return processor.apply_chat_template(
         [{"role": "user", "content": content}],
         tokenize=True,
         return_dict=True,
         add_generation_prompt=True,
         processor_kwargs={"frames": options.frames, "fps": options.fps},
-    ).to(model.device)
-    check_new_tokens(processor, options.max_new_tokens, "--max-new-tokens", prompt=batch["input_ids"].shape[1])
-    _say(batch, _visual_tokens(batch, processor), options.quiet)
-    start, pieces = time.perf_counter(), []
-    with closing(stream_answer(model, processor, batch, max_new_tokens=options.max_new_tokens)) as stream:
+    )
+
+
+def _answer(
+    model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, batch: VisualBatch, most: int, show: bool
+) -> dict[str, Any]:
+    """An answer, and what it cost; `show` prints it as it comes."""
+    from mmllm.api import stream_answer
+    from mmllm.device import PeakMemory
+
+    start, first, pieces = time.perf_counter(), None, []
+    with (
+        PeakMemory(model.device) as peak,
+        closing(stream_answer(model, processor, batch, max_new_tokens=most)) as stream,
+    ):
         for piece in stream:
+            if first is None and piece:
+                first = time.perf_counter() - start
             pieces.append(piece)
-            if not options.json:
+            if show:
                 print(piece, end="", flush=True)
-    answer = "".join(pieces).strip()
-    if options.json:
-        seconds = round(time.perf_counter() - start, 3)
-        visual = _visual_tokens(batch, processor)
-        print_json({"answer": answer, "visual_tokens": visual, "seconds": seconds})
-    else:
+    if show:
         print()
-    if not answer:
-        print("warning: the answer is empty: the first token ends it", file=sys.stderr)
-    return 0
+    seconds = time.perf_counter() - start
+    reduction = model.reduction
+    if reduction is not None and reduction.last is not None:
+        layers = [int(count.sum()) for count in reduction.last.entering]
+    else:
+        layers = [_visual_tokens(batch, processor)]
+    return {
+        "answer": "".join(pieces).strip(),
+        "visual_tokens": _visual_tokens(batch, processor),
+        "visual_tokens_by_layer": layers,
+        "first_word_seconds": round(seconds if first is None else first, 3),
+        "seconds": round(seconds, 3),
+        "peak_bytes": peak.bytes,
+    }
+
+
+def _print(found: list[dict[str, Any]], alone: bool, options: argparse.Namespace) -> None:
+    from mmllm.tables import aligned
+
+    if options.json:
+        single = {key: found[0][key] for key in ("answer", "visual_tokens", "seconds")}
+        print_json(single if alone and found[0]["reduce"] == "none" else found[0] if alone else found)
+    elif not alone:
+        several = ["model"] * (len(options.model) > 1) + ["reduce"] * (len(found) > len(options.model))
+        print("\n".join(aligned([[*several, *HEAD], *(_row(one, several) for one in found)], left=len(several))))
+    for one in found:
+        if not one["answer"]:
+            print("warning: the answer is empty: the first token ends it", file=sys.stderr)
+
+
+def _row(found: dict[str, Any], named: list[str]) -> list[str]:
+    """One line of the table."""
+    layers = found["visual_tokens_by_layer"]
+    tokens = f"{layers[0]} / {sum(layers) / len(layers):.0f} / {layers[-1]}"
+    peak = "-" if found["peak_bytes"] is None else f"{found['peak_bytes'] / 1e9:.2f} GB"
+    return [*(found[name] for name in named), tokens, f"{found['first_word_seconds']:.2f} s", peak, found["answer"]]
 
 
 def _visual_tokens(batch: VisualBatch, processor: MMLLMProcessor) -> int:

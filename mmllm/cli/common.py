@@ -78,6 +78,35 @@ def media_reader(backend: str, seconds: float, corrupt: OnDamage = "warn") -> Gu
     return GuardedReader(backend, Limits(timeout=seconds), plugins(), corrupt)
 
 
+def reduce_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the verbs whose model may read fewer visual tokens."""
+    names = (
+        "a reducer (none, random, stride, pool, merge, aim, fastv, divprune, ...) or a file {type: aim, l1: 14, l2: 22}"
+    )
+    parser.add_argument("--reduce", action="append", metavar="NAME", help=f"{names}; may repeat")
+    what = "visual tokens averaged over the LLM's layers, as a share of all: one budget for all --reduce"
+    parser.add_argument("--keep", type=flag(Annotated[float, Within(above=0, most=1)]), metavar="SHARE", help=what)
+
+
+def settings(options: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
+    """{name: section of a reducer, or None} for every `--reduce`; one without any where none is given.
+
+    Raises:
+        UserError: no budget, one for nothing, or a reducer given twice.
+    """
+    from mmllm.model.reduction.setting import label, read_setting
+
+    given = options.reduce or ["none"]
+    plain = [name for name in given if name != "none" and not name.endswith((".yaml", ".yml"))]
+    if options.keep is not None and not plain:
+        raise UserError("--keep", "nothing to keep less of", expected="a --reduce by name beside it")
+    sections = [read_setting(name, options.keep if name in plain else None) for name in given]
+    found = {label(section): section for section in sections}
+    if len(found) < len(given):
+        raise UserError("--reduce", "given twice", got=", ".join(given))
+    return found
+
+
 SIZES = {"MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 

@@ -8,7 +8,18 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmllm.cli.common import calm_libraries, common, flag, given_path, media_reader, pairs, print_json, reader_flags
+from mmllm.cli.common import (
+    calm_libraries,
+    common,
+    flag,
+    given_path,
+    media_reader,
+    pairs,
+    print_json,
+    reader_flags,
+    reduce_flags,
+    settings,
+)
 from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
 from mmllm.device import pick_device
@@ -22,6 +33,7 @@ EPILOG = """\
 examples:
   mmllm eval --model runs/mine --tasks mvbench,mlvu
   mmllm eval --model runs/mine --tasks mvbench --root mvbench=MVBench --missing skip
+  mmllm eval --model runs/mine --tasks mvbench --reduce none --reduce random --reduce aim --keep 0.25
   mmllm eval check --tasks mvbench,mlvu --root mvbench=MVBench --root mlvu=MLVU
 
 Answers are kept item by item; the same command run again continues.
@@ -43,6 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=flag(Count), help="frames of each video (default: the model's own)")
     parser.add_argument("--batch", type=flag(Count), default=60, help="items per forward (default 60)")
     parser.add_argument("--out", type=given_path, help="folder for eval/ and report.* (default: the run folder)")
+    reduce_flags(parser)
     reader_flags(parser)
     common(parser, "--json", "--quiet", "--plugin", "--trust-remote-code", "--device", "--dtype", "--dry-run")
     parser.set_defaults(run=run)
@@ -63,35 +76,30 @@ def run(options: argparse.Namespace) -> int:
     if options.action == "check" or options.dry_run:
         return check(names, _roots(options.model[0], names, options.root), options)
     calm_libraries()
-    from mmllm.api import load
+    from mmllm.api import load, reduce
     from mmllm.contract.files import write_text
     from mmllm.data.media.loading import MediaLoader
-    from mmllm.eval.report_files import beside, run_report
+    from mmllm.eval.report_files import beside
     from mmllm.model.folder import model_folder
-    from mmllm.run_folder import add_seconds, read_seconds
     from mmllm.tables import aligned, markdown
 
-    results, found, holes = {}, {}, False
+    results, found, ways = {}, {}, settings(options)
     labels = _labels(options.model)
     roots_of = {path: _roots(path, names, options.root) for path in options.model}  # fail before anything is loaded
     for path in options.model:
-        roots = roots_of[path]
         model, processor = load(path, device=pick_device(options.device), dtype=options.dtype or "auto")
         processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
         out = options.out or _run_folder(model_folder(path))
         if options.out and len(options.model) > 1:
             out = options.out / labels[path]
-        reports = {}
-        for name in names:
-            start = time.perf_counter()
-            try:
-                reports[name] = _evaluate(model, processor, name, Path(roots[name]), out / "eval", options)
-            finally:
-                add_seconds(out, f"eval_{name}", time.perf_counter() - start)
-        results[path] = run_report(reports, read_seconds(out), out, options.limit)
-        found[labels[path]] = reports
-        holes |= any(report.missing or report.unreadable for report in reports.values())
-        _print(path, reports, out, options)
+        for way, section in ways.items():
+            reduce(model, section)
+            title = labels[path] if len(ways) == 1 else way if len(options.model) == 1 else f"{labels[path]} {way}"
+            below = out if section is None else out / f"reduce-{way}"
+            results[path if len(ways) == 1 else title], found[title] = _evaluate_all(
+                model, processor, {name: Path(roots_of[path][name]) for name in names}, below, options
+            )
+            _print(path, found[title], below, options)
     if len(found) > 1:
         lines = beside(found)
         if options.out:
@@ -102,7 +110,29 @@ def run(options: argparse.Namespace) -> int:
             print("\n".join(aligned(lines)))
     if options.json:
         print_json(results if len(results) > 1 else next(iter(results.values())))
+    holes = any(report.missing or report.unreadable for reports in found.values() for report in reports.values())
     return 3 if holes else 0
+
+
+def _evaluate_all(
+    model: MMLLMForConditionalGeneration,
+    processor: MMLLMProcessor,
+    roots: dict[str, Path],
+    out: Path,
+    options: argparse.Namespace,
+) -> tuple[dict[str, Any], dict[str, Report]]:
+    """One model under one setting, on all benchmarks: the report of the run, and those of the benchmarks."""
+    from mmllm.eval.report_files import run_report
+    from mmllm.run_folder import add_seconds, read_seconds
+
+    reports = {}
+    for name, root in roots.items():
+        start = time.perf_counter()
+        try:
+            reports[name] = _evaluate(model, processor, name, root, out / "eval", options)
+        finally:
+            add_seconds(out, f"eval_{name}", time.perf_counter() - start)
+    return run_report(reports, read_seconds(out), out, options.limit), reports
 
 
 def _evaluate(

@@ -22,6 +22,7 @@ PACKAGES = {
     "encoder": "mmllm.encoders",
     "text": "mmllm.encoders",
     "connector": "mmllm.connectors",
+    "reducer": "mmllm.reducers",
     "objective": "mmllm.train.objectives",
     "backend": "mmllm.data.media.backends",
     "format": "mmllm.data.records.formats",

@@ -160,7 +160,11 @@ class VisualTokens:
             positions, sizes = _pick(self.positions, self.sizes, index)
         return VisualTokens(values, self.media, grid, positions, sizes, self.times)
 
-    def select(self, index: Tensor) -> VisualTokens:
+    def row(self, number: int) -> VisualTokens:
+        """One clip of this group, as a view."""
+        return self.select(slice(number, number + 1))
+
+    def select(self, index: Tensor | slice) -> VisualTokens:
         """The clips `index` [P] of this group, repeats allowed (one row per pair of clip and prompt)."""
         extras = {name: value[index] for name, value in self.extras.items()}
         fields = {name: getattr(self, name)[index] for name in ("values", "positions", "sizes", "times")}
@@ -236,6 +240,21 @@ class Needs:
     alignment_levels: int | None = None
 
 
+@dataclass(frozen=True)
+class VisualSpan:
+    """A medium's tokens among the LLM's inputs.
+
+    Attributes:
+        row: of the batch.
+        start: its first position.
+        tokens: [1, N, D].
+    """
+
+    row: int
+    start: int
+    tokens: VisualTokens
+
+
 @dataclass
 class LLMInputs:
     """What enters the LLM.
@@ -246,6 +265,7 @@ class LLMInputs:
         positions: [B, L] or None.
         visual: [B, L] bool, which positions hold visual tokens.
         segments: [B, L] or None; 0 = prefix, 1, 2, ... = branches that see the prefix and themselves, -1 = padding.
+        spans: where the media are and what their tokens stand for; for reducers.
     """
 
     embeds: Tensor
@@ -253,11 +273,14 @@ class LLMInputs:
     positions: Tensor | None
     visual: Tensor
     segments: Tensor | None = None
+    spans: tuple[VisualSpan, ...] = ()
 
     def part(self, rows: slice, length: int) -> LLMInputs:
-        """The first `length` positions of some rows."""
+        """The first `length` positions of some rows, none of whose spans reaches further."""
         tensors = (self.embeds, self.mask, self.positions, self.visual, self.segments)
-        return LLMInputs(*(None if tensor is None else tensor[rows, :length] for tensor in tensors))
+        start, stop, _ = rows.indices(len(self.embeds))
+        spans = tuple(replace(span, row=span.row - start) for span in self.spans if start <= span.row < stop)
+        return LLMInputs(*(None if tensor is None else tensor[rows, :length] for tensor in tensors), spans)
 
 
 @dataclass

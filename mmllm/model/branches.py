@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -53,4 +55,10 @@ def split(inputs: LLMInputs) -> tuple[LLMInputs, Tensor]:
     rows = torch.arange(len(segments), device=index.device).repeat_interleave(len(branches))[:, None]
     positions = None if inputs.positions is None else inputs.positions[rows, index]
     embeds = inputs.embeds[rows, index] * real[..., None].to(inputs.embeds.dtype)
-    return LLMInputs(embeds, real.long(), positions, inputs.visual[rows, index] & real), where
+    spans = tuple(
+        replace(span, row=number, start=int((chosen[number] < span.start).sum()))
+        for number in range(len(chosen))
+        for span in inputs.spans
+        if span.row == number // len(branches)
+    )
+    return LLMInputs(embeds, real.long(), positions, inputs.visual[rows, index] & real, spans=spans), where

@@ -48,20 +48,32 @@ class FrontEnd(nn.Module):
         Returns:
             rows [R, D], and how many of the last are blank.
         """
+        return self.joined(self.streams(visual, embed_tokens), blank, embed_tokens)
+
+    def streams(self, visual: VisualInputs, embed_tokens: nn.Module | None = None) -> list[list[VisualTokens]]:
+        """For each pair its streams, [1, N, D] each."""
         pairs, device = visual["pairs"], next(self.parameters()).device
         asked = visual.get("prompts") or self.prompts.blank(device)
         prompts = self.prompts(asked, self.plan.text_needs, embed_tokens) if pairs else {}
-        per_pair: dict[int, list[Tensor]] = {}
+        per_pair: dict[int, list[VisualTokens]] = {}
         for spec, members in _groups(visual):
             tokens, guides = self._encode(spec, visual, members, prompts)
             streams = self._connect(spec, tokens, guides)
             for row, index in enumerate(members):
-                per_pair[index] = [stream.values[row] for stream in streams]
-        rows = [stream for index in range(len(pairs)) for stream in per_pair[index]]
+                per_pair[index] = [stream.row(row) for stream in streams]
+        return [per_pair[index] for index in range(len(pairs))]
+
+    def joined(
+        self,
+        streams: list[list[VisualTokens]],
+        blank: tuple[MediaSpec, ...] = (),
+        embed_tokens: nn.Module | None = None,
+    ) -> tuple[Tensor, int]:
+        """The rows of `streams`, then those of blank inputs; see `forward`."""
+        rows = [stream.values[0] for pair in streams for stream in pair]
         blanks = [tokens.values.flatten(0, 1) for spec in blank for tokens in self._run_blank(spec, embed_tokens)]
         if not rows and not blanks:
-            parameter = next(self.parameters())
-            return parameter.new_zeros(0, self.plan.llm_width), 0
+            return next(self.parameters()).new_zeros(0, self.plan.llm_width), 0
         return torch.cat(rows + blanks), sum(len(rows) for rows in blanks)
 
     def tokens_of(self, visual: VisualInputs, name: str, embed_tokens: nn.Module | None = None) -> list[VisualTokens]:
@@ -73,7 +85,7 @@ class FrontEnd(nn.Module):
             tokens, guides = self._encode(spec, visual, members, prompts)
             self._connect(spec, tokens, guides)
             for row, index in enumerate(members):
-                found[index] = tokens[name].select(torch.tensor([row]))
+                found[index] = tokens[name].row(row)
         return [found[index] for index in range(len(visual["pairs"]))]
 
     def _encode(

@@ -13,11 +13,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mmllm.contract.batch import Batch, VisualInputs
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part
-from mmllm.contract.types import LLMInputs, Needs
+from mmllm.contract.types import LLMInputs, Needs, VisualSpan, VisualTokens
 from mmllm.model.branches import branch_mask, split, takes_masks
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.front_end import FrontEnd
 from mmllm.model.head import Head
+from mmllm.model.reduction.llm import Reduction
 from mmllm.processing.collate import joined, move
 
 if TYPE_CHECKING:
@@ -60,12 +61,17 @@ class MMLLMPreTrainedModel(PreTrainedModel):
 
 
 class MMLLMModel(MMLLMPreTrainedModel):
-    """Front end and the LLM's body."""
+    """Front end and the LLM's body.
+
+    Attributes:
+        reduction: the reducer at work, a load-time setting; see `reduce`.
+    """
 
     def __init__(self, config: MMLLMConfig) -> None:
         super().__init__(config)
         # The LLM first: its random weights then depend on the seed alone, not on the front end.
         self.language_model = AutoModel.from_config(config.text_config)
+        self.reduction: Reduction | None = None
         self.front_end = FrontEnd(config.model_section, config.text_config.hidden_size)
         self.post_init()
 
@@ -97,7 +103,8 @@ class MMLLMModel(MMLLMPreTrainedModel):
         where = torch.zeros_like(input_ids, dtype=torch.bool)
         if not blank and not visual["media"]:
             return LLMInputs(table(input_ids), attention_mask, position_ids, where)
-        rows, blanks = self.front_end(visual, blank, table)
+        streams = self.front_end.streams(visual, table)
+        rows, blanks = self.front_end.joined(streams, blank, table)
         real, blank_rows = rows.split([len(rows) - blanks, blanks])
         source, target = self._splice(visual, input_ids.shape, input_ids.device)
         where.view(-1)[target] = True
@@ -105,7 +112,8 @@ class MMLLMModel(MMLLMPreTrainedModel):
         flat = embeds.flatten(0, 1).index_copy(0, target, real[source].to(embeds.dtype))
         if blanks:  # they touch the same parameters as real ones do in other processes, and change nothing
             flat = flat + 0.0 * blank_rows.sum().to(embeds.dtype)
-        return LLMInputs(flat.view_as(embeds), attention_mask, position_ids, where)
+        inputs = LLMInputs(flat.view_as(embeds), attention_mask, position_ids, where)
+        return inputs if self.reduction is None else replace(inputs, spans=_spans(visual, streams))
 
     def is_distributed_training(self) -> bool:
         """Whether several processes train together, so that each must use every parameter."""
@@ -152,6 +160,8 @@ class MMLLMModel(MMLLMPreTrainedModel):
         """The LLM's body over a sequence; `last_hidden_state` [B, L, D] and whatever else the library returns."""
         if sequence.segments is not None:
             return self._run_branches(sequence, **kwargs)
+        if self.reduction is not None:
+            return self.reduction(self.language_model, sequence, **kwargs)
         return self.language_model(
             inputs_embeds=sequence.embeds,
             attention_mask=sequence.mask,
@@ -159,16 +169,33 @@ class MMLLMModel(MMLLMPreTrainedModel):
             **kwargs,
         )
 
+    def reduce(self, section: dict[str, Any] | None) -> None:
+        """Let the LLM read fewer visual tokens, by the reducer `{type: ..., arguments}`; None = all of them.
+
+        Raises:
+            UserError: see `Reduction`.
+        """
+        if self.reduction is not None:
+            self.reduction.remove()
+            self.reduction = None
+        if section is not None:
+            self.reduction = Reduction(self.language_model, section)
+
     def _run_branches(self, sequence: LLMInputs, **kwargs: Any) -> BaseModelOutputWithPast:
         """Branches of a shared prefix; `last_hidden_state` at their positions in the sequence, padding unspecified."""
         config = self.language_model.config
-        if takes_masks(config):
+        if takes_masks(config) and self.reduction is None:
             mask = branch_mask(sequence.segments, config, sequence.embeds.dtype)
             return self.run(replace(sequence, mask=mask, segments=None), **kwargs)
         rows, where = split(sequence)
         output = self.run(rows, **kwargs)
         output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[where]
         return output
+
+
+def _spans(visual: VisualInputs, streams: list[list[VisualTokens]]) -> tuple[VisualSpan, ...]:
+    """Where each medium is, and its tokens."""
+    return tuple(VisualSpan(row, start, streams[pair][stream]) for row, start, pair, stream in visual["spans"].tolist())
 
 
 class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
@@ -187,15 +214,25 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
         self.lm_head = Head(text.hidden_size, text.vocab_size)
         self.post_init()
 
+    @property
+    def reduction(self) -> Reduction | None:
+        """The reducer at work."""
+        return self.model.reduction
+
     def embed(self, batch: Batch) -> LLMInputs:
         """The sequence of a batch."""
         keys = ("input_ids", "attention_mask", "position_ids", "visual")
         inputs = self.model.embed(**{key: batch[key] for key in keys if key in batch})
         return replace(inputs, segments=batch.get("segments"))
 
-    def run(self, sequence: LLMInputs) -> Tensor:
-        """Hidden states [B, L, D] of a whole sequence, without a cache."""
-        return self.model.run(sequence, use_cache=False).last_hidden_state
+    def run(self, sequence: LLMInputs) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [B, L, D] of a whole sequence, without a cache; and which positions a reducer kept [B, L].
+
+        The second is None where all were kept; the others hold zeros.
+        """
+        hidden = self.model.run(sequence, use_cache=False).last_hidden_state
+        reduced = None if self.reduction is None else self.reduction.last
+        return hidden, None if reduced is None else reduced.kept
 
     def pooled_images(self, batch: Batch) -> Tensor:
         """The mean of each pair's visual rows, [pairs, D]."""

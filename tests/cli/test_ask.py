@@ -99,3 +99,42 @@ def test_a_stream_that_is_closed_stops_generating(tmp_path):
     next(pieces)
     pieces.close()
     assert threading.active_count() == before
+
+
+def test_several_reducers_and_models_are_a_table(capsys, model, tmp_path):
+    clip, ways = write_video(tmp_path / "clip.mp4", frames(0, 16)), ["--reduce", "none", "--reduce", "random"]
+    asked = ["ask", "--model", str(model), "--video", str(clip), "--quiet", "--max-new-tokens", "4", "--keep", "0.5"]
+    assert main([*asked, *ways, "What moves?"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["reduce", "visual", "tokens"] and len(rows) == 2
+    assert rows[0].split()[:6] == ["none", "36", "/", "36", "/", "36"]
+    assert rows[1].split()[:6] == ["random-0.5", "18", "/", "18", "/", "18"]
+    other = save_model(tmp_path / "other")
+    assert main([*asked, *ways, "--model", str(other), "--json", "What moves?"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["model"], one["reduce"]) for one in found] == [
+        (str(path), name) for path in (model, other) for name in ("none", "random-0.5")
+    ]
+    assert all(one["first_word_seconds"] > 0 and one["peak_bytes"] > 0 for one in found)
+
+
+def test_a_schedule_by_file(capsys, model, tmp_path):
+    clip = write_video(tmp_path / "clip.mp4", frames(0, 16))
+    (tmp_path / "mine.yaml").write_text("type: aim\nrates: [0.5, 0]\n")
+    found = answer(capsys, "--model", model, "--video", clip, "--reduce", tmp_path / "mine.yaml")
+    assert found["visual_tokens_by_layer"] == [36, 18]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--keep", "0.5"], "nothing to keep less of"),
+        (["--reduce", "aim"], "no budget"),
+        (["--reduce", "aim", "--reduce", "aim", "--keep", "0.5"], "given twice"),
+        (["--reduce", "nothing", "--keep", "0.5"], "no reducer is called"),
+        (["--reduce", "missing.yaml"], "no such file"),
+    ],
+)
+def test_what_cannot_be_reduced_is_said_in_one_line(capsys, model, flags, said):
+    assert main(["ask", "--model", str(model), *flags, "What moves?"]) == 2
+    assert said in capsys.readouterr().err

@@ -16,6 +16,7 @@ LAYERS = {
     "mmllm.world": {"contract"},
     "mmllm.encoders": {"contract"},
     "mmllm.connectors": {"contract"},
+    "mmllm.reducers": {"contract", "connectors"},
     "mmllm.train": {"contract", "data", "encoders", "connectors", "core"},
     "mmllm.eval": {"contract", "data", "encoders", "connectors", "core"},
 }
@@ -25,6 +26,7 @@ FOLDERS = {
     "mmllm.world": "mmllm/world",
     "mmllm.encoders": "encoders",
     "mmllm.connectors": "connectors",
+    "mmllm.reducers": "reducers",
     "mmllm.train": "train",
     "mmllm.eval": "eval",
 }
@@ -52,11 +54,11 @@ def test_layers(package):
 
 def test_no_file_of_mmllm_hides_a_package_or_a_public_function():
     names = {path.stem for path in (ROOT / "mmllm").iterdir()}
-    assert not names & {"encoders", "connectors", "train", "eval", "load", "generate", "evaluate", "reduce"}
+    assert not names & {"encoders", "connectors", "reducers", "train", "eval", "load", "generate", "evaluate", "reduce"}
 
 
 def test_files_and_functions_can_be_read_in_one_sitting():
-    for folder in ("mmllm", "encoders", "connectors", "train", "eval"):
+    for folder in ("mmllm", "encoders", "connectors", "reducers", "train", "eval"):
         for path in (ROOT / folder).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
             assert text.count("\n") <= 400, path
@@ -85,7 +87,7 @@ def test_importing_costs_nothing():
 
 def test_sampling_frames_happens_in_one_place():
     """No second sampler: nobody else spaces indices over a clip."""
-    for folder in ("mmllm", "encoders", "connectors", "train", "eval"):
+    for folder in ("mmllm", "encoders", "connectors", "reducers", "train", "eval"):
         for path in (ROOT / folder).rglob("*.py"):
             if path.name != "sampling.py" and "world" not in path.parts:
                 assert "linspace" not in path.read_text(encoding="utf-8"), path

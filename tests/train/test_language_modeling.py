@@ -55,7 +55,7 @@ def test_the_padding_of_a_row_is_read_by_nothing_though_there_is_no_mask(data):
     assert not batch["attention_mask"].all()
     with torch.no_grad():
         found = objective(model, batch)["language_modeling"].sum
-        hidden = model.run(model.embed(batch))
+        hidden, _ = model.run(model.embed(batch))
         logits, targets = model.lm_head(hidden[:, :-1]).transpose(1, 2), batch["labels"][:, 1:]
         masked = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
         alone = sum(objective(model, objective.prepare([one], processor))["language_modeling"].sum for one in samples)

@@ -38,7 +38,7 @@ def built(data):
 
 def logits(model, batch) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval().lm_head(model.run(model.embed(batch)))
+        return model.eval().lm_head(model.run(model.embed(batch))[0])
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

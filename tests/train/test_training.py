@@ -310,8 +310,8 @@ def test_positions_reach_an_objective(data):
     ids = torch.arange(1, 5)[None]
     model(ids, position_ids=ids + 7, objective=lambda model, batch: seen.append(batch["position_ids"]))
     assert torch.equal(seen[0], ids + 7)
-    with_positions = model(ids, position_ids=ids * 3, objective=lambda model, batch: model.run(model.embed(batch)))
-    without = model(ids, objective=lambda model, batch: model.run(model.embed(batch)))
+    with_positions = model(ids, position_ids=ids * 3, objective=lambda model, batch: model.run(model.embed(batch))[0])
+    without = model(ids, objective=lambda model, batch: model.run(model.embed(batch))[0])
     assert not torch.allclose(with_positions, without)
 
 

@@ -230,6 +230,8 @@ class Distillation(Objective):
 def _rows(model: MMLLMForConditionalGeneration, batch: Batch, looks: bool) -> tuple[Tensor, Tensor]:
     """Hidden states before each scored token and, if it `looks`, at each visual token; the scored tokens [N]."""
     inputs, wanted = model.embed(batch), batch["labels"][:, 1:]
-    hidden, scored = model.run(inputs), wanted != -100
+    (hidden, kept), scored = model.run(inputs), wanted != -100
+    if looks and kept is not None:
+        raise UserError("objective distillation", "compares visual tokens, and a reducer dropped some", hint="visual=0")
     rows = [hidden[:, :-1][scored], *([hidden[inputs.visual]] if looks else [])]
     return torch.cat(rows), wanted[scored]

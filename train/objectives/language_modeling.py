@@ -71,7 +71,9 @@ class LanguageModeling(Objective):
         states, targets = [], []
         for first, last, length in batch["groups"]:
             # No mask: rows are right-padded, and no token reads what follows it. Causal kernels can then skip half.
-            hidden = model.run(replace(sequence.part(slice(first, last), length), mask=None))
+            # A reducer has to know what is padding.
+            part = sequence.part(slice(first, last), length)
+            hidden, _ = model.run(part if part.spans else replace(part, mask=None))
             wanted = labels[first:last, 1:length]
             scored = wanted != -100
             states.append(hidden[:, :-1][scored])

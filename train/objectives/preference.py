@@ -117,7 +117,7 @@ class Preference(Objective):
     def forward(self, model: MMLLMForConditionalGeneration, batch: Batch) -> dict[str, Term]:
         """Summed losses and statistics of the pairs."""
         model.model.front_end.eval()  # stochastic depth on one side alone would be a preference of its own
-        hidden = model.run(model.embed(batch))
+        hidden, _ = model.run(model.embed(batch))
         reference = self._reference[0].log_probs(model, batch) if self._reference else None
         rows = hidden.flatten(0, 1)[batch["sources"]]
         sums = self.score(model.lm_head, rows, batch, reference)
