@@ -80,9 +80,11 @@ def load(
     reduce: str | Path | dict[str, Any] | None = None,
     keep: float | None = None,
 ) -> tuple[MMLLMForConditionalGeneration, MMLLMProcessor]:
-    """Load the (model, processor) of a run folder or a model folder, ready to answer.
+    """Load the (model, processor) of a run folder, a model folder or a published checkpoint, ready to answer.
 
     Args:
+        path: a run folder, a model folder, or a folder or hub id of LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision or
+            Video-LLaVA in the format of transformers; told apart by config.json.
         device: where to; None = the CPU.
         dtype: number format; "auto" = that of the files.
         reduce, keep: see `mmllm.reduce`.
@@ -92,31 +94,19 @@ def load(
     """
     import torch
 
-    from mmllm.model.adapters import ADAPTER, load_adapter
-    from mmllm.model.checkpoint import refuse_holes
-    from mmllm.model.modeling import MMLLMForConditionalGeneration
+    from mmllm.model.foreign.convert import family_of, load_published
     from mmllm.model.reduction.setting import read_setting
-    from mmllm.processing.processor import MMLLMProcessor
 
-    folder = model_folder(path)
     check_device(None if device is None else str(device))
-    check_model_folder(folder)
-    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
-        model, info = pretrained(MMLLMForConditionalGeneration, str(folder), **options)
-        processor = pretrained(MMLLMProcessor, str(folder))
-    except (OSError, ValueError) as error:
-        raise UserError(folder, f"cannot be loaded ({' '.join(str(error).split())[:200]})") from error
-    refuse_holes(folder, info)
-    if (folder / ADAPTER).is_dir():
-        load_adapter(model, folder / ADAPTER)
+    family = family_of(path)
+    if family is None:
+        folder = model_folder(path)
+        model, processor = _load_own(folder, dtype)
+    else:
+        folder = Path(path)
+        model, processor, _ = load_published(path, family, dtype)
     check_generation(model, folder)
     check_tokenizer(processor, folder)
-    if processor.model_section != model.config.model_section:
-        from mmllm.config.recipe import differences
-
-        keys = differences(processor.model_section, model.config.model_section)
-        raise UserError(folder, f"config.json and processor_config.json differ at {', '.join(keys[:5])}")
     model = model.eval().to(device) if device else model.eval()
     # sums, since they read the weights once and copy nothing
     bad = [name for name, value in model.named_parameters() if not bool(value.sum(dtype=torch.float32).isfinite())]
@@ -127,6 +117,30 @@ def load(
     setting = read_setting(reduce, keep)
     if setting is not None:
         model.model.reduce(setting)
+    return model, processor
+
+
+def _load_own(folder: Path, dtype: torch.dtype | str) -> tuple[MMLLMForConditionalGeneration, MMLLMProcessor]:
+    """From a model folder of ours."""
+    from mmllm.config.recipe import differences
+    from mmllm.model.adapters import ADAPTER, load_adapter
+    from mmllm.model.checkpoint import refuse_holes
+    from mmllm.model.modeling import MMLLMForConditionalGeneration
+    from mmllm.processing.processor import MMLLMProcessor
+
+    check_model_folder(folder)
+    options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = pretrained(MMLLMForConditionalGeneration, str(folder), **options)
+        processor = pretrained(MMLLMProcessor, str(folder))
+    except (OSError, ValueError) as error:
+        raise UserError(folder, f"cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+    refuse_holes(folder, info)
+    if (folder / ADAPTER).is_dir():
+        load_adapter(model, folder / ADAPTER)
+    if processor.model_section != model.config.model_section:
+        keys = differences(processor.model_section, model.config.model_section)
+        raise UserError(folder, f"config.json and processor_config.json differ at {', '.join(keys[:5])}")
     return model, processor
 
 

@@ -23,6 +23,8 @@ VERBS = {
     "train": "train a recipe's stages",
     "eval": "evaluate on benchmarks",
     "ask": "ask a model about videos and images",
+    "convert": "published checkpoints into ours, and back",
+    "flops": "what an answer costs, by arithmetic",
     "inspect": "look inside a model while it watches",
     "lab": "compare recipes over seeds",
     "doctor": "versions, back ends, and what is missing",

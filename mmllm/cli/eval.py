@@ -80,7 +80,6 @@ def run(options: argparse.Namespace) -> int:
     from mmllm.contract.files import write_text
     from mmllm.data.media.loading import MediaLoader
     from mmllm.eval.report_files import beside
-    from mmllm.model.folder import model_folder
     from mmllm.tables import aligned, markdown
 
     results, found, ways = {}, {}, settings(options)
@@ -89,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
     for path in options.model:
         model, processor = load(path, device=pick_device(options.device), dtype=options.dtype or "auto")
         processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
-        out = options.out or _run_folder(model_folder(path))
+        out = options.out or _run_folder(path)
         if options.out and len(options.model) > 1:
             out = options.out / labels[path]
         for way, section in ways.items():
@@ -190,12 +189,14 @@ def _roots(model: str, names: list[str], given: list[str] | None) -> dict[str, s
     from mmllm.config.recipe import load as load_recipe
     from mmllm.eval.benchmarks import find_benchmark
     from mmllm.model.folder import model_folder
+    from mmllm.model.foreign.convert import family_of
 
     roots = pairs(given, "--root")
     for name in roots:
         find_benchmark(name, f"--root {name}")
-    file = model_folder(model) / "recipe.yaml"
-    known = load_recipe(file).eval_roots if file.is_file() else {}
+    known = {}
+    if family_of(model) is None and (file := model_folder(model) / "recipe.yaml").is_file():
+        known = load_recipe(file).eval_roots
     for name in names:
         find_benchmark(name)
         if name not in roots and name not in known:
@@ -203,7 +204,18 @@ def _roots(model: str, names: list[str], given: list[str] | None) -> dict[str, s
     return {**known, **roots}
 
 
-def _run_folder(model: Path) -> Path:
+def _run_folder(path: str) -> Path:
+    """Where the reports of a model go.
+
+    Raises:
+        UserError: it is a published checkpoint, whose folder is not ours.
+    """
+    from mmllm.model.folder import model_folder
+    from mmllm.model.foreign.convert import family_of
+
+    if family_of(path) is not None:
+        raise UserError(f"--model {path}", "a published checkpoint has no run folder", hint="--out DIR")
+    model = model_folder(path)
     return model.parent if model.name == "model" else model
 
 

@@ -26,6 +26,10 @@ class Node:
         """Whether the part runs for such media; if not, its first input passes through."""
         return self.only is None or self.only == media.kind
 
+    def reads(self, kind: str) -> list[str]:
+        """What such media pass through before it; its first input alone where the part does not run."""
+        return list(self.inputs) if self.only in (None, kind) else [self.inputs[0]]
+
 
 def read_nodes(sections: dict[str, dict[str, Any]], used: set[str], text: list[str], where: str) -> list[Node]:
     """The nodes that the output depends on, in order.

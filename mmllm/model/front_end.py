@@ -94,7 +94,9 @@ class FrontEnd(nn.Module):
         """Tokens and prompts of some pairs: each clip is encoded once, however many prompts go with it."""
         pairs = [visual["pairs"][index] for index in members]
         clips = list(dict.fromkeys(clip for clip, _ in pairs))
-        tokens = self.bank([visual["media"][clip] for clip in clips], spec, self.plan.needs, self.plan.encoders_used)
+        tokens = self.bank(
+            [visual["media"][clip] for clip in clips], spec, self.plan.needs, set(self.plan.encoders_of(spec))
+        )
         if len(clips) < len(pairs):
             index = torch.tensor([clips.index(clip) for clip, _ in pairs], device=next(self.parameters()).device)
             tokens = {name: value.select(index) for name, value in tokens.items()}
@@ -106,7 +108,7 @@ class FrontEnd(nn.Module):
     def _run_blank(self, spec: MediaSpec, embed_tokens: nn.Module | None) -> list[VisualTokens]:
         parameter = next(self.parameters())
         encoded = {}
-        for name in sorted(self.plan.encoders_used):
+        for name in sorted(self.plan.encoders_of(spec)):
             encoder = self.bank.encoders[name]
             if encoder.trainable:
                 g = encoder.geometry
@@ -122,10 +124,12 @@ class FrontEnd(nn.Module):
         self, spec: MediaSpec, tokens: dict[str, VisualTokens], prompts: dict[str, PromptFeatures]
     ) -> list[VisualTokens]:
         for node in self.plan.nodes:
-            inputs = [tokens[name] for name in node.inputs]
-            if not node.runs(spec):
-                tokens[node.name] = inputs[0]
+            if node.name not in self.plan.used[spec.kind]:
                 continue
+            if not node.runs(spec):
+                tokens[node.name] = tokens[node.inputs[0]]
+                continue
+            inputs = [tokens[name] for name in node.inputs]
             part, first = self.parts[node.name], node.inputs[0]
             if first in self.bank.encoders:
                 inputs[0] = select_hidden_states(inputs[0], part.needs(), self.plan.needs[first])

@@ -52,6 +52,7 @@ class FrontEndPlan:
         output: {kind of media: names of the streams that reach the LLM}.
         first: names of the streams that stand at the start of the sequence.
         encoders_used: names of the encoders that the output depends on.
+        used: {kind of media: names of encoders and nodes that its output depends on}; only those run for it.
         needs: {encoder: union of what its readers need}.
         text_needs: {text source: union of what its readers need}.
         alignment_levels: how many alignment levels all parts know, or None where no part reads them.
@@ -72,6 +73,10 @@ class FrontEndPlan:
         used = reachable({name: node["in"] for name, node in nodes.items()}, self.output)
         self.nodes = read_nodes(nodes, used, list(self.prompts.sources), f"{where}.connector")
         self.encoders_used = used & set(section["encoders"])
+        self.used = {
+            kind: reachable({node.name: node.reads(kind) for node in self.nodes}, {kind: self.output[kind]})
+            for kind in KINDS
+        }
         self.parts = nn.ModuleDict()
         self._streams: dict[MediaSpec, list[TokenSpec]] = {}
         self._build(nodes)
@@ -181,13 +186,16 @@ class FrontEndPlan:
     def walk(self, media: MediaSpec) -> Iterator[tuple[str, nn.Module, tuple[TokenSpec, ...], TokenSpec]]:
         """(name, module, input specs, output spec) of everything that runs for such media, in order."""
         specs = self._specs(media)
-        for name in self.bank.encoders:
-            if name in self.encoders_used:
-                yield name, self.bank.encoders[name], (), specs[name]
+        for name in self.encoders_of(media):
+            yield name, self.bank.encoders[name], (), specs[name]
         for node in self.nodes:
-            if node.runs(media):
+            if node.runs(media) and node.name in self.used[media.kind]:
                 inputs = tuple(self._read(node, specs, media))
                 yield node.name, self.parts[node.name], inputs, specs[node.name]
+
+    def encoders_of(self, media: MediaSpec) -> list[str]:
+        """Names of the encoders that such media pass through."""
+        return [name for name in self.bank.encoders if name in self.used[media.kind]]
 
     @property
     def geometries(self) -> dict[str, Geometry]:

@@ -7,6 +7,7 @@ earlier turns, and text typed by a user is never read as part of the template.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -65,6 +66,8 @@ def render(
         raise UserError("conversation", "no messages", expected="a list of messages", got=shown(messages))
     roles = tuple(_role(message) for message in messages)
     frame = Template(tokenizer, template, tuple(sorted((variables or {}).items())))
+    if frame.reads_entries:
+        return _render_entries(frame, messages, prompt, continued)
     pieces, opening = _frame(frame, roles, prompt)
     result = Rendered(pieces[0])
     for index, (message, piece) in enumerate(zip(messages, pieces[1:], strict=True)):
@@ -78,6 +81,70 @@ def render(
             result.answers.append((start, len(result.text) + extent))
         result.text += "" if continued and index == len(messages) - 1 else piece
     return result
+
+
+def _render_entries(template: Template, messages: list[dict[str, Any]], prompt: bool, continued: bool) -> Rendered:
+    """The same with a template that writes the placeholders itself, as those of published models do."""
+    entries = [list(entries_of(message)) for message in messages]
+    shape = tuple(
+        (message["role"], tuple(entry.kind if isinstance(entry, MediumEntry) else "text" for entry in own))
+        for message, own in zip(messages, entries, strict=True)
+    )
+    pieces, opening = _entry_frame(template, shape, prompt)
+    result, end_marker = Rendered(pieces[0]), template.tokenizer.eos_token or ""
+    media = [entry for own in entries for entry in own if isinstance(entry, MediumEntry)]
+    texts = [(role, entry) for (role, _), own in zip(shape, entries, strict=True) for entry in own]
+    texts = [(role, entry) for role, entry in texts if not isinstance(entry, MediumEntry)]
+    for number, ((role, text), before, piece) in enumerate(zip(texts, pieces, pieces[1:], strict=False)):
+        start = len(result.text)
+        _write_text(text, result)
+        if role == "assistant":
+            start -= _written_first(before, opening)
+            blank = len(piece) - len(piece.lstrip(" \n"))
+            extent = blank + len(end_marker) if end_marker and piece[blank:].startswith(end_marker) else 0
+            result.answers.append((start, len(result.text) + extent))
+        result.text += "" if continued and number == len(texts) - 1 else piece
+    result.media = _in_order(result.text, result.typed, media)
+    return result
+
+
+def _in_order(text: str, typed: list[tuple[int, int]], media: list[MediumEntry]) -> list[MediumEntry]:
+    """The media in the order in which the template wrote their placeholders.
+
+    Raises:
+        UserError: it left some out.
+    """
+    left = {kind: [entry for entry in media if entry.kind == kind] for kind in PLACEHOLDERS}
+    places = sorted(
+        (match.start(), kind)
+        for kind, token in PLACEHOLDERS.items()
+        for match in re.finditer(re.escape(token), text)
+        if not any(start <= match.start() < stop for start, stop in typed)
+    )
+    found = [left[kind].pop(0) for _, kind in places if left[kind]]
+    if len(found) < len(media) or len(places) > len(found):
+        raise UserError("chat template", f"writes {len(places)} placeholders for {len(media)} media")
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _entry_frame(template: Template, shape: tuple, prompt: bool) -> tuple[list[str], str]:
+    """What the template writes around the texts: before the first, and after each; and how a turn opens."""
+    messages, count = [], 0
+    for role, kinds in shape:
+        content = []
+        for kind in kinds:
+            content.append({"type": kind, "text": MARK.format(count)} if kind == "text" else {"type": kind})
+            count += kind == "text"
+        messages.append({"role": role, "content": content})
+    text, pieces = template(messages, prompt), []
+    for number in range(count):
+        before, mark, text = text.partition(MARK.format(number))
+        if not mark:
+            raise UserError("chat template", f"leaves out text {number + 1} of the conversation, or reorders texts")
+        pieces.append(before)
+    opening = template(messages[:1], True).removeprefix(template(messages[:1], False))
+    return [*pieces, text], opening
 
 
 def _role(message: dict[str, Any]) -> str:
@@ -104,13 +171,18 @@ def _write_content(message: dict[str, Any], result: Rendered) -> None:
             result.text += PLACEHOLDERS[entry.kind]
             result.media.append(entry)
             continue
-        for placeholder in PLACEHOLDERS.values():
-            if placeholder in entry:
-                what = f"more placeholders than media: it contains {placeholder}"
-                hint = '{"type": "video", "path": ...} as a content entry'
-                raise UserError(f"text {entry[:40]!r}", what, hint=hint)
-        result.typed.append((len(result.text), len(result.text) + len(entry)))
-        result.text += entry
+        _write_text(entry, result)
+
+
+def _write_text(text: str, result: Rendered) -> None:
+    """Append what somebody typed."""
+    for placeholder in PLACEHOLDERS.values():
+        if placeholder in text:
+            what = f"more placeholders than media: it contains {placeholder}"
+            hint = '{"type": "video", "path": ...} as a content entry'
+            raise UserError(f"text {text[:40]!r}", what, hint=hint)
+    result.typed.append((len(result.text), len(result.text) + len(text)))
+    result.text += text
 
 
 @lru_cache(maxsize=4096)

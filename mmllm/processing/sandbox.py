@@ -57,6 +57,11 @@ class Template:
         own, tokens = self.text or self.tokenizer.chat_template, (self.tokenizer.bos_token, self.tokenizer.eos_token)
         return repr((own, tokens, self.variables))
 
+    @property
+    def reads_entries(self) -> bool:
+        """Whether it goes through a message's content entry by entry, and cannot write a plain text."""
+        return _reads_entries(self)
+
     def __hash__(self) -> int:
         return hash(self._key)
 
@@ -78,6 +83,17 @@ class Template:
         except Exception as error:  # a template is a program and can raise anything
             reason = " ".join(str(error).split())[:200]
             raise UserError("chat template", f"broken ({type(error).__name__}: {reason})", hint=HINT) from error
+
+
+@lru_cache(maxsize=64)
+def _reads_entries(template: Template) -> bool:
+    probe, written = "\ue000probe\ue001", []
+    for content in (probe, [{"type": "text", "text": probe}]):
+        try:
+            written.append(probe in template([{"role": "user", "content": content}], False))
+        except UserError:
+            written.append(False)
+    return written == [False, True]
 
 
 @lru_cache(maxsize=64)

@@ -23,22 +23,29 @@ class Tiling:
         size: side of a view in pixels.
         patches: tokens along a side of a view.
         up_to: largest grid of tiles, (rows, columns); every smaller grid is a candidate.
+        among: the candidates themselves, instead.
     """
 
     size: int
     patches: int
     up_to: tuple[int, int] = (6, 6)
+    among: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def candidates(self) -> tuple[tuple[int, int], ...]:
+        """Grids of tiles, in the order in which they are tried."""
+        rows, columns = (range(1, most + 1) for most in self.up_to)
+        return self.among or tuple((r, c) for r in rows for c in columns)
 
     def tiles(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of tiles for an image of this size: keep most of the image, then pad least."""
         best, least = (0, -math.inf), (1, 1)
-        for rows in range(1, self.up_to[0] + 1):
-            for columns in range(1, self.up_to[1] + 1):
-                high, wide = rows * self.size, columns * self.size
-                scale = min(wide / width, high / height)
-                kept = min(int(width * scale) * int(height * scale), width * height)
-                if (kept, kept - high * wide) > best:
-                    best, least = (kept, kept - high * wide), (rows, columns)
+        for rows, columns in self.candidates:
+            high, wide = rows * self.size, columns * self.size
+            scale = min(wide / width, high / height)
+            kept = min(int(width * scale) * int(height * scale), width * height)
+            if (kept, kept - high * wide) > best:
+                best, least = (kept, kept - high * wide), (rows, columns)
         return least
 
     def spec(self, height: int, width: int) -> MediaSpec:
