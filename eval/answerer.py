@@ -15,6 +15,7 @@ from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.files import held, read_record, write_json
 from mmllm.contract.registry import plugins
 from mmllm.eval.benchmarks import find_benchmark
+from mmllm.eval.likelihood import option_ids, score_options
 from mmllm.eval.protocol import PROTOCOLS, Protocol
 from mmllm.eval.report import Report
 from mmllm.eval.runner import run_benchmark
@@ -66,6 +67,16 @@ class ModelAnswerer:
         output = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         answers = output[:, batch["input_ids"].shape[1] :]
         return self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+    @torch.inference_mode()
+    def score_options(
+        self, conversations: list[list[dict]], options: list[list[str]], *, frames: int | None
+    ) -> list[list[float]]:
+        """For each conversation the summed log-probability of each option as the answer."""
+        ids = [option_ids(self.processor, asked, some) for asked, some in zip(conversations, options, strict=True)]
+        batch = self._taken(conversations, frames).to(self.model.device)
+        self.damaged |= {clip["damaged"] for clip in batch["visual"]["media"] if "damaged" in clip}
+        return score_options(self.model, batch, ids)
 
     def _taken(self, conversations: list[list[dict]], frames: int | None) -> VisualBatch:
         """The batch that was prepared ahead, if it is this one."""

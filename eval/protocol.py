@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mmllm.eval.items import LETTERS, Item
@@ -24,7 +24,7 @@ class Protocol:
         max_new_tokens: longest answer, in tokens.
         parser: name of the parser, a key of `mmllm.eval.parsing.parsers`.
         system: system prompt; empty for none.
-        decoding: how tokens are chosen; recorded for the hash only, as answerers always decode greedily.
+        decoding: "greedy", or "likelihood": nothing is generated, the option that is likeliest as an answer counts.
     """
 
     name: str
@@ -47,7 +47,8 @@ class Protocol:
 
 
 CANONICAL = Protocol("canonical", sampler="uniform", prompt="best_option", max_new_tokens=16, parser="canonical")
-PROTOCOLS = {protocol.name: protocol for protocol in (CANONICAL,)}
+LIKELIHOOD = replace(CANONICAL, name="likelihood", decoding="likelihood")
+PROTOCOLS = {protocol.name: protocol for protocol in (CANONICAL, LIKELIHOOD)}
 
 
 def question_block(question: str, options: tuple[str, ...] | list[str]) -> str:

@@ -10,7 +10,8 @@ from typing import Protocol as Interface
 
 from mmllm.contract.errors import UserError
 from mmllm.eval.benchmarks import Benchmark
-from mmllm.eval.items import Item
+from mmllm.eval.items import LETTERS, Item
+from mmllm.eval.option_text import option_texts
 from mmllm.eval.predictions import Predictions, clip_size
 from mmllm.eval.protocol import PROMPTS, Protocol, messages
 from mmllm.eval.report import Report
@@ -33,7 +34,8 @@ class Answerer(Interface):
             max_new_tokens: longest response.
 
         An answerer may have a method `prefetch(conversations, *, frames)`, told what is asked after the next call, and
-        an attribute `damaged`: the set of files in which damaged frames were found.
+        an attribute `damaged`: the set of files in which damaged frames were found. For protocols that compare the
+        likelihood of options it has `score_options(conversations, options, *, frames)`.
         """
 
 
@@ -191,9 +193,16 @@ def _answer_batch(
         what was left out: (item, reason).
     """
     frames, asked = CONDITIONS[condition].frames, _asked(batch, condition, protocol)
+    options = {id(one): items[0].options for one, items in zip(asked, _first(batch), strict=True)}
 
     def ask(conversations: list[Conversation]) -> list[str]:
-        fresh = answer(conversations, frames=frames, max_new_tokens=protocol.max_new_tokens) if conversations else []
+        if protocol.decoding == "likelihood" and conversations:
+            given = [option_texts(list(options[id(one)])) for one in conversations]
+            fresh = [_likeliest(scores) for scores in answer.score_options(conversations, given, frames=frames)]
+        elif conversations:
+            fresh = answer(conversations, frames=frames, max_new_tokens=protocol.max_new_tokens)
+        else:
+            fresh = []
         if len(fresh) != len(conversations):
             raise ValueError(f"the answerer returned {len(fresh)} responses to {len(conversations)} conversations")
         return fresh
@@ -214,6 +223,16 @@ def _answer_batch(
             rows += [_row(item, condition, response, protocol, seen) for item in items]
     predictions.add(rows)
     return broken
+
+
+def _first(batch: list[tuple[list[Item], str | None]]) -> list[list[Item]]:
+    """The groups of a batch that have no answer yet."""
+    return [items for items, known in batch if known is None]
+
+
+def _likeliest(scores: list[float]) -> str:
+    """The letter of the option that scored highest, the first among equals."""
+    return f"({LETTERS[scores.index(max(scores))]})"
 
 
 def _one(ask: Callable[[list[Conversation]], list[str]], conversation: Conversation) -> str | UserError:

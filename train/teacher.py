@@ -12,6 +12,7 @@ from mmllm.api import load
 from mmllm.contract.errors import UserError
 from mmllm.contract.library import pretrained
 from mmllm.model.folder import model_folder
+from mmllm.model.foreign.convert import family_of, published_processor
 from mmllm.processing.processor import MMLLMProcessor
 from mmllm.train.machine import join, precision
 
@@ -31,6 +32,9 @@ def teacher_processor(folder: str) -> MMLLMProcessor:
     Raises:
         UserError: no model there.
     """
+    family = family_of(folder)
+    if family is not None:
+        return published_processor(folder, family)
     return pretrained(MMLLMProcessor, str(model_folder(folder)))
 
 

@@ -58,9 +58,8 @@ def model_folder(path: str | Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     what = "no model in this folder" if path.is_dir() else "no such folder"
-    raise UserError(
-        path, what, expected="a run folder or a model folder", hint="mmllm train nano/llava --out runs/mine"
-    )
+    expected = "a run folder, a model folder or a downloaded checkpoint"
+    raise UserError(path, what, expected=expected, hint="mmllm train nano/llava --out runs/mine, or hf download ID")
 
 
 def check_model_folder(folder: Path, needed: tuple[str, ...] = NEEDED) -> None:

@@ -188,7 +188,7 @@ def test_another_vocabulary_is_refused(data, teacher, tmp_path):
 
 
 def test_no_teacher_is_said_before_the_first_step(data, tmp_path):
-    with pytest.raises(UserError, match="no such folder, expected a run folder or a model folder"):
+    with pytest.raises(UserError, match="no such folder, expected a run folder, a model folder"):
         check(recipe(data, objective=distilled(tmp_path / "none")), tmp_path / "run", options())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,34 +29,35 @@ from mmllm.processing.content import PLACEHOLDERS
 from mmllm.processing.processor import MMLLMProcessor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family for family in (Llava(), LlavaNext(), LlavaOnevision(), VideoLlava())
 }
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 OPTIONAL = "vision_model."
 """A level in the names of towers that some versions of the library have."""
 
 
 def family_of(path: str | Path) -> Family | None:
-    """The family of a checkpoint by its config.json; None where it is a model of ours or no folder or hub id.
+    """The family of a checkpoint by its config.json; None where it is a model of ours, or nothing is there.
+
+    Args:
+        path: a folder, or a hub id that has been downloaded (`hf download`).
 
     Raises:
         UserError: a model of transformers that is none of these.
     """
-    file = Path(path) / "config.json"
-    if file.is_file():
-        try:
-            model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError):
-            return None
-    elif Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+    from transformers.utils import cached_file
+
+    file: Path | str | None = Path(path) / "config.json"
+    if not Path(path).exists() and HUB_ID.fullmatch(str(path)):
+        options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        file = cached_file(str(path), "config.json", local_files_only=True, **options)
+    try:
+        model_type = json.loads(Path(file).read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError, TypeError):  # reported better by who loads a model of ours
         return None
-    else:
-        try:
-            model_type = pretrained(AutoConfig, str(path)).model_type
-        except (OSError, ValueError):
-            return None
     if model_type == "mmllm":
         return None
     if model_type not in FAMILIES:
@@ -77,12 +79,10 @@ def load_published(
     options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         theirs, info = pretrained(cls, name, **options)
-        tokenizer = pretrained(AutoTokenizer, name)
     except (OSError, ValueError) as error:
         raise UserError(name, f"cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     refuse_holes(Path(name), info)
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = _template(name)
+    tokenizer = _tokenizer(name)
     blueprint = Blueprint.of(recipe_of(family, theirs.config, name))
     states = renamed(theirs.state_dict(), family.names(blueprint.config.model_section), _own_names(blueprint))
     options = {"config": blueprint.config, "state_dict": states, "dtype": theirs.dtype, "output_loading_info": True}
@@ -92,6 +92,26 @@ def load_published(
     processor = build_processor(blueprint, tokenizer)
     set_stop_tokens(model, tokenizer)
     return model.eval(), processor, blueprint.recipe
+
+
+def published_processor(path: str | Path, family: Family) -> MMLLMProcessor:
+    """The processor of a checkpoint, without its weights.
+
+    Raises:
+        UserError: there is none.
+    """
+    config = pretrained(AutoConfig, str(path))
+    return build_processor(Blueprint.of(recipe_of(family, config, str(path))), _tokenizer(str(path)))
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = pretrained(AutoTokenizer, name)
+    except (OSError, ValueError) as error:
+        raise UserError(name, f"no tokenizer ({' '.join(str(error).split())[:200]})") from error
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _template(name)
+    return tokenizer
 
 
 def recipe_of(family: Family, config: PreTrainedConfig, name: str) -> Recipe:
