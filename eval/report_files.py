@@ -9,6 +9,7 @@ from typing import Any
 
 from mmllm.contract.files import read_record, write_json, write_text, writing
 from mmllm.eval.charts import run_chart, tasks_chart
+from mmllm.eval.protocol import CANONICAL
 from mmllm.eval.report import FLOORS, Report, percent, summary
 from mmllm.tables import aligned, markdown
 
@@ -56,6 +57,18 @@ def write_report(report: Report, out: Path) -> None:
     _write_lines(out / "report.md", [*lines, "", "![accuracy per task](tasks.png)"])
     with writing(out):
         tasks_chart(report, out / "tasks.png")
+
+
+def place_of(out: Path, way: str, protocol: str) -> Path:
+    """The folder of a run's evaluation: the run's own, or one below it for other settings.
+
+    Args:
+        out: the run folder.
+        way: name of the reducer with its budget, or "none".
+        protocol: its name.
+    """
+    names = [name for name in (protocol, way) if name not in (CANONICAL.name, "none")]
+    return out / "settings" / "-".join(names) if names else out
 
 
 def report_name(limit: int | None) -> str:

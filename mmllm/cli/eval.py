@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     from mmllm.api import load, reduce
     from mmllm.contract.files import write_text
     from mmllm.data.media.loading import MediaLoader
-    from mmllm.eval.report_files import beside
+    from mmllm.eval.report_files import beside, place_of
     from mmllm.tables import aligned, markdown
 
     results, found, ways = {}, {}, settings(options)
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
         for way, section in ways.items():
             reduce(model, section)
             title = labels[path] if len(ways) == 1 else way if len(options.model) == 1 else f"{labels[path]} {way}"
-            below = out if section is None else out / f"reduce-{way}"
+            below = place_of(out, way, options.protocol)
             results[path if len(ways) == 1 else title], found[title] = _evaluate_all(
                 model, processor, {name: Path(roots_of[path][name]) for name in names}, below, options
             )

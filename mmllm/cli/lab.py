@@ -84,5 +84,5 @@ def _report(rows: list[ArmResult], file: StudyFile, out: Path, *, as_json: bool)
     summary = f"{file.study.summary}\n\n" if file.study.summary else ""
     (out / "study.md").write_text(f"# {name}\n\n{summary}{table}\n\n![scores](study.png)\n", encoding="utf-8")
     (out / "study.json").write_text(json.dumps(data, indent=1))
-    draw(rows, out / "study.png")
+    draw(rows, out / "study.png", file.settings)
     print_json(data) if as_json else print(table)

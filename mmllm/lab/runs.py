@@ -25,6 +25,7 @@ from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError
 from mmllm.contract.files import read_record, write_json, write_text
 from mmllm.eval.report_files import report_name
+from mmllm.lab.settings import commands
 from mmllm.lab.study import StudyFile
 from mmllm.progress import Progress
 from mmllm.run_folder import RunFolder
@@ -135,14 +136,17 @@ class Lab:
         for process in running:
             process.terminate()
 
-    def result(self, run: Run) -> dict[str, Any] | None:
-        """{benchmark: average, ...} of a finished run, otherwise None."""
-        path = run.out / f"{report_name(self.file.study.limit)}.json"
-        if not path.is_file():
-            return None
-        self._refuse_another(run)
-        benchmarks = read_record(path).get("benchmarks", {})
-        return benchmarks if all(task in benchmarks for task in self.file.study.tasks) else None
+    def result(self, run: Run) -> dict[str, dict[str, Any]] | None:
+        """{title of a setting: {benchmark: average, ...}} of a finished run, otherwise None."""
+        found = {}
+        for title, setting in self.file.settings.items():
+            path = setting.place(run.out) / f"{report_name(self.file.study.limit)}.json"
+            if not path.is_file():
+                return None
+            self._refuse_another(run)
+            found[title] = read_record(path).get("benchmarks", {})
+        complete = all(task in benchmarks for benchmarks in found.values() for task in self.file.study.tasks)
+        return found if complete else None
 
     def _trained(self, run: Run) -> bool:
         """Whether a preliminary run has finished all its stages and its follow-up command."""
@@ -188,7 +192,8 @@ class Lab:
             write_json(run.out / "lab.json", self._facts(run))
             self._call(run, self._train(run), environment)
             if run.arm in self.file.arms:
-                self._call(run, self._evaluate(run), environment)
+                for command in commands(tuple(self.file.settings.values()), self._evaluate(run)):
+                    self._call(run, command, environment)
             elif command := self.file.then_of(run.arm, run.out):
                 self._call(run, command, environment)
                 write_text(run.out / THEN, shlex.join(command) + "\n")

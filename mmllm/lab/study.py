@@ -6,7 +6,7 @@ import contextlib
 import io
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -18,6 +18,7 @@ from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.registry import load_plugin
 from mmllm.eval.benchmarks import find_benchmark
+from mmllm.lab.settings import Setting, expanded
 
 CLOSE = 0.05
 """Multiply-adds count as equal if no arm exceeds the least by more than this share."""
@@ -72,6 +73,8 @@ class Study:
         equal: what has to be equal across the arms: tokens into the LLM, or multiply-adds; null = nothing.
         tasks: benchmarks to run.
         limit: only the first items of each task.
+        evaluate: settings, `{reduce, keep, protocol}`, under each of which every run is evaluated; a list as a value
+            means each of them. Default: as trained.
         set: overrides for all arms, before their own.
         plugin: a file, or several, that register parts.
         summary: the question of the study, in a sentence.
@@ -84,6 +87,7 @@ class Study:
     equal: Literal["tokens", "flops"] | None = None
     tasks: tuple[str, ...] = ("mvbench",)
     limit: Count | None = None
+    evaluate: tuple[dict, ...] = ({},)
     set: tuple[str, ...] = ()
     plugin: tuple[str, ...] | str = ()
     summary: str = ""
@@ -119,6 +123,7 @@ class StudyFile:
         self.plugins = [self._beside(name) for name in named]
         for plugin in self.plugins:
             load_plugin(plugin)
+        self.settings = self._settings()
         self.first = {name: self._entry(First, "first", name, value) for name, value in self.study.first.items()}
         self.arms = {name: self._entry(Arm, "arms", name, value) for name, value in self.study.arms.items()}
         for name in self.first:
@@ -131,6 +136,22 @@ class StudyFile:
         if self.baseline not in self.arms:
             hint = nearest(self.baseline, list(self.arms))
             raise UserError(f"{path}:baseline", f"no arm is called {self.baseline!r}", hint=hint)
+
+    def _settings(self) -> dict[str, Setting]:
+        """{title: setting} of the evaluations."""
+        found: dict[str, Setting] = {}
+        numbered = [(number, one) for number, given in enumerate(self.study.evaluate) for one in expanded(given)]
+        for number, section in numbered:
+            where = f"{self.path}:evaluate[{number}]"
+            setting = Setting(**bind(Setting, section, where))
+            setting = replace(setting, reduce=self._beside(setting.reduce))
+            setting.check(where)
+            if setting.title in found:
+                raise UserError(where, "given twice", got=setting.title)
+            found[setting.title] = setting
+        if not found:
+            raise UserError(f"{self.path}:evaluate", "no setting", expected="[{reduce: aim, keep: 0.5}, ...]")
+        return found
 
     def _check_roots(self) -> None:
         """Check roots, which include the preliminary runs; a bad path would otherwise fail only after hours."""

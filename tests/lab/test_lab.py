@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from helpers.studies import study
 
 from mmllm.cli import main
 from mmllm.contract.errors import UserError
+from mmllm.eval.report_files import place_of
 from mmllm.lab.runs import Lab, Run, _slots, _terminated_as_interrupt
 from mmllm.lab.study import StudyFile
 from mmllm.lab.table import estimate, render, results
@@ -109,10 +111,63 @@ def test_a_run_is_finished_with_all_benchmarks_and_is_another_one_with_another_p
     assert lab.result(run) is None and lab.todo() == [run]
     both = {**one, "mlvu": {"average": 40.0}}
     (run.out / "report.json").write_text(json.dumps({"benchmarks": both}))
-    assert lab.result(run) == both and lab.todo() == []
+    assert lab.result(run) == {"none": both} and lab.todo() == []
     (tmp_path / "mine.py").write_text("x = 2\n")
     with pytest.raises(UserError, match="holds a run of another study; these differ: plugins"):
         lab.result(run)
+
+
+def test_one_training_is_evaluated_under_several_settings(tmp_path, monkeypatch, capsys):
+    """One command per budget and protocol; a curve; a setting added later costs no training."""
+    settings = [{}, {"reduce": ["random", "aim"], "keep": [0.5, 0.25]}]
+    path = study(tmp_path, arms={"llava": "nano/llava"}, seeds=[0, 1], evaluate=settings)
+    calls: list[list[str]] = []
+
+    def call(self, run, command, environment):
+        calls.append(command)
+        if command[0] == "train":
+            (run.out / "recipe.yaml").write_text(yaml.safe_dump({"stages": {"instruct": {"batch": 10}}}))
+            (run.out / "log.jsonl").write_text("")
+            return
+        ways = [word for flag, word in itertools.pairwise(command) if flag == "--reduce"] or ["none"]
+        keep = float(command[command.index("--keep") + 1]) if "--keep" in command else 1.0
+        for way in ways:
+            protocol = "likelihood" if "likelihood" in command else "canonical"
+            place = place_of(run.out, "none" if way == "none" else f"{way}-{keep:g}", protocol)
+            place.mkdir(parents=True, exist_ok=True)
+            score = {"mvbench": {"average": 60 * keep + run.seed}}
+            (place / "report.json").write_text(json.dumps({"benchmarks": score}))
+
+    monkeypatch.setattr(Lab, "_call", call)
+    words = ["lab", str(path), "--out", str(tmp_path / "out"), "--quiet", "--device", "cpu", "--json"]
+    assert main(words) == 0
+    assert [command[0] for command in calls] == ["train", "eval", "eval", "eval"] * 2
+    assert calls[2][-6:] == ["--reduce", "random", "--reduce", "aim", "--keep", "0.5"]
+    rows = {row["setting"]: row for row in json.loads(capsys.readouterr().out)["arms"]}
+    assert list(rows) == ["none", "random-0.5", "aim-0.5", "random-0.25", "aim-0.25"]
+    assert rows["none"]["difference"] is None and rows["aim-0.25"]["difference"]["mean"] == -45.0
+    assert "| llava | aim-0.25 | mvbench |" in (tmp_path / "out" / "study.md").read_text()
+    calls.clear()
+    study(tmp_path, arms={"llava": "nano/llava"}, seeds=[0, 1], evaluate=[*settings, {"protocol": "likelihood"}])
+    assert main(words) == 0
+    likely = [command for command in calls if "likelihood" in command]
+    assert len(likely) == 2 and all(command[0] in ("train", "eval") for command in calls)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"keep": 0.5}, "nothing to keep less of"),
+        ({"reduce": "nothing", "keep": 0.5}, "no reducer is called"),
+        ({"reduce": "aim"}, "no budget"),
+        ({"protocol": "mine"}, "no such protocol"),
+        ({"kept": 1}, "unknown"),
+    ],
+)
+def test_settings_are_checked_before_anything_runs(tmp_path, capsys, setting, said):
+    path = study(tmp_path, evaluate=[setting])
+    assert main(["lab", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_seed_that_the_baseline_lacks_is_no_difference(tmp_path, monkeypatch):
@@ -120,9 +175,16 @@ def test_a_seed_that_the_baseline_lacks_is_no_difference(tmp_path, monkeypatch):
     monkeypatch.setattr("mmllm.lab.table.samples_per_second", lambda run: None)
     scores = {("base", 2): 60.0, ("base", 1): 54.0, ("mine", 0): 40.0, ("mine", 1): 50.0, ("mine", 2): 57.0}
     lab = SimpleNamespace(
-        file=SimpleNamespace(study=SimpleNamespace(tasks=("mvbench",)), arms={"base": 0, "mine": 0}, baseline="base"),
+        file=SimpleNamespace(
+            study=SimpleNamespace(tasks=("mvbench",)),
+            arms={"base": 0, "mine": 0},
+            baseline="base",
+            settings={"none": None},
+        ),
         runs=[Run(arm, seed, tmp_path) for arm, seed in [*scores, ("base", 0)]],
-        result=lambda run: {"mvbench": {"average": score}} if (score := scores.get((run.arm, run.seed))) else None,
+        result=lambda run: (
+            {"none": {"mvbench": {"average": score}}} if (score := scores.get((run.arm, run.seed))) else None
+        ),
     )
     base, mine = results(lab, {"base": None, "mine": None})
     assert (base.score.mean, mine.score.mean, mine.difference.mean) == (57.0, 49.0, -3.5)
