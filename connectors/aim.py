@@ -80,14 +80,18 @@ class TokenMerge(Part):
         values, positions = _frames(tokens.by_frame()), _frames(tokens.by_frame(tokens.positions))
         sizes = _frames(tokens.by_frame(tokens.sizes))
         metric = _frames(tokens.by_frame(tokens.extras["keys"][:, :, 0])) if self.metric == "key" else values
+        frames, into = tokens.grid.t, None
         for r in self.steps(tokens.grid.h * tokens.grid.w):
             found = match(metric, r, self.keep_order)
             values, positions = self._merge(found, values, sizes), self._merge(found, positions, sizes)
             metric = self._merge(found, metric, sizes) if self.metric == "key" else values
             sizes = found.total(sizes).to(sizes.dtype)
+            into = found.into if into is None else found.into.gather(1, into)
         batch = len(tokens.values)
+        first = torch.arange(frames, device=into.device).repeat(batch)[:, None] * grid.w
+        followed = tokens.followed(_clips(into + first, batch))
         values, positions, sizes = (_clips(value, batch) for value in (values, positions, sizes))
-        return VisualTokens(values, tokens.media, grid, positions, sizes, tokens.times)
+        return VisualTokens(values, tokens.media, grid, positions, sizes, tokens.times, sources=followed)
 
     def _merge(self, found: Matching, values: Tensor, sizes: Tensor) -> Tensor:
         return found.merge(values, sizes if self.reduce == "weighted" else None)

@@ -58,7 +58,10 @@ class Newline(Part):
         line = self.embedding.to(tokens.values.dtype).expand(tokens.values.shape[0], 1, -1)
         values = torch.cat([tokens.values, line], dim=1)[:, index]
         sizes = tokens.sizes[:, before] * ~separator
-        return VisualTokens(values, tokens.media, None, tokens.positions[:, before], sizes, tokens.times)
+        followed = tokens.followed(_places(index, count)) if tokens.sources is not None else None
+        return VisualTokens(
+            values, tokens.media, None, tokens.positions[:, before], sizes, tokens.times, sources=followed
+        )
 
     def _ends(self, grid: Grid | None, count: int) -> list[int]:
         """Token counts after which a separator follows."""
@@ -84,3 +87,8 @@ class Newline(Part):
         clip = TokenSpec(MediaSpec("video", 2), 12, 6, Grid(2, 2, 3))
         for at in ("none", "one", "frame", "row"):
             yield {"at": at}, (clip,)
+
+
+def _places(index: Tensor, count: int) -> Tensor:
+    """[N + separators] of token numbers, `count` for a separator -> [N], where each token went."""
+    return (index != count).nonzero()[:, 0]

@@ -80,7 +80,8 @@ class Pool(Part):
         positions = _apply(tokens.as_grid(tokens.positions), axes, tokens.positions.dtype)
         shares = tuple(axis / axis.sum(0, keepdim=True).clamp_min(1e-9) for axis in axes)
         sizes = _apply(tokens.as_grid(tokens.sizes[..., None]), shares, tokens.sizes.dtype)
-        return VisualTokens(values, tokens.media, target, positions, sizes[..., 0], tokens.times)
+        followed = tokens.followed(_into(shares)) if tokens.sources is not None else None
+        return VisualTokens(values, tokens.media, target, positions, sizes[..., 0], tokens.times, sources=followed)
 
     def _axes(self, media: MediaSpec, grid: Grid, target: Grid, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         _, kernel = self.still if media.kind == "image" else self.video
@@ -101,6 +102,13 @@ class Pool(Part):
         yield {"grid": (3, 2, 2)}, (clip,)
         yield {"kernel": (1, 2, 2), "mode": "bilinear"}, (clip,)
         yield {"grid": (2, 2, 2)}, (still,)
+
+
+def _into(axes: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """[t h w], the cell that weighs each token most."""
+    time, rows, columns = (axis.argmax(0) for axis in axes)
+    cells = (time[:, None, None] * axes[1].shape[0] + rows[:, None]) * axes[2].shape[0] + columns
+    return cells.flatten()
 
 
 def _average(size: int, cells: int, kernel: int | None, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmllm.cli.common import calm_libraries, common, flag, given_path, media_reader, print_json, reader_flags
+from mmllm.cli.inspect_tokens import configure_tokens
 from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
 
@@ -21,6 +22,7 @@ EPILOG = """\
 examples:
   mmllm inspect fusion --model runs/merv --video a.mp4 --video b.mp4
   mmllm inspect fusion --model runs/merv --video a.mp4 --question "What moves?" --out fusion.png
+  mmllm inspect tokens --model runs/mine --video a.mp4 --question "What moves?" --reduce aim --keep 0.25 --out a.png
 """
 
 
@@ -28,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     parser.epilog = EPILOG
     parser.description = "Look inside a model while it watches."
-    verbs = parser.add_subparsers(dest="action", metavar="fusion", required=True)
+    verbs = parser.add_subparsers(dest="action", metavar="fusion|tokens", required=True)
     fusion = verbs.add_parser("fusion", help="how much weight each encoder gets, clip by clip")
     fusion.add_argument("--model", required=True, help="run folder or model folder")
     fusion.add_argument("--video", action="append", required=True, metavar="FILE[#t=START,END]", help="may repeat")
@@ -38,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     reader_flags(fusion)
     common(fusion, "--json", "--plugin", "--trust-remote-code", "--device", "--dtype")
     fusion.set_defaults(run=run_fusion)
+    configure_tokens(verbs)
 
 
 def run_fusion(options: argparse.Namespace) -> int:

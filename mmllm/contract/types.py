@@ -6,10 +6,10 @@ Letters in shapes: B clips of a group, N visual tokens, C width, T frames, L seq
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 Kind = Literal["image", "video"]
 
@@ -93,6 +93,8 @@ class VisualTokens:
         sizes: [B, N], how many encoder patches a token stands for; 0 for separators.
         times: [B, T], seconds of the frames.
         extras: tensors that belong to this token set ([B, N, ...] or [B, T, ...]): hidden_states, cls, relevance, ...
+        sources: [B, P], for each patch of the encoder the token that it went into, -1 for none; None where nobody
+            asked, or a part on the way did not say.
     """
 
     values: Tensor
@@ -102,6 +104,7 @@ class VisualTokens:
     sizes: Tensor
     times: Tensor
     extras: dict[str, Tensor] = field(default_factory=dict)
+    sources: Tensor | None = None
 
     @property
     def spec(self) -> TokenSpec:
@@ -156,9 +159,22 @@ class VisualTokens:
             raise ValueError("give either weights or index")
         if weights is not None:
             positions, sizes = _blend(self.positions, self.sizes, weights)
+            into = weights.argmax(-2)
         else:
             positions, sizes = _pick(self.positions, self.sizes, index)
-        return VisualTokens(values, self.media, grid, positions, sizes, self.times)
+            into = _inverse(index, self.values.shape[1])
+        return VisualTokens(values, self.media, grid, positions, sizes, self.times, sources=self.followed(into))
+
+    def followed(self, into: Tensor) -> Tensor | None:
+        """The sources of a new token set.
+
+        Args:
+            into: [N] or [B, N], the new token that each old one went into; -1 for none.
+        """
+        if self.sources is None:
+            return None
+        into = into.expand(self.sources.shape[0], -1)
+        return into.gather(1, self.sources.clamp_min(0)).masked_fill(self.sources < 0, -1)
 
     def row(self, number: int) -> VisualTokens:
         """One clip of this group, as a view."""
@@ -168,7 +184,15 @@ class VisualTokens:
         """The clips `index` [P] of this group, repeats allowed (one row per pair of clip and prompt)."""
         extras = {name: value[index] for name, value in self.extras.items()}
         fields = {name: getattr(self, name)[index] for name in ("values", "positions", "sizes", "times")}
-        return replace(self, extras=extras, **fields)
+        return replace(self, extras=extras, sources=None if self.sources is None else self.sources[index], **fields)
+
+
+def _inverse(index: Tensor, count: int) -> Tensor:
+    """[M] or [B, M], the old token of each new one -> [N] or [B, N], the first new token of each old one, or -1."""
+    places = torch.arange(index.shape[-1], device=index.device).expand_as(index)
+    into = index.new_full((*index.shape[:-1], count + 1), index.shape[-1])
+    into = into.scatter_reduce(-1, torch.where(index < 0, count, index), places, "amin")[..., :count]
+    return into.masked_fill(into == index.shape[-1], -1)
 
 
 def _blend(positions: Tensor, sizes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ Rows are in the order of the pairs and, within a pair, in the order of its strea
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,14 +51,18 @@ class FrontEnd(nn.Module):
         """
         return self.joined(self.streams(visual, embed_tokens), blank, embed_tokens)
 
-    def streams(self, visual: VisualInputs, embed_tokens: nn.Module | None = None) -> list[list[VisualTokens]]:
-        """For each pair its streams, [1, N, D] each."""
+    def streams(
+        self, visual: VisualInputs, embed_tokens: nn.Module | None = None, sources: bool = False
+    ) -> list[list[VisualTokens]]:
+        """For each pair its streams, [1, N, D] each; with `sources` they know the encoder's patches that they hold."""
         pairs, device = visual["pairs"], next(self.parameters()).device
         asked = visual.get("prompts") or self.prompts.blank(device)
         prompts = self.prompts(asked, self.plan.text_needs, embed_tokens) if pairs else {}
         per_pair: dict[int, list[VisualTokens]] = {}
         for spec, members in _groups(visual):
             tokens, guides = self._encode(spec, visual, members, prompts)
+            if sources:
+                tokens = {name: _with_sources(value) for name, value in tokens.items()}
             streams = self._connect(spec, tokens, guides)
             for row, index in enumerate(members):
                 per_pair[index] = [stream.row(row) for stream in streams]
@@ -143,6 +148,12 @@ class FrontEnd(nn.Module):
         """The kinds of media missing from this batch, as blanks: run when several processes train together."""
         present = {clip["spec"].kind for clip in visual["media"]}
         return tuple(self.plan.nominal(kind) for kind in KINDS if kind not in present)
+
+
+def _with_sources(tokens: VisualTokens) -> VisualTokens:
+    """An encoder's tokens, each of which is a patch."""
+    count = tokens.values.shape[1]
+    return replace(tokens, sources=torch.arange(count, device=tokens.values.device).expand(len(tokens.values), -1))
 
 
 def _groups(visual: VisualInputs) -> list[tuple[MediaSpec, list[int]]]:

@@ -10,12 +10,12 @@ FPS = 8
 """Frames per second of every NanoWorld clip."""
 
 
-def write_mp4(path: Path, frames: np.ndarray) -> None:
-    """Write frames [T, S, S, 3] uint8 as an mp4 file (H.264, yuv420p, 8 frames per second). S must be even."""
+def write_mp4(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
+    """Write frames [T, H, W, 3] uint8 as an mp4 file (H.264, yuv420p). H and W must be even."""
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "12", "preset": "ultrafast", "threads": "1"})
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "12", "preset": "ultrafast", "threads": "1"})
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.thread_count = 1
         for frame in frames:
