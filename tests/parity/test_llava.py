@@ -30,7 +30,7 @@ def test_logits_are_those_of_the_librarys_llava():
     )
     theirs = LlavaForConditionalGeneration(config).eval()
     front = ours.model.front_end
-    copy_weights(ours, theirs, "clip")
+    copy_weights(ours, theirs)
 
     pixels = torch.randint(0, 256, (1, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[5, 100, 100, 100, 100, 7, 8, 9]])

@@ -47,9 +47,7 @@ def both():
             image_grid_pinpoints=pinpoints,
         )
     ).eval()
-    front = ours.model.front_end
-    copy_weights(ours, theirs, "siglip")
-    front.parts["any_resolution"].newline.data.copy_(theirs.model.image_newline.data)
+    copy_weights(ours, theirs)
     return recipe, ours, theirs
 
 
@@ -162,9 +160,7 @@ def test_logits_are_those_of_the_librarys_llava_onevision_on_video():
             vision_feature_select_strategy="full",
         )
     ).eval()
-    front = ours.model.front_end
-    copy_weights(ours, theirs, "siglip")
-    front.parts["newline"].embedding.data.copy_(theirs.model.image_newline.data)
+    copy_weights(ours, theirs)
 
     pixels = torch.randint(0, 256, (3, 3, 42, 42), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     count = 3 * 2 * 2 + 1

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 ASPECT = "anyres_max_"
+NEWLINES = {"any_resolution": "newline", "newline": "embedding"}
+"""Parts that hold the newline, and its name there; the second in recipe `llava_onevision_video`."""
 
 
 class LlavaOnevision(Family):
@@ -81,9 +83,10 @@ class LlavaOnevision(Family):
         """Tower, projector, newline, LLM."""
         (name,) = section["encoders"]
         nodes = {node["type"]: node["name"] for node in section["connector"]}
+        newline = next(f"{nodes[kind]}.{own}" for kind, own in NEWLINES.items() if kind in nodes)
         return {
             "model.vision_tower.": (encoder_prefix(name),),
-            "model.image_newline": (f"model.front_end.parts.{nodes['any_resolution']}.newline",),
+            "model.image_newline": (f"model.front_end.parts.{newline}",),
             **projector_names(nodes["mlp"]),
             **llm_names(),
         }
