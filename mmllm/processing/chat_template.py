@@ -75,10 +75,7 @@ def render(
         _write_content(message, result)
         if roles[index] == "assistant":
             start -= _written_first(pieces[index], opening)
-            end_marker = tokenizer.eos_token or ""
-            blank = len(piece) - len(piece.lstrip(" \n"))
-            extent = blank + len(end_marker) if end_marker and piece[blank:].startswith(end_marker) else 0
-            result.answers.append((start, len(result.text) + extent))
+            result.answers.append((start, len(result.text) + _ending(piece, tokenizer)))
         result.text += "" if continued and index == len(messages) - 1 else piece
     return result
 
@@ -91,7 +88,7 @@ def _render_entries(template: Template, messages: list[dict[str, Any]], prompt: 
         for message, own in zip(messages, entries, strict=True)
     )
     pieces, opening = _entry_frame(template, shape, prompt)
-    result, end_marker = Rendered(pieces[0]), template.tokenizer.eos_token or ""
+    result = Rendered(pieces[0])
     media = [entry for own in entries for entry in own if isinstance(entry, MediumEntry)]
     texts = [(role, entry) for (role, _), own in zip(shape, entries, strict=True) for entry in own]
     texts = [(role, entry) for role, entry in texts if not isinstance(entry, MediumEntry)]
@@ -100,9 +97,7 @@ def _render_entries(template: Template, messages: list[dict[str, Any]], prompt: 
         _write_text(text, result)
         if role == "assistant":
             start -= _written_first(before, opening)
-            blank = len(piece) - len(piece.lstrip(" \n"))
-            extent = blank + len(end_marker) if end_marker and piece[blank:].startswith(end_marker) else 0
-            result.answers.append((start, len(result.text) + extent))
+            result.answers.append((start, len(result.text) + _ending(piece, template.tokenizer)))
         result.text += "" if continued and number == len(texts) - 1 else piece
     result.media = _in_order(result.text, result.typed, media)
     return result
@@ -162,6 +157,13 @@ def _written_first(piece: str, opening: str) -> int:
     """Number of characters a template writes between a generation prompt and the content (an empty thought, say)."""
     at = piece.rfind(opening) if opening else -1
     return len(piece) - at - len(opening) if at >= 0 else 0
+
+
+def _ending(piece: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Number of characters after an answer that belong to it: the end marker, if the template writes one."""
+    end_marker = tokenizer.eos_token or ""
+    blank = len(piece) - len(piece.lstrip(" \n"))
+    return blank + len(end_marker) if end_marker and piece[blank:].startswith(end_marker) else 0
 
 
 def _write_content(message: dict[str, Any], result: Rendered) -> None:

@@ -165,7 +165,7 @@ def test_logits_are_those_of_the_librarys_llava_onevision_on_video():
     pixels = torch.randint(0, 256, (3, 3, 42, 42), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     count = 3 * 2 * 2 + 1
     ids = torch.tensor([[5, *[100] * count, 7, 8, 9]])
-    encoder = front.bank.encoders["siglip"]
+    encoder = ours.model.front_end.bank.encoders["siglip"]
     clip = {"spec": MediaSpec("video", 3), "times": torch.arange(3.0), "pixels": {encoder.geometry: pixels}}
     visual = {"media": [clip], "pairs": [(0, -1)], "spans": torch.tensor([[0, 1, 0, 0]])}
     with torch.no_grad():
