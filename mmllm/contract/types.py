@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
+
+from mmllm.contract.carrying import blended, inverse, picked
 
 Kind = Literal["image", "video"]
 
@@ -158,11 +159,11 @@ class VisualTokens:
         if (weights is None) == (index is None):
             raise ValueError("give either weights or index")
         if weights is not None:
-            positions, sizes = _blend(self.positions, self.sizes, weights)
+            positions, sizes = blended(self.positions, self.sizes, weights)
             into = weights.argmax(-2)
         else:
-            positions, sizes = _pick(self.positions, self.sizes, index)
-            into = _inverse(index, self.values.shape[1])
+            positions, sizes = picked(self.positions, self.sizes, index)
+            into = inverse(index, self.values.shape[1])
         return VisualTokens(values, self.media, grid, positions, sizes, self.times, sources=self.followed(into))
 
     def followed(self, into: Tensor) -> Tensor | None:
@@ -185,31 +186,6 @@ class VisualTokens:
         extras = {name: value[index] for name, value in self.extras.items()}
         fields = {name: getattr(self, name)[index] for name in ("values", "positions", "sizes", "times")}
         return replace(self, extras=extras, sources=None if self.sources is None else self.sources[index], **fields)
-
-
-def _inverse(index: Tensor, count: int) -> Tensor:
-    """[M] or [B, M], the old token of each new one -> [N] or [B, N], the first new token of each old one, or -1."""
-    places = torch.arange(index.shape[-1], device=index.device).expand_as(index)
-    into = index.new_full((*index.shape[:-1], count + 1), index.shape[-1])
-    into = into.scatter_reduce(-1, torch.where(index < 0, count, index), places, "amin")[..., :count]
-    return into.masked_fill(into == index.shape[-1], -1)
-
-
-def _blend(positions: Tensor, sizes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    weights = weights.to(positions.dtype)
-    if weights.dim() == 2:
-        weights = weights.expand(positions.shape[0], -1, -1)
-    share = weights / weights.sum(1, keepdim=True).clamp_min(1e-9)
-    return weights @ positions, (share @ sizes[..., None]).squeeze(-1)
-
-
-def _pick(positions: Tensor, sizes: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    if index.dim() == 1:
-        index = index.expand(positions.shape[0], -1)
-    real = index >= 0
-    index = index.clamp_min(0)
-    picked = positions.gather(1, index[..., None].expand(-1, -1, 3))
-    return picked, sizes.gather(1, index) * real
 
 
 @dataclass

@@ -17,7 +17,7 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.registry import parts, register
 from mmllm.model.reduction.cache import ReducedCache
 from mmllm.model.reduction.llm import check_llm
-from mmllm.model.reduction.run import run_reduced
+from mmllm.model.reduction.run import CACHE, run_reduced
 from mmllm.reducers.aim import AIM, importance, uniform
 
 PROMPT = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
@@ -205,6 +205,8 @@ def test_layers_of_the_cache_have_the_lengths_of_the_schedule(pair):
         length - visual
     ] * 2
     assert cache.get_seq_length() == length
+    model(torch.tensor([[7]]), torch.ones(1, length + 1), torch.tensor([[length]]), **{CACHE: cache})
+    assert cache.get_seq_length() == length + 1
 
 
 def test_gradients_reach_what_is_kept(pair):
