@@ -21,6 +21,8 @@ from mmllm.encoders.common.transform import Transform
 
 KEYS = ("k_proj", "key")
 """What the libraries call an attention layer's key projection, where it is a module of its own."""
+QUERIES = ("q_proj", "query")
+"""And its query projection."""
 CLS = ("cls_token", "class_token", "class_embedding")
 """What they call the CLS token; a tower without one has only registers before its patches."""
 
@@ -212,18 +214,39 @@ class LayeredEncoder(Encoder):
         batch, frames = pixels.shape[:2]
         inputs = self.inputs(self.normalise(pixels), media)
         wanted = {self._index(layer) for layer in (*self.layers, *needs.hidden_states, *needs.cls)}
-        projections = key_projections(self.tower) if needs.keys else []
-        with recorded([projections[self._block(layer)] for layer in needs.keys]) as keys:
+        modules = key_projections(self.tower) if needs.keys else []
+        watched = self._attending() if needs.cls_attention else []
+        with recorded([modules[self._block(layer)] for layer in needs.keys]) as keys, recorded(watched) as heads:
             states = self.read(self.tower, inputs, sorted(wanted))
         chosen = [states[self._index(layer)].tokens(self.cls) for layer in self.layers]
         values = chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
         per_clip = values.shape[0] // batch
         grid = None if self.cls else Grid(per_clip * self.view[0], *self.view[1:])
         tokens = frame_tokens(values.unflatten(0, (batch, per_clip)).flatten(1, 2), media, grid, frames)
-        for name, rows in self._extras(states, keys, needs).items():
+        found = self._extras(states, keys, needs)
+        if watched:
+            found["cls_attention"] = self._cls_attention(*heads)
+        for name, rows in found.items():
             rows = rows.unflatten(0, (batch, per_clip))
             tokens.extras[name] = rows if name == "cls" else rows.flatten(1, 2)
         return tokens
+
+    def _attending(self) -> list[nn.Module]:
+        """The projections to queries and keys in the block that gives the tokens; none without a CLS token."""
+        queries, keys = (projections(self.tower, names) for names in (QUERIES, KEYS))
+        if not self.has_cls or not self.before or len(queries) != len(self.key_shapes) or self._heads() is None:
+            return []
+        block = self._block(self.layers[-1])
+        return [queries[block], keys[block]]
+
+    def _heads(self) -> int | None:
+        return getattr(getattr(self.tower, "config", None), "num_attention_heads", None)
+
+    def _cls_attention(self, query: Tensor, key: Tensor) -> Tensor:
+        """[M, tokens, C] each -> [M, patches], the CLS token's attention, averaged over the heads."""
+        q, k = (value.float().unflatten(-1, (self._heads(), -1)) for value in (query[:, 0], key))
+        logits = torch.einsum("mhd,mnhd->mhn", q, k) * q.shape[-1] ** -0.5
+        return logits.softmax(-1).mean(1)[:, self.before :]
 
     def _extras(self, states: dict[int, State], keys: list[Tensor], needs: Needs) -> dict[str, Tensor]:
         """{extra: [M, rows, K, C]}, or [M, K, C] for cls."""
@@ -254,7 +277,12 @@ class _Reader(nn.Module):
 
 def key_projections(tower: nn.Module) -> list[nn.Module]:
     """The key projections of a tower's attention layers, in order; empty where fused with queries and values."""
-    return [module for name, module in tower.named_modules() if name.rpartition(".")[2] in KEYS]
+    return projections(tower, KEYS)
+
+
+def projections(tower: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    """Modules of a tower by the last part of their name, in order."""
+    return [module for name, module in tower.named_modules() if name.rpartition(".")[2] in names]
 
 
 @contextmanager

@@ -80,10 +80,8 @@ def media_reader(backend: str, seconds: float, corrupt: OnDamage = "warn") -> Gu
 
 def reduce_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the verbs whose model may read fewer visual tokens."""
-    names = (
-        "a reducer (none, random, stride, pool, merge, aim, fastv, divprune, ...) or a file {type: aim, l1: 14, l2: 22}"
-    )
-    parser.add_argument("--reduce", action="append", metavar="NAME", help=f"{names}; may repeat")
+    what = "none, random, stride, pool, merge, aim, fastv, divprune, visionzip, or a file {type: aim, l1: 14, l2: 22}"
+    parser.add_argument("--reduce", action="append", metavar="NAME", help=f"{what} (may repeat)")
     what = "visual tokens averaged over the LLM's layers, as a share of all: one budget for all --reduce"
     parser.add_argument("--keep", type=flag(Annotated[float, Within(above=0, most=1)]), metavar="SHARE", help=what)
 

@@ -62,6 +62,8 @@ class Reducer:
 
     kind: ClassVar[str] = ""
     registered_name: ClassVar[str] = ""
+    cls_attention: ClassVar[bool] = False
+    """Whether tokens shall bring along the attention of the tower's CLS token, as an extra of that name."""
 
     def schedule(self, layers: int) -> Schedule:
         """The shares that this reducer keeps in an LLM of so many layers.

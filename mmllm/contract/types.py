@@ -224,6 +224,8 @@ class Needs:
         hidden_states: requested layers of the encoder; like cls and keys, only for a part whose input is an encoder.
         cls: layers whose CLS token is requested.
         keys: layers whose attention keys are requested.
+        cls_attention: whether the CLS token's attention to each patch is wanted, in the block that gives the tokens; an
+            encoder without one leaves it out.
         extras: names of extras of the first input.
         prompt: fields of PromptFeatures.
         prompt_hidden_states: text layers.
@@ -234,6 +236,7 @@ class Needs:
     hidden_states: tuple[int, ...] = ()
     cls: tuple[int, ...] = ()
     keys: tuple[int, ...] = ()
+    cls_attention: bool = False
     extras: tuple[str, ...] = ()
     prompt: tuple[str, ...] = ()
     prompt_hidden_states: tuple[int, ...] = ()

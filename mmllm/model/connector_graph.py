@@ -11,6 +11,7 @@ from mmllm.contract.types import MediaSpec, Needs, PromptFeatures, VisualTokens
 KINDS = ("video", "image")
 LAYERED = ("hidden_states", "cls", "keys")
 """What a part may request of an encoder's layers besides the tokens."""
+CLS_ATTENTION = "cls_attention"
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ def select_hidden_states(tokens: VisualTokens, needs: Needs, union: Needs) -> Vi
             order = [given.index(layer) for layer in wanted]
             extra = tokens.extras[name]
             extras[name] = extra if wanted == given else extra[:, :, order]
+    if CLS_ATTENTION in tokens.extras:  # asked for by a reducer behind all parts
+        extras[CLS_ATTENTION] = tokens.extras[CLS_ATTENTION]
     return replace(tokens, extras=extras)
 
 

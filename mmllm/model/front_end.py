@@ -52,15 +52,24 @@ class FrontEnd(nn.Module):
         return self.joined(self.streams(visual, embed_tokens), blank, embed_tokens)
 
     def streams(
-        self, visual: VisualInputs, embed_tokens: nn.Module | None = None, sources: bool = False
+        self,
+        visual: VisualInputs,
+        embed_tokens: nn.Module | None = None,
+        sources: bool = False,
+        cls_attention: bool = False,
     ) -> list[list[VisualTokens]]:
-        """For each pair its streams, [1, N, D] each; with `sources` they know the encoder's patches that they hold."""
+        """For each pair its streams, [1, N, D] each.
+
+        Args:
+            sources: they know the encoder's patches that they hold.
+            cls_attention: they carry the attention of the tower's CLS token, if there is one and parts keep the tokens.
+        """
         pairs, device = visual["pairs"], next(self.parameters()).device
         asked = visual.get("prompts") or self.prompts.blank(device)
         prompts = self.prompts(asked, self.plan.text_needs, embed_tokens) if pairs else {}
         per_pair: dict[int, list[VisualTokens]] = {}
         for spec, members in _groups(visual):
-            tokens, guides = self._encode(spec, visual, members, prompts)
+            tokens, guides = self._encode(spec, visual, members, prompts, cls_attention)
             if sources:
                 tokens = {name: _with_sources(value) for name, value in tokens.items()}
             streams = self._connect(spec, tokens, guides)
@@ -94,14 +103,20 @@ class FrontEnd(nn.Module):
         return [found[index] for index in range(len(visual["pairs"]))]
 
     def _encode(
-        self, spec: MediaSpec, visual: VisualInputs, members: list[int], prompts: dict[str, PromptFeatures]
+        self,
+        spec: MediaSpec,
+        visual: VisualInputs,
+        members: list[int],
+        prompts: dict[str, PromptFeatures],
+        cls_attention: bool = False,
     ) -> tuple[dict[str, VisualTokens], dict[str, PromptFeatures]]:
         """Tokens and prompts of some pairs: each clip is encoded once, however many prompts go with it."""
         pairs = [visual["pairs"][index] for index in members]
         clips = list(dict.fromkeys(clip for clip, _ in pairs))
-        tokens = self.bank(
-            [visual["media"][clip] for clip in clips], spec, self.plan.needs, set(self.plan.encoders_of(spec))
-        )
+        used, needs = set(self.plan.encoders_of(spec)), self.plan.needs
+        if cls_attention:
+            needs = {name: replace(needs.get(name, Needs()), cls_attention=True) for name in used}
+        tokens = self.bank([visual["media"][clip] for clip in clips], spec, needs, used)
         if len(clips) < len(pairs):
             index = torch.tensor([clips.index(clip) for clip, _ in pairs], device=next(self.parameters()).device)
             tokens = {name: value.select(index) for name, value in tokens.items()}

@@ -103,7 +103,8 @@ class MMLLMModel(MMLLMPreTrainedModel):
         where = torch.zeros_like(input_ids, dtype=torch.bool)
         if not blank and not visual["media"]:
             return LLMInputs(table(input_ids), attention_mask, position_ids, where)
-        streams = self.front_end.streams(visual, table)
+        asked = self.reduction is not None and self.reduction.reducer.cls_attention
+        streams = self.front_end.streams(visual, table, cls_attention=asked)
         rows, blanks = self.front_end.joined(streams, blank, table)
         real, blank_rows = rows.split([len(rows) - blanks, blanks])
         source, target = self._splice(visual, input_ids.shape, input_ids.device)

@@ -68,8 +68,8 @@ def batched(processor, messages, side: str = "left"):
 
 
 def reducers() -> list[str]:
-    """Every shipped reducer."""
-    return sorted(name for name in parts("reducer") if name != "by_content")
+    """Every shipped reducer that asks nothing of the tower."""
+    return sorted(name for name, cls in parts("reducer").items() if name != "by_content" and not cls.cls_attention)
 
 
 @pytest.mark.parametrize("name", reducers())
@@ -304,3 +304,40 @@ def test_an_llm_that_does_more_than_its_layers_is_refused():
         scaled.embed_tokens.weight.normal_()
     with pytest.raises(UserError, match="does more than call its layers"):
         check_llm(scaled)
+
+
+def tower_recipe(layer: int):
+    """CLIP's tower of three blocks, whose tokens reach the LLM as they are."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = {**sizes, "image_size": 28, "patch_size": 7}
+    recipe = tiny_recipe()
+    recipe.model["encoders"] = {"clip": {"type": "clip", "layer": layer, "config": config}}
+    recipe.model["connector"][0]["in"] = ["clip"]
+    return recipe
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+@torch.no_grad()
+def test_the_towers_own_attention_chooses(layer):
+    recipe = tower_recipe(layer)
+    model, processor = tiny_model(recipe), tiny_processor(recipe)
+    batch = processor.apply_chat_template([[turn(video(1), "What?")]], **PROMPT)
+    tower = model.model.front_end.bank.encoders["clip"]
+    pixels = batch["visual"]["media"][0]["pixels"][tower.geometry]
+    tower.tower.set_attn_implementation("eager")
+    attentions = tower.tower(tower.normalise(pixels), output_attentions=True).attentions
+    theirs = attentions[layer][:, :, 0, 1:].mean(1).flatten()
+    (streams,) = model.model.front_end.streams(batch["visual"], cls_attention=True)
+    torch.testing.assert_close(streams[0].extras["cls_attention"][0], theirs, atol=1e-5, rtol=0)
+    mmllm.reduce(model, "visionzip", keep=0.25)
+    model(**batch)
+    start = int(batch["visual"]["spans"][0, 1])
+    kept = (model.model.reduction.last.dropped[0, start : start + len(theirs)] >= 0).nonzero()[:, 0]
+    assert kept.tolist() == sorted(theirs.argsort(descending=True)[: len(theirs) // 4].tolist())
+
+
+def test_a_tower_without_cls_is_refused_by_name(pair):
+    model, processor = pair
+    mmllm.reduce(model, "visionzip", keep=0.5)
+    with pytest.raises(UserError, match="CLS attention is not there"):
+        model(**batched(processor, conversations()[3:]))
