@@ -113,14 +113,14 @@ def evaluate_model(
 ) -> Report:
     """Evaluate below `out/BENCHMARK/PROTOCOL-HASH/`; an interrupted evaluation continues.
 
-    A different number of frames or a different root gets its own folder beside it.
+    A different number of frames, root or reducer gets its own folder beside it.
 
     Raises:
         UserError: unknown benchmark or protocol, the folder holds answers of another model, or is in use.
     """
     chosen, items = find_protocol(protocol), find_benchmark(benchmark)
-    setting = {"frames": frames, "root": str(root.resolve())}
-    subject = {**subject_of(model, processor), **setting}
+    subject = {**subject_of(model, processor), "frames": frames, "root": str(root.resolve())}
+    setting = {key: subject[key] for key in ("frames", "root", "reduce")}
     folder = _folder(out / benchmark / chosen.folder, setting)
     with held(folder):
         _same_subject(folder, subject)

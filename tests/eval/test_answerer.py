@@ -92,6 +92,10 @@ def test_answers_of_other_weights_are_not_continued_and_other_frames_lie_elsewhe
     assert first == evaluate()
     other = evaluate(frames=4)
     assert other != first and other == evaluate(frames=4)
+    models[0].reduction = SimpleNamespace(section={"type": "random", "keep": 0.5})
+    assert evaluate() not in (first, other)
+    models[0].reduction = None
+    assert evaluate() == first
     for changed, options in {"weights": {"model": 1}, "front_end": {"section": "pool"}}.items():
         with pytest.raises(UserError, match=f"holds answers of another run; these differ: {changed}. Try"):
             evaluate(**options)

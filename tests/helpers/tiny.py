@@ -91,6 +91,20 @@ def turn(*content: Any, role: str = "user") -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": c} if isinstance(c, str) else c for c in content]}
 
 
+def conversations() -> list[list[dict]]:
+    """Text only; one image; two images and a video in two turns; a video."""
+    return [
+        [turn("How many objects move?")],
+        [turn(picture(1), "What color is it?")],
+        [
+            turn(picture(2), "and", video(3), "What moves?"),
+            turn("left", role="assistant"),
+            turn(picture(4), "And here?"),
+        ],
+        [turn(video(5), "Where is the red square at the end?")],
+    ]
+
+
 def write_video(path: Path, array: np.ndarray, fps: int = 8) -> Path:
     """Frames as an H.264 mp4."""
     from mmllm.world.video import write_mp4

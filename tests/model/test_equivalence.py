@@ -6,23 +6,9 @@ import copy
 
 import pytest
 import torch
-from helpers.tiny import LLMS, picture, tiny_model, tiny_processor, tiny_recipe, turn, video
+from helpers.tiny import LLMS, conversations, picture, tiny_model, tiny_processor, tiny_recipe, turn, video
 
 PROMPT = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
-
-
-def conversations() -> list[list[dict]]:
-    """Text only; one image; two images and a video in two turns; a video."""
-    return [
-        [turn("How many objects move?")],
-        [turn(picture(1), "What color is it?")],
-        [
-            turn(picture(2), "and", video(3), "What moves?"),
-            turn("left", role="assistant"),
-            turn(picture(4), "And here?"),
-        ],
-        [turn(video(5), "Where is the red square at the end?")],
-    ]
 
 
 def batched(processor, messages, side: str):

@@ -76,20 +76,52 @@ def projector_names(*nodes: str) -> dict[str, tuple[str, ...]]:
     }
 
 
-def tower_section(config: PreTrainedConfig, kinds: dict[str, str]) -> dict[str, Any]:
-    """`{type, config}` of an encoder, from the config of a tower.
+TOWERS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
+"""{model type of a tower: our encoder}."""
+
+
+def tower_section(config: PreTrainedConfig, *kinds: str) -> dict[str, Any]:
+    """An encoder, `{type, config, layer}`, from the config of a model with a tower and a two-layer projector.
 
     Args:
-        kinds: {model type of a tower: our encoder}.
+        kinds: our encoders that the family may have.
 
     Raises:
-        UserError: another kind of tower.
+        UserError: another kind of tower, or a setting of it or the projector that we have no part for.
     """
-    if config.model_type not in kinds:
-        expected = ", ".join(kinds)
-        raise UserError("vision_config.model_type", "no tower for it", expected=expected, got=config.model_type)
-    values = config.to_dict()
-    return {"type": kinds[config.model_type], "config": {key: values[key] for key in TOWER_KEYS if key in values}}
+    vision = config.vision_config
+    kind = TOWERS.get(vision.model_type)
+    if kind not in kinds:
+        expected = " or ".join(name for name, own in TOWERS.items() if own in kinds)
+        raise UserError("vision_config.model_type", "no tower for it", expected=expected, got=vision.model_type)
+    only(config, "vision_feature_select_strategy", strategy_of(kind))
+    only(config, "projector_hidden_act", "gelu")
+    only(config, "multimodal_projector_bias", True)
+    values = vision.to_dict()
+    own = {key: values[key] for key in TOWER_KEYS if key in values}
+    return {"type": kind, "config": own, "layer": layer_of(config)}
+
+
+def strategy_of(kind: str) -> str:
+    """Which tokens of a tower count: CLIP's without CLS, all of SigLIP's."""
+    return "default" if kind == "clip" else "full"
+
+
+def their_tower(section: dict[str, Any]) -> dict[str, Any]:
+    """What their config says of a tower, from our encoder's section."""
+    from transformers import AutoConfig
+
+    model_type = next(name for name, own in TOWERS.items() if own == section["type"])
+    return {
+        "vision_config": AutoConfig.for_model(model_type, **section["config"]),
+        "vision_feature_layer": section.get("layer", -2),
+        "vision_feature_select_strategy": strategy_of(section["type"]),
+    }
+
+
+def patches(section: dict[str, Any]) -> int:
+    """Tokens of one view of an encoder."""
+    return (section["config"]["image_size"] // section["config"]["patch_size"]) ** 2
 
 
 def only(config: PreTrainedConfig, key: str, *allowed: object) -> Any:

@@ -8,13 +8,12 @@ from mmllm.contract.errors import UserError
 from mmllm.model.foreign.family import (
     Family,
     encoder_prefix,
-    layer_of,
     llm_names,
-    only,
+    patches,
     projector_names,
+    their_tower,
     tower_section,
 )
-from mmllm.model.foreign.llava import TOWERS, their_tower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -31,11 +30,7 @@ class LlavaNext(Family):
 
     def section(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Tiles at the places that the pinpoints allow."""
-        tower = tower_section(config.vision_config, TOWERS)
-        only(config, "vision_feature_select_strategy", "default" if tower["type"] == "clip" else "full")
-        only(config, "projector_hidden_act", "gelu")
-        only(config, "multimodal_projector_bias", True)
-        tower["layer"] = layer_of(config)
+        tower = tower_section(config, "clip", "siglip")
         return {
             "media": {"frames": 4, "tiles": {"among": grids(config)}},
             "encoders": {"tower": tower},
@@ -53,13 +48,11 @@ class LlavaNext(Family):
 
         (tower,) = section["encoders"].values()
         return LlavaNextConfig(
-            vision_config=their_tower(tower),
+            **their_tower(tower),
             text_config=text,
             image_token_index=tokens["image"],
-            image_seq_length=(tower["config"]["image_size"] // tower["config"]["patch_size"]) ** 2,
+            image_seq_length=patches(tower),
             image_grid_pinpoints=pinpoints(section, tower["config"]["image_size"]),
-            vision_feature_layer=tower.get("layer", -2),
-            vision_feature_select_strategy="default" if tower["type"] == "clip" else "full",
         )
 
     def names(self, section: dict[str, Any]) -> dict[str, tuple[str, ...]]:

@@ -5,16 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mmllm.contract.errors import UserError
-from mmllm.model.foreign.family import (
-    Family,
-    encoder_prefix,
-    layer_of,
-    llm_names,
-    only,
-    projector_names,
-    tower_section,
-)
-from mmllm.model.foreign.llava import their_tower
+from mmllm.model.foreign.family import Family, encoder_prefix, llm_names, projector_names, their_tower, tower_section
 from mmllm.model.foreign.llava_next import grids, pinpoints
 
 if TYPE_CHECKING:
@@ -33,11 +24,7 @@ class LlavaOnevision(Family):
 
     def section(self, config: PreTrainedConfig) -> dict[str, Any]:
         """The parts of recipe `llava_onevision`."""
-        tower = tower_section(config.vision_config, {"siglip_vision_model": "siglip"})
-        only(config, "vision_feature_select_strategy", "full")
-        only(config, "projector_hidden_act", "gelu")
-        only(config, "multimodal_projector_bias", True)
-        tower["layer"] = layer_of(config)
+        tower = tower_section(config, "siglip")
         most = config.vision_aspect_ratio.removeprefix(ASPECT)
         if not most.isdigit():
             raise UserError(
@@ -69,14 +56,12 @@ class LlavaOnevision(Family):
         (tower,) = section["encoders"].values()
         most = next(node.get("most", 9) for node in section["connector"] if node["type"] == "any_resolution")
         return LlavaOnevisionConfig(
-            vision_config=their_tower(tower),
+            **their_tower(tower),
             text_config=text,
             image_token_index=tokens["image"],
             video_token_index=tokens["video"],
             image_grid_pinpoints=pinpoints(section, tower["config"]["image_size"]),
             vision_aspect_ratio=f"{ASPECT}{most}",
-            vision_feature_layer=tower.get("layer", -2),
-            vision_feature_select_strategy="full",
         )
 
     def names(self, section: dict[str, Any]) -> dict[str, tuple[str, ...]]:

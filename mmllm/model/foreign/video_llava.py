@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 from mmllm.model.foreign.family import (
     Family,
     encoder_prefix,
-    layer_of,
     llm_names,
-    only,
+    patches,
     projector_names,
+    their_tower,
     tower_section,
 )
-from mmllm.model.foreign.llava import their_tower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,11 +28,7 @@ class VideoLlava(Family):
 
     def section(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Eight frames of 257 tokens, or an image of 256."""
-        tower = tower_section(config.vision_config, {"clip_vision_model": "clip"})
-        only(config, "vision_feature_select_strategy", "default")
-        only(config, "projector_hidden_act", "gelu")
-        only(config, "multimodal_projector_bias", True)
-        tower["layer"] = layer_of(config)
+        tower = tower_section(config, "clip")
         return {
             "media": {"frames": 8},
             "encoders": {"image": tower, "video": {**tower, "cls": True}},
@@ -52,16 +47,13 @@ class VideoLlava(Family):
         from transformers import VideoLlavaConfig
 
         tower = section["encoders"]["image"]
-        patches = (tower["config"]["image_size"] // tower["config"]["patch_size"]) ** 2
         return VideoLlavaConfig(
-            vision_config=their_tower(tower),
+            **their_tower(tower),
             text_config=text,
             image_token_index=tokens["image"],
             video_token_index=tokens["video"],
-            image_seq_length=patches,
-            video_seq_length=section["media"]["frames"] * (patches + 1),
-            vision_feature_layer=tower.get("layer", -2),
-            vision_feature_select_strategy="default",
+            image_seq_length=patches(tower),
+            video_seq_length=section["media"]["frames"] * (patches(tower) + 1),
         )
 
     def names(self, section: dict[str, Any]) -> dict[str, tuple[str, ...]]:

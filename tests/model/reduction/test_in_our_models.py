@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.tiny import picture, tiny_model, tiny_processor, tiny_recipe, turn, video
+from helpers.tiny import conversations, tiny_model, tiny_processor, tiny_recipe, turn, video
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2Model
 
@@ -31,20 +31,6 @@ class ByContent(AIM):
 
     def score(self, q: Tensor, k: Tensor, visual: Tensor, voting: Tensor) -> Tensor:
         return k.float().norm(dim=-1).sum(0)
-
-
-def conversations() -> list[list[dict]]:
-    """Text only; one image; two images and a video in two turns; a video."""
-    return [
-        [turn("How many objects move?")],
-        [turn(picture(1), "What color is it?")],
-        [
-            turn(picture(2), "and", video(3), "What moves?"),
-            turn("left", role="assistant"),
-            turn(picture(4), "And here?"),
-        ],
-        [turn(video(5), "Where is the red square at the end?")],
-    ]
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
