@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from mmllm.contract.parts import Site
@@ -110,6 +111,19 @@ class HuggingFaceEncoder(LayeredEncoder):
                 del fetched["short"]  # it belongs to the fit
             completed |= {key: value for key, value in fetched.items() if arguments.get(key) is None}
         return completed
+
+    def shrunk(self, side: int) -> HuggingFaceEncoder:
+        """The same tower, whose positions the library interpolates.
+
+        Raises:
+            ValueError: it has no patches, or cannot read such frames.
+        """
+        if not self.patch:
+            raise ValueError("has no patches: reads one size of frames only")
+        with torch.device("meta"):
+            small = type(self)(self.site, **{**self.arguments, "size": side * self.patch})
+        small.tower = self.tower
+        return small.eval()
 
     def create(self) -> nn.Module:
         """A tower of the config with random weights."""

@@ -63,6 +63,16 @@ class NanoConv(Encoder):
             init.zeros_(conv.bias)
         init.normal_(self.places, std=0.02)
 
+    def shrunk(self, side: int) -> NanoConv:
+        """Fewer pixels through the same convolutions, the position table resized."""
+        size = side * 2 ** len(self.convs)
+        with torch.device("meta"):
+            small = NanoConv(self.site, **{**self.arguments, "size": size, "grid": (side, side)})
+        table = nn.functional.interpolate(self.places[None], size=(side, side), mode="bilinear", antialias=True)
+        small.convs, small.norms = self.convs, self.norms
+        small.places = nn.Parameter(table[0].detach(), requires_grad=False)
+        return small.eval()
+
     def output_spec(self, media: MediaSpec) -> TokenSpec:
         """`grid` tokens per frame it reads."""
         grid = Grid(self.frames_of(media), *self.grid)

@@ -6,7 +6,7 @@ operations, a multiply-add being two), which bills a layer for what it passes on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
-from mmllm.checks.summary import Row, count_macs, short, walk
+from mmllm.checks.summary import Row, count_macs, macs, short, walk
 from mmllm.contract.errors import UserError
 from mmllm.contract.reducer import Schedule
 from mmllm.model.blueprint import Blueprint
+from mmllm.model.reduction.pixels import small_bank
 from mmllm.model.reduction.setting import build_reducer
 from mmllm.tables import aligned
 
@@ -181,6 +182,8 @@ def costs(
 ) -> list[Cost]:
     """The cost of an answer of `answer` tokens to `text` tokens and one medium, under each setting.
 
+    Where a reducer makes frames smaller, the connector is counted in proportion to the tokens.
+
     Raises:
         UserError: a budget cannot be met by this LLM.
     """
@@ -192,6 +195,7 @@ def costs(
     found = []
     for name, section in settings.items():
         schedule = _schedule(section, sizes.layers)
+        seeing, joining = _front(blueprint, section, kind, frames, tower, connector)
         door = max(1, int(schedule.door * visual + 1e-9)) if visual else 0
         read = entering(schedule, door, text)
         passed = [count + text for count in schedule.counts(door, text)]
@@ -203,8 +207,8 @@ def costs(
                 seen[0],
                 sum(seen) / len(seen),
                 seen[-1],
-                tower,
-                connector,
+                seeing,
+                joining,
                 llm.prefill(read, passed) + votes,
                 votes,
                 llm.decoding(read, answer),
@@ -213,6 +217,21 @@ def costs(
             )
         )
     return found
+
+
+def _front(
+    blueprint: Blueprint, section: dict[str, Any] | None, kind: str, frames: int | None, tower: int, connector: int
+) -> tuple[int, int]:
+    """Multiply-adds of towers and connector under a setting, from those without one."""
+    reducer = None if section is None else build_reducer(section)
+    if reducer is None or reducer.shrink is None:
+        return tower, connector
+    plan = blueprint.plan
+    media = plan.nominal(kind) if frames is None or kind == "image" else replace(plan.nominal(kind), frames=frames)
+    names, small = plan.encoders_of(media), small_bank(plan.bank, reducer.shrink)
+    whole, less = (sum(macs(bank.encoders[name], (), media) for name in names) for bank in (plan.bank, small))
+    tokens = [sum(bank.encoders[name].output_spec(media).tokens for name in names) for bank in (plan.bank, small)]
+    return tower - whole + less, connector * tokens[1] // tokens[0]
 
 
 def _is_text(row: Row, blueprint: Blueprint) -> bool:

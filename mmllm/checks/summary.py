@@ -50,14 +50,14 @@ def walk(
     rows: list[Row] = []
     for name, source in plan.prompts.sources.items():
         if name in plan.text_needs:
-            macs, parameters = _text_macs(source, plan.text_needs[name]), _parameters(source)
-            rows.append(Row(name, source.registered_name, "-", source.length, source.width, parameters, macs))
+            count, parameters = _text_macs(source, plan.text_needs[name]), _parameters(source)
+            rows.append(Row(name, source.registered_name, "-", source.length, source.width, parameters, count))
     for name, module, inputs, spec in plan.walk(media):
         reaches = name in plan.output[kind]
         grid = str(spec.grid) if spec.grid else "-"
-        macs = _macs(module, inputs, media)
+        count = macs(module, inputs, media)
         rows.append(
-            Row(name, module.registered_name, grid, spec.tokens, spec.width, _parameters(module), macs, reaches)
+            Row(name, module.registered_name, grid, spec.tokens, spec.width, _parameters(module), count, reaches)
         )
     rows.append(_llm_row(blueprint, sum(stream.tokens for stream in plan.streams(media))))
     return rows
@@ -126,7 +126,8 @@ def blank_prompt(part: Part, length: int = 8) -> dict[str, Any]:
     return {"prompt": features}
 
 
-def _macs(module: nn.Module, inputs: tuple[TokenSpec, ...], media: MediaSpec) -> int:
+def macs(module: nn.Module, inputs: tuple[TokenSpec, ...], media: MediaSpec) -> int:
+    """Multiply-adds of an encoder over such media, or of a part over such inputs."""
     if isinstance(module, Part) and (known := module.multiply_adds(*inputs)) is not None:
         return known
     with torch.device("meta"):

@@ -80,7 +80,7 @@ def media_reader(backend: str, seconds: float, corrupt: OnDamage = "warn") -> Gu
 
 def reduce_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the verbs whose model may read fewer visual tokens."""
-    what = "none, random, stride, pool, merge, aim, fastv, divprune, visionzip, or a file {type: aim, l1: 14, l2: 22}"
+    what = "none, random, stride, pool, merge, pixels, aim, fastv, divprune, visionzip, or a file {type: aim, ...}"
     parser.add_argument("--reduce", action="append", metavar="NAME", help=f"{what} (may repeat)")
     what = "visual tokens averaged over the LLM's layers, as a share of all: one budget for all --reduce"
     parser.add_argument("--keep", type=flag(Annotated[float, Within(above=0, most=1)]), metavar="SHARE", help=what)

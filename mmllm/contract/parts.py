@@ -213,6 +213,14 @@ class Encoder(Tower):
             raise ValueError(f"reads {self.frames} frames, which does not divide a clip of {media.frames}")
         return self.frames
 
+    def shrunk(self, side: int) -> Encoder:
+        """The same encoder, weights shared, for frames so small that they have `side` tokens along each side.
+
+        Raises:
+            ValueError: it reads one size only.
+        """
+        raise ValueError("reads one size of frames only")
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [..., 3, h, w] -> the encoder's dtype, (x / 255 - mean) / std. The only cast of pixels."""
         dtype = next(self.parameters()).dtype

@@ -64,6 +64,9 @@ class Reducer:
     registered_name: ClassVar[str] = ""
     cls_attention: ClassVar[bool] = False
     """Whether tokens shall bring along the attention of the tower's CLS token, as an extra of that name."""
+    shrink: float | None = None
+    """Share of the side of each frame that the encoders shall read; the tokens then bring along `present`, [B, N] bool:
+    the places at which they are, among as many as there would be otherwise."""
 
     def schedule(self, layers: int) -> Schedule:
         """The shares that this reducer keeps in an LLM of so many layers.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmllm.contract.batch import VisualInputs
 from mmllm.contract.types import MediaSpec, Needs, PromptFeatures, VisualTokens
 from mmllm.model.connector_graph import KINDS, own_prompt, select_hidden_states
+from mmllm.model.encoder_bank import EncoderBank
 from mmllm.model.front_end_plan import FrontEndPlan
 
 
@@ -57,19 +58,21 @@ class FrontEnd(nn.Module):
         embed_tokens: nn.Module | None = None,
         sources: bool = False,
         cls_attention: bool = False,
+        bank: EncoderBank | None = None,
     ) -> list[list[VisualTokens]]:
         """For each pair its streams, [1, N, D] each.
 
         Args:
             sources: they know the encoder's patches that they hold.
             cls_attention: they carry the attention of the tower's CLS token, if there is one and parts keep the tokens.
+            bank: encoders of the same names to use instead.
         """
         pairs, device = visual["pairs"], next(self.parameters()).device
         asked = visual.get("prompts") or self.prompts.blank(device)
         prompts = self.prompts(asked, self.plan.text_needs, embed_tokens) if pairs else {}
         per_pair: dict[int, list[VisualTokens]] = {}
         for spec, members in _groups(visual):
-            tokens, guides = self._encode(spec, visual, members, prompts, cls_attention)
+            tokens, guides = self._encode(spec, visual, members, prompts, cls_attention, bank)
             if sources:
                 tokens = {name: _with_sources(value) for name, value in tokens.items()}
             streams = self._connect(spec, tokens, guides)
@@ -109,6 +112,7 @@ class FrontEnd(nn.Module):
         members: list[int],
         prompts: dict[str, PromptFeatures],
         cls_attention: bool = False,
+        bank: EncoderBank | None = None,
     ) -> tuple[dict[str, VisualTokens], dict[str, PromptFeatures]]:
         """Tokens and prompts of some pairs: each clip is encoded once, however many prompts go with it."""
         pairs = [visual["pairs"][index] for index in members]
@@ -116,7 +120,7 @@ class FrontEnd(nn.Module):
         used, needs = set(self.plan.encoders_of(spec)), self.plan.needs
         if cls_attention:
             needs = {name: replace(needs.get(name, Needs()), cls_attention=True) for name in used}
-        tokens = self.bank([visual["media"][clip] for clip in clips], spec, needs, used)
+        tokens = (bank or self.bank)([visual["media"][clip] for clip in clips], spec, needs, used)
         if len(clips) < len(pairs):
             index = torch.tensor([clips.index(clip) for clip, _ in pairs], device=next(self.parameters()).device)
             tokens = {name: value.select(index) for name, value in tokens.items()}

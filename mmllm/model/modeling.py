@@ -19,6 +19,7 @@ from mmllm.model.config import MMLLMConfig
 from mmllm.model.front_end import FrontEnd
 from mmllm.model.head import Head
 from mmllm.model.reduction.llm import Reduction
+from mmllm.model.reduction.pixels import small_visual, spread
 from mmllm.processing.collate import joined, move
 
 if TYPE_CHECKING:
@@ -103,8 +104,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
         where = torch.zeros_like(input_ids, dtype=torch.bool)
         if not blank and not visual["media"]:
             return LLMInputs(table(input_ids), attention_mask, position_ids, where)
-        asked = self.reduction is not None and self.reduction.reducer.cls_attention
-        streams = self.front_end.streams(visual, table, cls_attention=asked)
+        streams = self._streams(visual, table)
         rows, blanks = self.front_end.joined(streams, blank, table)
         real, blank_rows = rows.split([len(rows) - blanks, blanks])
         source, target = self._splice(visual, input_ids.shape, input_ids.device)
@@ -115,6 +115,17 @@ class MMLLMModel(MMLLMPreTrainedModel):
             flat = flat + 0.0 * blank_rows.sum().to(embeds.dtype)
         inputs = LLMInputs(flat.view_as(embeds), attention_mask, position_ids, where)
         return inputs if self.reduction is None else replace(inputs, spans=_spans(visual, streams))
+
+    def _streams(self, visual: VisualInputs, table: nn.Module) -> list[list[VisualTokens]]:
+        """What the front end makes of the media, as the reducer wants it."""
+        if self.reduction is None:
+            return self.front_end.streams(visual, table)
+        reducer = self.reduction.reducer
+        if reducer.shrink is None:
+            return self.front_end.streams(visual, table, cls_attention=reducer.cls_attention)
+        bank = self.reduction.bank
+        streams = self.front_end.streams(small_visual(visual, self.front_end.bank, bank), table, bank=bank)
+        return spread(streams, visual, self.front_end.plan)
 
     def is_distributed_training(self) -> bool:
         """Whether several processes train together, so that each must use every parameter."""
@@ -180,7 +191,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
             self.reduction.remove()
             self.reduction = None
         if section is not None:
-            self.reduction = Reduction(self.language_model, section)
+            self.reduction = Reduction(self.language_model, section, self.front_end.bank)
 
     def _run_branches(self, sequence: LLMInputs, **kwargs: Any) -> BaseModelOutputWithPast:
         """Branches of a shared prefix; `last_hidden_state` at their positions in the sequence, padding unspecified."""

@@ -68,6 +68,11 @@ def test_a_table_of_settings(capsys):
     none, random, aim = json.loads(capsys.readouterr().out)["costs"]
     assert (none["first"], random["first"], none["tower"]) == (72, 36, aim["tower"])
     assert aim["prefill"] < none["prefill"] and aim["mean"] <= 36.5
+    assert main(["flops", "nano/llava_onevision_video", "--reduce", "pixels", "--keep", "0.25", "--json"]) == 0
+    (pixels,) = json.loads(capsys.readouterr().out)["costs"]
+    assert main(["flops", "nano/llava_onevision_video", "--json"]) == 0
+    (whole,) = json.loads(capsys.readouterr().out)["costs"]
+    assert pixels["tower"] == whole["tower"] // 4 and pixels["connector"] == whole["connector"] // 4
     assert main(words) == 0
     assert "visual tokens first/mean/last layer" in capsys.readouterr().out
     assert main(["flops", "nano/llava", "--reduce", "fastv", "--keep", "0.1"]) == 2

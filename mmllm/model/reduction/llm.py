@@ -13,8 +13,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from mmllm.contract.errors import UserError
 from mmllm.contract.reducer import Reducer, Schedule
 from mmllm.contract.types import LLMInputs
+from mmllm.model.encoder_bank import EncoderBank
 from mmllm.model.reduction.attention import PREFIX, reducible
 from mmllm.model.reduction.cache import ReducedCache
+from mmllm.model.reduction.pixels import small_bank
 from mmllm.model.reduction.run import CACHE, Reduced, run_reduced
 from mmllm.model.reduction.setting import build_reducer
 
@@ -29,18 +31,24 @@ class Reduction:
     Args:
         llm: the body of a causal LM of transformers.
         section: `{type: ..., arguments}` of the reducer.
+        bank: the encoders before the LLM, where they are ours.
 
     Attributes:
         section: as given.
         reducer: the reducer itself.
+        bank: the encoders for smaller frames, if the reducer wants them.
         last: what became of the last prompt; None where it had nothing to reduce.
 
     Raises:
         UserError: the LLM does more than its layers in turn, or the budget cannot be met in it.
     """
 
-    def __init__(self, llm: PreTrainedModel, section: dict[str, Any]) -> None:
+    def __init__(self, llm: PreTrainedModel, section: dict[str, Any], bank: EncoderBank | None = None) -> None:
         self.section, self.reducer = section, build_reducer(section)
+        if bank is None and (self.reducer.shrink is not None or self.reducer.cls_attention):
+            what = "looks at the encoder, which is the library's here"
+            raise UserError(f"reduce {section['type']}", what, hint="a checkpoint loaded by mmllm, or another reducer")
+        self.bank = None if self.reducer.shrink is None else small_bank(bank, self.reducer.shrink)
         self.last: Reduced | None = None
         check_llm(llm)
         try:
