@@ -55,7 +55,6 @@ class Reduction:
             schedule = self.reducer.schedule(len(llm.layers))
         except ValueError as error:
             raise UserError(section["type"], str(error)) from error
-        self.mean = schedule.mean
         self.idle = schedule.door == 1 and min(schedule.after) == 1
         self.llm, self.base = llm, llm.config._attn_implementation.removeprefix(PREFIX)
         llm.config._attn_implementation = reducible(self.base)
