@@ -116,6 +116,7 @@ def solved(layers: int, share: float) -> tuple[float, ...]:
     return falling(layers, low, width)
 
 
+@torch.no_grad()
 def importance(
     q: Tensor, k: Tensor, voting: Tensor | None = None, tau: float = 0.1, iters: int = 5, damping: float = 0.0
 ) -> Tensor:
@@ -130,28 +131,39 @@ def importance(
     """
     heads, count, width = q.shape
     total = torch.zeros(count, device=q.device)
-    hidden = None if voting is None or bool(voting.all()) else ~voting
+    unseen = _unseen(count, None if voting is None or bool(voting.all()) else ~voting, q.device)
     with without_autocast(q):
         for head in range(heads):
             keys = k[head * len(k) // heads].float()
-            votes = _votes(q[head].float() * (width**-0.5 / tau), keys, hidden)
+            votes, sums = _votes(q[head].float() * (width**-0.5 / tau), keys, unseen)
             p = torch.full((count,), 1 / count, device=q.device)
             for _ in range(iters):
-                p = (1 - damping) * _hop(p, votes) + damping / count
+                p = (1 - damping) * _hop(p / sums, votes) + damping / count
             total += p**2
     return (total / heads).sqrt()
 
 
-def _votes(q: Tensor, k: Tensor, hidden: Tensor | None) -> list[Tensor]:
-    """Rows of the causal softmax, in blocks [rows, keys up to their end]."""
+def _unseen(count: int, hidden: Tensor | None, device: torch.device) -> list[Tensor]:
+    """For each block of queries [rows, keys up to their end], which keys they do not see: the same for all heads."""
     blocks = []
-    for start in range(0, len(q), ROWS):
-        stop = min(start + ROWS, len(q))
-        logits = q[start:stop] @ k[:stop].T
-        later = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).triu(start + 1)
-        logits = logits.masked_fill(later if hidden is None else later | hidden[:stop], -torch.inf)
-        blocks.append(logits.softmax(-1).nan_to_num(0.0) if hidden is not None else logits.softmax(-1))
+    for start in range(0, count, ROWS):
+        stop = min(start + ROWS, count)
+        later = torch.ones(stop - start, stop, dtype=torch.bool, device=device).triu(start + 1)
+        blocks.append(later if hidden is None else later | hidden[:stop])
     return blocks
+
+
+def _votes(q: Tensor, k: Tensor, unseen: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Rows of the causal softmax in blocks, not yet divided by their sums; and the sums [n]."""
+    blocks, sums, start = [], [], 0
+    for hidden in unseen:
+        rows, stop = hidden.shape
+        votes = (q[start : start + rows] @ k[:stop].T).masked_fill_(hidden, -torch.inf)
+        most = votes.amax(-1, keepdim=True).nan_to_num_(neginf=0.0)  # a row that sees nothing has no vote
+        blocks.append(votes.sub_(most).exp_())
+        sums.append(votes.sum(-1))
+        start += rows
+    return blocks, torch.cat(sums).clamp_min_(torch.finfo(torch.float32).tiny)
 
 
 def _hop(p: Tensor, votes: list[Tensor]) -> Tensor:

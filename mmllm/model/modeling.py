@@ -13,13 +13,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mmllm.contract.batch import Batch, VisualInputs
 from mmllm.contract.errors import UserError
 from mmllm.contract.parts import Part
-from mmllm.contract.types import LLMInputs, Needs, VisualSpan, VisualTokens
+from mmllm.contract.types import LLMInputs, Needs, VisualTokens
 from mmllm.model.branches import branch_mask, split, takes_masks
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.front_end import FrontEnd
 from mmllm.model.head import Head
 from mmllm.model.reduction.llm import Reduction
 from mmllm.model.reduction.pixels import small_visual, spread
+from mmllm.model.splice import spans_of, spliced
 from mmllm.processing.collate import joined, move
 
 if TYPE_CHECKING:
@@ -107,14 +108,14 @@ class MMLLMModel(MMLLMPreTrainedModel):
         streams = self._streams(visual, table)
         rows, blanks = self.front_end.joined(streams, blank, table)
         real, blank_rows = rows.split([len(rows) - blanks, blanks])
-        source, target = self._splice(visual, input_ids.shape, input_ids.device)
+        source, target = spliced(visual, self.front_end.plan, input_ids.shape, input_ids.device)
         where.view(-1)[target] = True
         embeds = table(input_ids.masked_fill(where, 0))
         flat = embeds.flatten(0, 1).index_copy(0, target, real[source].to(embeds.dtype))
         if blanks:  # they touch the same parameters as real ones do in other processes, and change nothing
             flat = flat + 0.0 * blank_rows.sum().to(embeds.dtype)
         inputs = LLMInputs(flat.view_as(embeds), attention_mask, position_ids, where)
-        return inputs if self.reduction is None else replace(inputs, spans=_spans(visual, streams))
+        return inputs if self.reduction is None else replace(inputs, spans=spans_of(visual, streams))
 
     def _streams(self, visual: VisualInputs, table: nn.Module) -> list[list[VisualTokens]]:
         """What the front end makes of the media, as the reducer wants it."""
@@ -131,26 +132,6 @@ class MMLLMModel(MMLLMPreTrainedModel):
         """Whether several processes train together, so that each must use every parameter."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         return self.training and torch.is_grad_enabled() and distributed and torch.distributed.get_world_size() > 1
-
-    def _splice(self, visual: VisualInputs, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which front-end row goes to which flat position, for all spans."""
-        starts: dict[tuple[int, int], tuple[int, int]] = {}
-        offset = 0
-        for pair, (clip, _) in enumerate(visual["pairs"]):
-            for stream, spec in enumerate(self.front_end.plan.streams(visual["media"][clip]["spec"])):
-                starts[pair, stream] = (offset, spec.tokens)
-                offset += spec.tokens
-        source, target = [], []
-        for row, start, pair, stream in visual["spans"].tolist():
-            first, count = starts[pair, stream]
-            if start < 0 or start + count > shape[1]:
-                raise UserError(f"row {row}", f"a visual span of {count} at {start} leaves a row of {shape[1]}")
-            source.append(torch.arange(first, first + count))
-            target.append(torch.arange(row * shape[1] + start, row * shape[1] + start + count))
-        if not source:
-            empty = torch.zeros(0, dtype=torch.long, device=device)
-            return empty, empty
-        return torch.cat(source).to(device), torch.cat(target).to(device)
 
     def forward(
         self,
@@ -203,11 +184,6 @@ class MMLLMModel(MMLLMPreTrainedModel):
         output = self.run(rows, **kwargs)
         output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[where]
         return output
-
-
-def _spans(visual: VisualInputs, streams: list[list[VisualTokens]]) -> tuple[VisualSpan, ...]:
-    """Where each medium is, and its tokens."""
-    return tuple(VisualSpan(row, start, streams[pair][stream]) for row, start, pair, stream in visual["spans"].tolist())
 
 
 class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):

@@ -153,7 +153,7 @@ def video_steps(world: str) -> dict[str, Step]:
 
     def ours() -> Tensor:
         model.zero_grad()
-        hidden = model.run(model.embed(batch)).flatten(0, 1)[batch["sources"]]
+        hidden = model.run(model.embed(batch))[0].flatten(0, 1)[batch["sources"]]
         loss = objective.score(model.lm_head, hidden, batch, reference)["preference"] / PAIRS
         loss.backward()
         return loss.detach()

@@ -47,7 +47,7 @@ def by_hand(model: MMLLMForConditionalGeneration, prepared: list[dict[str, Any]]
     while True:
         start = time.perf_counter()
         batch = move(dict(prepared[step % len(prepared)]), model.device)
-        hidden = model.run(model.embed(batch))
+        hidden, _ = model.run(model.embed(batch))
         targets = batch["labels"][:, 1:]
         scored = targets != -100
         logits = model.lm_head(hidden[:, :-1][scored]).float()

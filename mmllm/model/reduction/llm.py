@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Reduction:
         section: as given.
         reducer: the reducer itself.
         bank: the encoders for smaller frames, if the reducer wants them.
-        last: what became of the last prompt; None where it had nothing to reduce.
+        last: what became of the last prompt, without its hidden states; None where it had nothing to reduce.
 
     Raises:
         UserError: the LLM does more than its layers in turn, or the budget cannot be met in it.
@@ -80,8 +81,9 @@ class Reduction:
         wanted = kwargs.get("use_cache")
         if wanted is None:
             wanted = cache is not None or (self.llm.config.use_cache and not self.llm.training)
-        self.last = run_reduced(self.llm, inputs, self.reducer, ReducedCache() if wanted else None)
-        return BaseModelOutputWithPast(last_hidden_state=self.last.hidden, **{CACHE: self.last.cache})
+        found = run_reduced(self.llm, inputs, self.reducer, ReducedCache() if wanted else None)
+        self.last = replace(found, hidden=found.hidden[:, :0], cache=None)  # what it held is not ours to keep
+        return BaseModelOutputWithPast(last_hidden_state=found.hidden, **{CACHE: found.cache})
 
 
 def check_llm(llm: PreTrainedModel) -> None:
