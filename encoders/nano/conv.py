@@ -67,8 +67,11 @@ class NanoConv(Encoder):
         """Fewer pixels through the same convolutions, the position table resized."""
         size = side * 2 ** len(self.convs)
         with torch.device("meta"):
-            small = NanoConv(self.site, **{**self.arguments, "size": size, "grid": (side, side)})
-        table = nn.functional.interpolate(self.places[None], size=(side, side), mode="bilinear", antialias=True)
+            small = type(self)(self.site, **{**self.arguments, "size": size, "grid": (side, side)})
+        places = self.places[None].float()  # the library resizes no bfloat16
+        table = nn.functional.interpolate(places, size=(side, side), mode="bilinear", antialias=True).to(
+            self.places.dtype
+        )
         small.convs, small.norms = self.convs, self.norms
         small.places = nn.Parameter(table[0].detach(), requires_grad=False)
         return small.eval()

@@ -18,7 +18,7 @@ from mmllm.checks.summary import Row, count_macs, macs, short, walk
 from mmllm.contract.errors import UserError
 from mmllm.contract.reducer import Schedule
 from mmllm.model.blueprint import Blueprint
-from mmllm.model.reduction.pixels import small_bank
+from mmllm.model.reduction.pixels import side_for, small_bank
 from mmllm.model.reduction.setting import build_reducer
 from mmllm.tables import aligned
 
@@ -195,8 +195,8 @@ def costs(
     found = []
     for name, section in settings.items():
         schedule = _schedule(section, sizes.layers)
-        seeing, joining = _front(blueprint, section, kind, frames, tower, connector)
-        door = max(1, int(schedule.door * visual + 1e-9)) if visual else 0
+        seeing, joining, few = _front(blueprint, section, kind, frames, (tower, connector, visual))
+        door = few if few < visual else max(1, int(schedule.door * visual + 1e-9)) if visual else 0
         read = entering(schedule, door, text)
         passed = [count + text for count in schedule.counts(door, text)]
         votes = llm.votes(read, passed, text) if section is not None and section["type"] == "aim" else 0
@@ -220,18 +220,24 @@ def costs(
 
 
 def _front(
-    blueprint: Blueprint, section: dict[str, Any] | None, kind: str, frames: int | None, tower: int, connector: int
-) -> tuple[int, int]:
-    """Multiply-adds of towers and connector under a setting, from those without one."""
+    blueprint: Blueprint,
+    section: dict[str, Any] | None,
+    kind: str,
+    frames: int | None,
+    plain: tuple[int, int, int],
+) -> tuple[int, int, int]:
+    """Multiply-adds of towers and connector, and tokens, under a setting; from those without one."""
     reducer = None if section is None else build_reducer(section)
+    tower, connector, _ = plain
     if reducer is None or reducer.shrink is None:
-        return tower, connector
+        return plain
     plan = blueprint.plan
     media = plan.nominal(kind) if frames is None or kind == "image" else replace(plan.nominal(kind), frames=frames)
-    names, small = plan.encoders_of(media), small_bank(plan.bank, reducer.shrink)
+    names, small = plan.encoders_of(media), small_bank(plan.bank, side_for(plan, reducer.shrink**2))
     whole, less = (sum(macs(bank.encoders[name], (), media) for name in names) for bank in (plan.bank, small))
     tokens = [sum(bank.encoders[name].output_spec(media).tokens for name in names) for bank in (plan.bank, small)]
-    return tower - whole + less, connector * tokens[1] // tokens[0]
+    visual = sum(spec.tokens for spec in plan.streams_through(small, media))
+    return tower - whole + less, connector * tokens[1] // tokens[0], visual
 
 
 def _is_text(row: Row, blueprint: Blueprint) -> bool:

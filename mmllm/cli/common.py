@@ -92,13 +92,16 @@ def settings(options: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
     Raises:
         UserError: no budget, one for nothing, or a reducer given twice.
     """
-    from mmllm.model.reduction.setting import label, read_setting
+    from mmllm.model.reduction.setting import build_reducer, label, read_setting
 
     given = options.reduce or ["none"]
     plain = [name for name in given if name != "none" and not name.endswith((".yaml", ".yml"))]
     if options.keep is not None and not plain:
         raise UserError("--keep", "nothing to keep less of", expected="a --reduce by name beside it")
     sections = [read_setting(name, options.keep if name in plain else None) for name in given]
+    for section in sections:
+        if section is not None:
+            build_reducer(section)  # what it does not take is said before anything is loaded
     found = {label(section): section for section in sections}
     if len(found) < len(given):
         raise UserError("--reduce", "given twice", got=", ".join(given))

@@ -93,7 +93,10 @@ class Reducer:
 
 
 def frames_of(tokens: VisualTokens) -> list[Sequence[int]]:
-    """Runs of tokens of one medium that share their time, without separators: its frames, or an image's only one."""
+    """The frames of one medium, or an image's only one, without separators: by the grid, or as runs of equal time."""
+    if tokens.grid is not None and tokens.grid.tokens == tokens.values.shape[1]:
+        size = tokens.grid.h * tokens.grid.w
+        return [range(start, start + size) for start in range(0, tokens.grid.tokens, size)]
     times, sizes = tokens.positions[0, :, 0].tolist(), tokens.sizes[0].tolist()
     frames: list[list[int]] = []
     before = None

@@ -43,8 +43,11 @@ class Setting:
         """Where the reports of a run's evaluation go."""
         return place_of(out, self.way, self.protocol)
 
-    def check(self, where: str) -> None:
+    def check(self, where: str, layers: list[int]) -> None:
         """Refuse what an evaluation would only find out after the training.
+
+        Args:
+            layers: of the LLMs of the arms.
 
         Raises:
             UserError: no such reducer or protocol, or a budget for nothing.
@@ -54,8 +57,13 @@ class Setting:
         section = read_setting(self.reduce, self.keep)
         if section is None and self.keep not in (None, 1.0):
             raise UserError(f"{where}: keep", "nothing to keep less of", expected="a reduce beside it")
-        if section is not None:
-            build_reducer(section)
+        if self.keep is not None and Path(self.reduce).suffix in (".yaml", ".yml"):
+            raise UserError(f"{where}: keep", "the reducer's file says what it keeps", expected="one of the two")
+        for count in layers if section is not None else ():
+            try:
+                build_reducer(section).schedule(count)
+            except ValueError as error:
+                raise UserError(f"{where}: {self.title}", str(error)) from error
         find_protocol(self.protocol)
 
 

@@ -123,19 +123,24 @@ class StudyFile:
         self.plugins = [self._beside(name) for name in named]
         for plugin in self.plugins:
             load_plugin(plugin)
-        self.settings = self._settings()
         self.first = {name: self._entry(First, "first", name, value) for name, value in self.study.first.items()}
         self.arms = {name: self._entry(Arm, "arms", name, value) for name, value in self.study.arms.items()}
         for name in self.first:
             if name in self.arms:
                 raise UserError(f"{path}:first.{name}", "an arm has this name too")
         self.recipes = {name: self.load(name) for name in {**self.first, **self.arms}}
+        self.settings = self._settings()
         self.then = {name: self._command(name, entry.then) for name, entry in self.first.items() if entry.then}
         self._check_roots()
         self.baseline = self.study.baseline or next(iter(self.arms))
         if self.baseline not in self.arms:
             hint = nearest(self.baseline, list(self.arms))
             raise UserError(f"{path}:baseline", f"no arm is called {self.baseline!r}", hint=hint)
+
+    def _layers(self) -> list[int]:
+        """Of the LLMs of the arms, where their recipes say."""
+        configs = [self.recipes[name].model["llm"].get("config") or {} for name in self.arms]
+        return [config["num_hidden_layers"] for config in configs if "num_hidden_layers" in config]
 
     def _settings(self) -> dict[str, Setting]:
         """{title: setting} of the evaluations."""
@@ -145,7 +150,7 @@ class StudyFile:
             where = f"{self.path}:evaluate[{number}]"
             setting = Setting(**bind(Setting, section, where))
             setting = replace(setting, reduce=self._beside(setting.reduce))
-            setting.check(where)
+            setting.check(where, self._layers())
             if setting.title in found:
                 raise UserError(where, "given twice", got=setting.title)
             found[setting.title] = setting

@@ -183,6 +183,11 @@ class FrontEndPlan:
             self._streams[media] = [specs[name] for name in self.output[media.kind]]
         return self._streams[media]
 
+    def streams_through(self, bank: EncoderBank, media: MediaSpec) -> list[TokenSpec]:
+        """What would reach the LLM through other encoders of the same names."""
+        specs = self._specs(media, bank)
+        return [specs[name] for name in self.output[media.kind]]
+
     def walk(self, media: MediaSpec) -> Iterator[tuple[str, nn.Module, tuple[TokenSpec, ...], TokenSpec]]:
         """(name, module, input specs, output spec) of everything that runs for such media, in order."""
         specs = self._specs(media)
@@ -203,9 +208,9 @@ class FrontEndPlan:
         encoders = self.bank.encoders.items()
         return {name: encoder.geometry for name, encoder in encoders if name in self.encoders_used}
 
-    def _specs(self, media: MediaSpec) -> dict[str, TokenSpec]:
+    def _specs(self, media: MediaSpec, bank: EncoderBank | None = None) -> dict[str, TokenSpec]:
         """{encoder or node: its output for such media}."""
-        specs = self.bank.output_specs(media)
+        specs = (bank or self.bank).output_specs(media)
         for node in self.nodes:
             specs[node.name] = self._declare(node, specs, media)
         return specs

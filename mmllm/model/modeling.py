@@ -168,11 +168,11 @@ class MMLLMModel(MMLLMPreTrainedModel):
         Raises:
             UserError: see `Reduction`.
         """
-        if self.reduction is not None:
+        if section is not None:  # one that cannot be switched on leaves the other as it is
+            self.reduction = Reduction(self.language_model, section, self.front_end.plan)
+        elif self.reduction is not None:
             self.reduction.remove()
             self.reduction = None
-        if section is not None:
-            self.reduction = Reduction(self.language_model, section, self.front_end.bank)
 
     def _run_branches(self, sequence: LLMInputs, **kwargs: Any) -> BaseModelOutputWithPast:
         """Branches of a shared prefix; `last_hidden_state` at their positions in the sequence, padding unspecified."""

@@ -72,7 +72,8 @@ def test_a_table_of_settings(capsys):
     (pixels,) = json.loads(capsys.readouterr().out)["costs"]
     assert main(["flops", "nano/llava_onevision_video", "--json"]) == 0
     (whole,) = json.loads(capsys.readouterr().out)["costs"]
-    assert pixels["tower"] == whole["tower"] // 4 and pixels["connector"] == whole["connector"] // 4
+    assert pixels["tower"] == whole["tower"] // 9 and pixels["connector"] == whole["connector"] // 9  # 2 of 6 a side
+    assert whole["first"] == 73 and pixels["first"] == 9  # 3 of 6 would be 33, more than a quarter
     assert main(words) == 0
     assert "visual tokens first/mean/last layer" in capsys.readouterr().out
     assert main(["flops", "nano/llava", "--reduce", "fastv", "--keep", "0.1"]) == 2

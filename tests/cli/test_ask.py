@@ -133,8 +133,11 @@ def test_a_schedule_by_file(capsys, model, tmp_path):
         (["--reduce", "aim", "--reduce", "aim", "--keep", "0.5"], "given twice"),
         (["--reduce", "nothing", "--keep", "0.5"], "no reducer is called"),
         (["--reduce", "missing.yaml"], "no such file"),
+        (["--reduce", "WORDS.yaml"], "reduce.aim.keep: wrong type"),
     ],
 )
-def test_what_cannot_be_reduced_is_said_in_one_line(capsys, model, flags, said):
+def test_what_cannot_be_reduced_is_said_in_one_line(capsys, model, flags, said, tmp_path):
+    (tmp_path / "WORDS.yaml").write_text("type: aim\nkeep: half\n")
+    flags = [str(tmp_path / flag) if flag == "WORDS.yaml" else flag for flag in flags]
     assert main(["ask", "--model", str(model), *flags, "What moves?"]) == 2
     assert said in capsys.readouterr().err

@@ -19,20 +19,25 @@ class Given(nn.Module):
     def __init__(self, clips: list[list[Tensor]]) -> None:
         super().__init__()
         self.clips = clips
-        self.plan = SimpleNamespace(streams=self.streams)
+        self.plan = SimpleNamespace(streams=self.specs)
 
     def blanks(self, visual: dict) -> tuple:
         """None: one process."""
         return ()
 
-    def streams(self, media: MediaSpec) -> list[TokenSpec]:
+    def specs(self, media: MediaSpec) -> list[TokenSpec]:
         """Clip k is a video of k + 1 frames here."""
         return [TokenSpec(media, len(rows), rows.shape[1]) for rows in self.clips[media.frames - 1]]
 
-    def forward(self, visual: dict, blank: tuple = (), embed_tokens: nn.Module | None = None) -> tuple[Tensor, int]:
+    def streams(self, visual: dict, embed_tokens: nn.Module | None = None) -> list[list[Tensor]]:
+        """Those of each pair's clip."""
+        return [self.clips[visual["media"][clip]["spec"].frames - 1] for clip, _ in visual["pairs"]]
+
+    def joined(
+        self, streams: list[list[Tensor]], blank: tuple = (), embed_tokens: nn.Module | None = None
+    ) -> tuple[Tensor, int]:
         """Pair by pair, stream by stream."""
-        pairs = [visual["media"][clip]["spec"].frames - 1 for clip, _ in visual["pairs"]]
-        return torch.cat([rows for clip in pairs for rows in self.clips[clip]]), 0
+        return torch.cat([rows for pair in streams for rows in pair]), 0
 
 
 def row(

@@ -162,6 +162,7 @@ def test_one_training_is_evaluated_under_several_settings(tmp_path, monkeypatch,
         ({"reduce": "aim"}, "no budget"),
         ({"protocol": "mine"}, "no such protocol"),
         ({"kept": 1}, "unknown"),
+        ({"reduce": "fastv", "keep": 0.3}, "2 of 3 layers read everything"),
     ],
 )
 def test_settings_are_checked_before_anything_runs(tmp_path, capsys, setting, said):

@@ -140,7 +140,7 @@ def test_absent_weights_are_refused(folder):
 
 def test_a_folder_of_another_library_is_refused(folder):
     edit(folder / "config.json", model_type="llama")
-    with pytest.raises(UserError, match="not a model of mmllm, expected mmllm, got llama"):
+    with pytest.raises(UserError, match="no model of mmllm, and of no family, expected llava, "):
         mmllm.load(folder)
 
 

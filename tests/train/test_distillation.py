@@ -59,7 +59,7 @@ def test_terms_are_those_of_the_plain_form(data, teacher, tmp_path, divergence, 
     assert sorted(batch["seen"])[0] == 0 < sorted(batch["seen"])[-1]
     model, other = context.model, load(teacher)[0]
     with torch.no_grad():
-        hidden = [side.run(side.embed(own)) for side, own in ((model, batch), (other, batch["teacher"]))]
+        hidden = [side.run(side.embed(own))[0] for side, own in ((model, batch), (other, batch["teacher"]))]
     assert torch.equal(batch["input_ids"], batch["teacher"]["input_ids"])
     student, theirs = (side.lm_head(states) for side, states in zip((model, other), hidden, strict=True))
     cut = objective.vocabulary

@@ -106,7 +106,7 @@ def test_a_step_is_trls(models, tmp_path, loss):
     objective = Preference(loss=loss, reference="none", **settings)
     ours.zero_grad()
     ours.requires_grad_(True)
-    hidden = ours.run(ours.embed(batch)).flatten(0, 1)[batch["sources"]]
+    hidden = ours.run(ours.embed(batch))[0].flatten(0, 1)[batch["sources"]]
     found = objective.score(ours.lm_head, hidden, batch, reference)["preference"] / len(RECORDS)
     found.backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,13 +51,21 @@ def family_of(path: str | Path) -> Family | None:
     """
     from transformers.utils import cached_file
 
+    if not isinstance(path, str | os.PathLike):
+        return None
     file: Path | str | None = Path(path) / "config.json"
     if not Path(path).exists() and HUB_ID.fullmatch(str(path)):
         options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         file = cached_file(str(path), "config.json", local_files_only=True, **options)
     try:
         model_type = json.loads(Path(file).read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError, TypeError):  # reported better by who loads a model of ours
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ):  # reported better by who loads a model of ours
         return None
     if model_type == "mmllm":
         return None
@@ -83,7 +92,8 @@ def load_published(
         raise UserError(name, f"cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     refuse_holes(Path(name), info)
     tokenizer = _tokenizer(name)
-    blueprint = Blueprint.of(recipe_of(family, theirs.config, name))
+    tied = theirs.get_output_embeddings().weight.data_ptr() == theirs.get_input_embeddings().weight.data_ptr()
+    blueprint = Blueprint.of(recipe_of(family, theirs.config, name, tied))
     states = renamed(theirs.state_dict(), family.names(blueprint.config.model_section), _own_names(blueprint))
     options = {"config": blueprint.config, "state_dict": states, "dtype": theirs.dtype, "output_loading_info": True}
     model, info = MMLLMForConditionalGeneration.from_pretrained(None, **options)
@@ -114,16 +124,19 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def recipe_of(family: Family, config: PreTrainedConfig, name: str) -> Recipe:
+def recipe_of(family: Family, config: PreTrainedConfig, name: str, tied: bool | None = None) -> Recipe:
     """The recipe of a published model; every other part fits into it.
 
     Args:
         name: where its tokenizer is.
+        tied: whether head and embedding are one; default: as the LLM's config says, which the model's may overrule.
     """
     text = config.get_text_config().to_dict()
     llm = {key: value for key, value in text.items() if value is not None and not key.startswith("_")}
     for key in ("architectures", "transformers_version", "dtype"):
         llm.pop(key, None)
+    if tied is not None:
+        llm["tie_word_embeddings"] = tied
     data: dict[str, Any] = {
         "summary": f"{name}, a published checkpoint",
         "model": {**family.section(config), "llm": {"tokenizer": name, "config": llm}},
@@ -170,6 +183,7 @@ def save_published(model: MMLLMForConditionalGeneration, processor: MMLLMProcess
         raise UserError("model.connector", what, expected=", ".join(FAMILIES))
     tokens = {kind: tokenizer.convert_tokens_to_ids(token) for kind, token in PLACEHOLDERS.items()}
     config = family.config(section, model.config.text_config, tokens)
+    config.tie_word_embeddings = bool(model.config.text_config.tie_word_embeddings)
     states = _theirs(model.state_dict(), family.names(section), config, family)
     cls = getattr(transformers, family.class_name)
     written, info = cls.from_pretrained(
@@ -187,7 +201,7 @@ def _theirs(
 ) -> dict[str, Tensor]:
     with torch.device("meta"):
         wanted = getattr(transformers, family.class_name)(config).state_dict()
-    found = {}
+    found, used = {}, set()
     for key in wanted:
         prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
         rest = key.removeprefix(prefix)
@@ -197,10 +211,13 @@ def _theirs(
             name = next((name for name in names if name in states), None)
             if name is not None:
                 copies.append(states[name])
+                used.add(name)
         if any(not torch.equal(copy, copies[0]) for copy in copies[1:]):
             raise UserError(key, "shared there, but different here", expected=f"equal {' and '.join(prefixes[prefix])}")
         if copies:
             found[key] = copies[0]
+    if left := [name for name in states if name not in used]:
+        raise UserError(left[0], f"a tensor that {family.model_type} does not have", got=f"{len(left)} of them")
     return found
 
 

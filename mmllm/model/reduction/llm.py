@@ -15,13 +15,16 @@ from mmllm.contract.errors import UserError
 from mmllm.contract.reducer import Reducer, Schedule
 from mmllm.contract.types import LLMInputs
 from mmllm.model.encoder_bank import EncoderBank
+from mmllm.model.front_end_plan import FrontEndPlan
 from mmllm.model.reduction.attention import PREFIX, reducible
 from mmllm.model.reduction.cache import ReducedCache
-from mmllm.model.reduction.pixels import small_bank
+from mmllm.model.reduction.pixels import side_for, small_bank
 from mmllm.model.reduction.run import CACHE, Reduced, run_reduced
 from mmllm.model.reduction.setting import build_reducer
 
 PARTS = ("layers", "norm", "rotary_emb")
+KNOWN = ("cache", "past_key_values", "cache_position", "position_ids", "attention_mask")
+"""Tensors that an LLM may be given besides embeddings; others would have to get shorter with them."""
 TOLERANCE = 1e-4
 """Between the library's forward and ours over the same layers; they are equal to the bit where all is well."""
 
@@ -32,24 +35,25 @@ class Reduction:
     Args:
         llm: the body of a causal LM of transformers.
         section: `{type: ..., arguments}` of the reducer.
-        bank: the encoders before the LLM, where they are ours.
+        plan: of the front end before the LLM, where it is ours.
 
     Attributes:
         section: as given.
         reducer: the reducer itself.
-        bank: the encoders for smaller frames, if the reducer wants them.
         last: what became of the last prompt, without its hidden states; None where it had nothing to reduce.
 
     Raises:
         UserError: the LLM does more than its layers in turn, or the budget cannot be met in it.
     """
 
-    def __init__(self, llm: PreTrainedModel, section: dict[str, Any], bank: EncoderBank | None = None) -> None:
+    def __init__(self, llm: PreTrainedModel, section: dict[str, Any], plan: FrontEndPlan | None = None) -> None:
         self.section, self.reducer = section, build_reducer(section)
-        if bank is None and (self.reducer.shrink is not None or self.reducer.cls_attention):
+        if plan is None and (self.reducer.shrink is not None or self.reducer.cls_attention):
             what = "looks at the encoder, which is the library's here"
             raise UserError(f"reduce {section['type']}", what, hint="a checkpoint loaded by mmllm, or another reducer")
-        self.bank = None if self.reducer.shrink is None else small_bank(bank, self.reducer.shrink)
+        self.plan, self._bank = plan, None
+        if self.reducer.shrink is not None:
+            self.side = side_for(plan, self.reducer.shrink**2)
         self.last: Reduced | None = None
         check_llm(llm)
         try:
@@ -59,6 +63,15 @@ class Reduction:
         self.idle = schedule.door == 1 and min(schedule.after) == 1
         self.llm, self.base = llm, llm.config._attn_implementation.removeprefix(PREFIX)
         llm.config._attn_implementation = reducible(self.base)
+
+    @property
+    def bank(self) -> EncoderBank:
+        """The encoders for smaller frames; made again where the model has moved meanwhile."""
+        weight = next(self.plan.bank.parameters())
+        key = (weight.device, weight.dtype)
+        if self._bank is None or self._bank[0] != key:
+            self._bank = (key, small_bank(self.plan.bank, self.side))
+        return self._bank[1]
 
     def remove(self) -> None:
         """Leave the LLM as it was."""
@@ -75,6 +88,10 @@ class Reduction:
             return plain(
                 inputs_embeds=inputs.embeds, attention_mask=inputs.mask, position_ids=inputs.positions, **kwargs
             )
+        told = [name for name, value in kwargs.items() if name not in KNOWN and _tensors(value)]
+        if told:
+            what = f"its LLM is told more than embeddings ({', '.join(told)}), which a shorter sequence would not fit"
+            raise UserError(f"reduce {self.section['type']}", what)
         if begun:
             found = run_reduced(self.llm, inputs, self.reducer, cache)
             return BaseModelOutputWithPast(last_hidden_state=found.hidden, **{CACHE: cache})
@@ -84,6 +101,10 @@ class Reduction:
         found = run_reduced(self.llm, inputs, self.reducer, ReducedCache() if wanted else None)
         self.last = replace(found, hidden=found.hidden[:, :0], cache=None)  # what it held is not ours to keep
         return BaseModelOutputWithPast(last_hidden_state=found.hidden, **{CACHE: found.cache})
+
+
+def _tensors(value: object) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_tensors, value)))
 
 
 def check_llm(llm: PreTrainedModel) -> None:

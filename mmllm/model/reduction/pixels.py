@@ -10,9 +10,37 @@ from torch import Tensor
 
 from mmllm.contract.batch import VisualInputs
 from mmllm.contract.errors import UserError
+from mmllm.contract.parts import Encoder
 from mmllm.contract.types import MediaSpec, VisualTokens
 from mmllm.model.encoder_bank import EncoderBank
 from mmllm.model.front_end_plan import FrontEndPlan
+
+
+def side_for(plan: FrontEndPlan, keep: float) -> float:
+    """The largest share of the frames' sides at which a video, and an image, make at most `keep` of their tokens.
+
+    Raises:
+        UserError: an encoder reads one size only, or not even the smallest frames are few enough.
+    """
+    most = max(encoder.output_spec(MediaSpec("image", 1)).grid.h for encoder in _gridded(plan.bank))
+    media = [plan.nominal(kind) for kind in ("video", "image")]
+    whole = [sum(spec.tokens for spec in plan.streams(one)) for one in media]
+    least = []
+    for side in range(most - 1, 0, -1):
+        small = small_bank(plan.bank, side / most)
+        found = [sum(spec.tokens for spec in plan.streams_through(small, one)) for one in media]
+        if all(few <= max(1, int(keep * many + 1e-9)) for few, many in zip(found, whole, strict=True)):
+            return side / most
+        least = found
+    what = f"smaller frames make no fewer than {least} of {whole} tokens (video, image)"
+    raise UserError("reduce pixels", what, hint="a larger keep, or another reducer")
+
+
+def _gridded(bank: EncoderBank) -> list[Encoder]:
+    found = [encoder for encoder in bank.encoders.values() if encoder.output_spec(MediaSpec("image", 1)).grid]
+    if len(found) < len(bank.encoders):
+        raise UserError("reduce pixels", "an encoder's tokens have no rows and columns", hint="another reducer")
+    return found
 
 
 def small_bank(bank: EncoderBank, share: float) -> EncoderBank:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmllm.contract.errors import UserError
 from mmllm.contract.reducer import Reducer
 from mmllm.contract.types import LLMInputs
 
@@ -76,7 +77,10 @@ def enter(rows: Rows, inputs: LLMInputs, reducer: Reducer) -> tuple[Rows, dict[i
     keep, hidden, sources = rows.real.clone(), rows.hidden, {}
     for number, span in enumerate(inputs.spans):
         place = slice(span.start, span.start + span.tokens.values.shape[1])
-        entered = reducer.enter(replace(span.tokens, values=hidden[span.row, None, place]))
+        try:
+            entered = reducer.enter(replace(span.tokens, values=hidden[span.row, None, place]))
+        except ValueError as error:
+            raise UserError(f"reduce {reducer.registered_name}", str(error), hint="another reducer") from error
         if entered is None:
             continue
         sources[number] = entered.source

@@ -46,14 +46,15 @@ class StockBody:
 
     def reduce(self, section: dict[str, Any] | None) -> None:
         """See `MMLLMModel.reduce`."""
+        reduction = None if section is None else Reduction(self.llm, section)
         if self.reduction is not None:
-            self.reduction.remove()
             self.hook.remove()
             del self.llm.forward
-            self.reduction = None
-        if section is None:
+        if reduction is None and self.reduction is not None:
+            self.reduction.remove()
+        self.reduction = reduction
+        if reduction is None:
             return
-        self.reduction = Reduction(self.llm, section)
         self.hook = self.inner.register_forward_pre_hook(self._note, with_kwargs=True)
         self.llm.forward = self._forward
 

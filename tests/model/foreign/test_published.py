@@ -30,7 +30,10 @@ from transformers import (
 
 import mmllm
 from mmllm.cli import main
+from mmllm.config.recipe import load
 from mmllm.contract.errors import UserError
+from mmllm.model.blueprint import Blueprint
+from mmllm.model.build import build_model, build_processor
 
 TOWER = {
     "hidden_size": 32,
@@ -281,3 +284,37 @@ def test_paths_are_told_apart(tmp_path: Path):
     assert family_of(tmp_path) is None
     assert family_of("runs/nothing/here") is None
     assert family_of("./some/where") is None
+
+
+@pytest.mark.parametrize(("top", "text"), [(True, False), (False, True), (True, True), (False, False)])
+@torch.no_grad()
+def test_tied_heads_stay_what_they_are(top, text, tmp_path):
+    torch.manual_seed(0)
+    llm = {**LLM, "vocab_size": len(tokenizer()), "tie_word_embeddings": text}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**TOWER), text_config=Qwen2Config(**llm), tie_word_embeddings=top
+    )
+    theirs = LlavaForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokenizer().save_pretrained(tmp_path / "theirs")
+    assert main(["convert", "--model", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]) == 0
+    words = ["--model", str(tmp_path / "ours"), "--to", "transformers", "--out", str(tmp_path / "back")]
+    assert main(["convert", *words]) == 0
+    back = LlavaForConditionalGeneration.from_pretrained(tmp_path / "back").eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    first = LlavaForConditionalGeneration.from_pretrained(tmp_path / "theirs").eval()
+    assert torch.equal(back(input_ids=ids).logits, first(input_ids=ids).logits)
+
+
+def test_what_the_family_does_not_have_is_not_dropped(tmp_path, capsys):
+    theirs = published("llava")
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokenizer().save_pretrained(tmp_path / "theirs")
+    assert main(["convert", "--model", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]) == 0
+    recipe = load(str(tmp_path / "ours" / "recipe.yaml"), ["model.connector.mlp.depth=3"])
+    blueprint = Blueprint.of(recipe)
+    build_model(blueprint, weights=False).save_pretrained(tmp_path / "deep")
+    build_processor(blueprint, tokenizer()).save_pretrained(tmp_path / "deep")
+    words = ["--model", str(tmp_path / "deep"), "--to", "transformers", "--out", str(tmp_path / "back")]
+    assert main(["convert", *words]) == 2
+    assert "mlp.layers.4" in capsys.readouterr().err

@@ -354,7 +354,61 @@ def test_pixels_need_a_part_that_lets_them_count():
     )
     recipe.model["connector"].insert(0, {"type": "pool", "name": "fixed", "grid": [4, 4, 4], "in": ["nano"]})
     recipe.model["connector"][1]["in"] = ["fixed"]
+    model = tiny_model(recipe)
+    with pytest.raises(UserError, match="smaller frames make no fewer"):
+        mmllm.reduce(model, "pixels", keep=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_a_reduced_model_can_be_moved(dtype):
+    recipe = tiny_recipe(overrides=("model.encoders.nano.size=64", "model.encoders.nano.grid=4,4"))
     model, processor = tiny_model(recipe), tiny_processor(recipe)
     mmllm.reduce(model, "pixels", keep=0.25)
-    with pytest.raises(UserError, match="a part fixes their number"):
+    batch = batched(processor, conversations()[3:])
+    first = model(**batch).logits
+    assert model.to(dtype)(**batch).logits.dtype == dtype and first.dtype == torch.float32
+
+
+def test_a_reducer_that_cannot_be_switched_on_leaves_the_other(pair):
+    model, _ = pair
+    mmllm.reduce(model, "random", keep=0.5)
+    with pytest.raises(UserError):
+        mmllm.reduce(model, "fastv", keep=0.1)
+    assert model.reduction.section == {"type": "random", "keep": 0.5}
+
+
+@torch.no_grad()
+def test_frames_are_those_of_the_grid_where_times_differ():
+    """Pooling by the prompt gives every token a time of its own."""
+    recipe = tiny_recipe("nano/ppllava")
+    model, processor = tiny_model(recipe), tiny_processor(recipe)
+    mmllm.reduce(model, "merge", keep=0.25)
+    batch = batched(processor, conversations()[3:])
+    model(**batch)
+    spec = batch["visual"]["media"][0]["spec"]
+    (stream,) = model.model.front_end.plan.streams(spec)
+    per_frame = stream.grid.h * stream.grid.w
+    assert model.reduction.last.entering[0].tolist() == [stream.grid.t * max(1, per_frame // 4)]
+
+
+@torch.no_grad()
+def test_pooling_without_a_raster_is_refused_in_one_line():
+    recipe = tiny_recipe("nano/video_chatgpt")
+    model, processor = tiny_model(recipe), tiny_processor(recipe)
+    mmllm.reduce(model, "pool", keep=0.25)
+    with pytest.raises(UserError, match="reduce pool: pooling needs frames of equal rows"):
         model(**batched(processor, conversations()[3:]))
+
+
+@pytest.mark.parametrize("name", ["nano/merv", "nano/ppllava", "nano/bridgetower"])
+@torch.no_grad()
+def test_smaller_frames_through_every_encoder_of_a_recipe(name):
+    recipe = tiny_recipe(name)
+    model, processor = tiny_model(recipe), tiny_processor(recipe)
+    try:
+        mmllm.reduce(model, "pixels", keep=0.5)
+    except UserError as error:  # merv has a grid of its own
+        assert "smaller frames make no fewer" in str(error)
+        return
+    model(**batched(processor, conversations()[3:]))

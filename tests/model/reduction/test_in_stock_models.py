@@ -221,3 +221,14 @@ def test_a_reducer_that_looks_at_the_encoder_is_refused(stock, name):
     with pytest.raises(UserError, match="looks at the encoder"):
         mmllm.reduce(model, name, keep=0.5)
     assert not model.model.language_model.config._attn_implementation.startswith("reducible")
+
+
+def test_an_llm_that_is_told_more_than_embeddings_is_refused(stock):
+    """As Qwen3-VL's is, whose layers are given features of the tower's."""
+    model, inputs = stock
+    mmllm.reduce(model, "random", keep=0.5)
+    llm, body = model.model.language_model, body_of(model)
+    body._note(model.model, (inputs["input_ids"],), {})
+    embeds = llm.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(UserError, match="told more than embeddings"):
+        llm(inputs_embeds=embeds, deepstack_visual_embeds=[torch.zeros(1)])
