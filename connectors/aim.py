@@ -80,16 +80,15 @@ class TokenMerge(Part):
         values, positions = _frames(tokens.by_frame()), _frames(tokens.by_frame(tokens.positions))
         sizes = _frames(tokens.by_frame(tokens.sizes))
         metric = _frames(tokens.by_frame(tokens.extras["keys"][:, :, 0])) if self.metric == "key" else values
-        frames, into = tokens.grid.t, None
+        steps = []
         for r in self.steps(tokens.grid.h * tokens.grid.w):
             found = match(metric, r, self.keep_order)
             values, positions = self._merge(found, values, sizes), self._merge(found, positions, sizes)
             metric = self._merge(found, metric, sizes) if self.metric == "key" else values
             sizes = found.total(sizes).to(sizes.dtype)
-            into = found.into if into is None else found.into.gather(1, into)
+            steps.append(found.into)
         batch = len(tokens.values)
-        first = torch.arange(frames, device=into.device).repeat(batch)[:, None] * grid.w
-        followed = tokens.followed(_clips(into + first, batch))
+        followed = None if tokens.sources is None else tokens.followed(_clips(_into(steps, grid), batch))
         values, positions, sizes = (_clips(value, batch) for value in (values, positions, sizes))
         return VisualTokens(values, tokens.media, grid, positions, sizes, tokens.times, sources=followed)
 
@@ -104,6 +103,15 @@ class TokenMerge(Part):
         yield {"amounts": (0.5, 2), "reduce": "weighted"}, (clip,)
         yield {"amounts": (20, 20), "keep_order": True}, (clip,)
         yield {}, (TokenSpec(MediaSpec("image", 1), 15, 6, Grid(1, 3, 5)),)
+
+
+def _into(steps: list[Tensor], grid: Grid) -> Tensor:
+    """[B T, n], the token of the whole clip that each old one is in after all steps, each [B T, .]."""
+    into = steps[0]
+    for step in steps[1:]:
+        into = step.gather(1, into)
+    first = torch.arange(grid.t, device=into.device).repeat(len(into) // grid.t)
+    return into + first[:, None] * grid.w
 
 
 def _frames(values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from mmllm.cli.common import (
     flag,
     media_reader,
     print_json,
+    question_about,
     reader_flags,
     reduce_flags,
     settings,
@@ -72,8 +73,9 @@ def run(options: argparse.Namespace) -> int:
     calm_libraries()
     from mmllm.api import check_new_tokens, load, reduce
     from mmllm.data.media.loading import MediaLoader
+    from mmllm.data.media.types import MediaRef
 
-    ways = settings(options)
+    ways, media = settings(options), [MediaRef.parse(kind, text) for kind, text in options.media or []]
     alone = len(ways) == 1 and len(options.model) == 1
     if len(set(options.model)) < len(options.model):
         raise UserError("--model", "given twice", got=", ".join(options.model))
@@ -82,7 +84,8 @@ def run(options: argparse.Namespace) -> int:
         model, processor = load(path, device=pick_device(options.device), dtype=options.dtype or "auto")
         check_new_tokens(processor, options.max_new_tokens, "--max-new-tokens")
         processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
-        batch = _batch(processor, options).to(model.device)
+        batch = question_about(processor, media, options.question, frames=options.frames, fps=options.fps)
+        batch = batch.to(model.device)
         prompt = batch["input_ids"].shape[1]
         check_new_tokens(processor, options.max_new_tokens, "--max-new-tokens", prompt=prompt)
         _say(batch, _visual_tokens(batch, processor), options.quiet)
@@ -92,23 +95,6 @@ def run(options: argparse.Namespace) -> int:
             found.append({"model": path, "reduce": name, **answer})
     _print(found, alone, options)
     return 0
-
-
-def _batch(processor: MMLLMProcessor, options: argparse.Namespace) -> VisualBatch:
-    from mmllm.data.media.types import MediaRef
-
-    media = [MediaRef.parse(kind, text) for kind, text in options.media or []]
-    content = [
-        {"type": ref.kind, "path": ref.path, "start": ref.start, "end": ref.end, "fps": ref.fps} for ref in media
-    ]
-    content.append({"type": "text", "text": options.question})
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=True,
-        processor_kwargs={"frames": options.frames, "fps": options.fps},
-    )
 
 
 def _answer(

@@ -16,6 +16,9 @@ from mmllm.contract.errors import UserError
 if TYPE_CHECKING:
     from mmllm.data.media.damage import OnDamage
     from mmllm.data.media.guard import GuardedReader
+    from mmllm.data.media.types import MediaRef
+    from mmllm.processing.collate import VisualBatch
+    from mmllm.processing.processor import MMLLMProcessor
 
 
 def flag(annotation: Any) -> Callable[[str], Any]:
@@ -76,6 +79,26 @@ def media_reader(backend: str, seconds: float, corrupt: OnDamage = "warn") -> Gu
 
     find("backend", backend, f"--backend {backend}")
     return GuardedReader(backend, Limits(timeout=seconds), plugins(), corrupt)
+
+
+def question_about(
+    processor: MMLLMProcessor, media: list[MediaRef], question: str, **sampling: float | None
+) -> VisualBatch:
+    """The prompt of a question about media, ready for a model.
+
+    Args:
+        sampling: `frames` or `fps` of every video; None = the model's own.
+    """
+    content: list[dict[str, Any]] = [
+        {"type": ref.kind, "path": ref.path, "start": ref.start, "end": ref.end, "fps": ref.fps} for ref in media
+    ]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        processor_kwargs=sampling,
+    )
 
 
 def reduce_flags(parser: argparse.ArgumentParser) -> None:

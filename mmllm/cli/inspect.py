@@ -7,7 +7,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmllm.cli.common import calm_libraries, common, flag, given_path, media_reader, print_json, reader_flags
+from mmllm.cli.common import (
+    calm_libraries,
+    common,
+    flag,
+    given_path,
+    media_reader,
+    print_json,
+    question_about,
+    reader_flags,
+)
 from mmllm.cli.inspect_tokens import configure_tokens
 from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
@@ -99,15 +108,7 @@ def _look(
     from mmllm.data.media.types import MediaRef
     from mmllm.processing.collate import move
 
-    ref = MediaRef.parse("video", video)
-    medium = {"type": "video", "path": ref.path, "start": ref.start, "end": ref.end, "fps": ref.fps}
-    batch = processor.apply_chat_template(
-        [{"role": "user", "content": [medium, {"type": "text", "text": question}]}],
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=True,
-        processor_kwargs={"frames": frames},
-    )
+    batch = question_about(processor, [MediaRef.parse("video", video)], question, frames=frames)
     visual = move(batch["visual"], model.device)
     with torch.no_grad():
         seen = {

@@ -15,6 +15,7 @@ from mmllm.cli.common import (
     given_path,
     media_reader,
     print_json,
+    question_about,
     reader_flags,
     reduce_flags,
     settings,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from mmllm.model.modeling import MMLLMForConditionalGeneration
     from mmllm.processing.collate import VisualBatch
-    from mmllm.processing.processor import MMLLMProcessor
 
 SUFFIXES = (".png", ".mp4")
 SIDE = 192
@@ -80,6 +80,7 @@ def run_tokens(options: argparse.Namespace) -> int:
     calm_libraries()
     from mmllm.api import load
     from mmllm.data.media.loading import MediaLoader
+    from mmllm.data.media.types import MediaRef
 
     ways = settings(options)
     if len(ways) > 1:
@@ -87,8 +88,8 @@ def run_tokens(options: argparse.Namespace) -> int:
     model, processor = load(options.model, device=pick_device(options.device), dtype=options.dtype or "auto")
     processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
     model.model.reduce(next(iter(ways.values())))
-    kind = "video" if options.video else "image"
-    batch = _batch(processor, kind, options.video or options.image, options.question, options.frames)
+    medium = MediaRef.parse("video" if options.video else "image", options.video or options.image)
+    batch = question_about(processor, [medium], options.question, frames=options.frames)
     seen = look(model, batch.to(model.device))
     if options.json:
         facts = {"token": seen.token.tolist(), "dropped": seen.dropped.tolist(), "entering": seen.entering}
@@ -99,20 +100,6 @@ def run_tokens(options: argparse.Namespace) -> int:
         _save(drawn(batch["visual"]["media"][0]["pixels"], seen), path)
         print(f"wrote {path}", file=sys.stderr)
     return 0
-
-
-def _batch(processor: MMLLMProcessor, kind: str, path: str, question: str, frames: int | None) -> VisualBatch:
-    from mmllm.data.media.types import MediaRef
-
-    ref = MediaRef.parse(kind, path)
-    medium = {"type": kind, "path": ref.path, "start": ref.start, "end": ref.end, "fps": ref.fps}
-    return processor.apply_chat_template(
-        [{"role": "user", "content": [medium, {"type": "text", "text": question}]}],
-        tokenize=True,
-        return_dict=True,
-        add_generation_prompt=True,
-        processor_kwargs={"frames": frames},
-    )
 
 
 def look(model: MMLLMForConditionalGeneration, batch: VisualBatch) -> Seen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ class Setting:
     keep: Annotated[float, Within(above=0, most=1)] | None = None
     protocol: str = CANONICAL.name
 
-    @property
+    @cached_property
     def way(self) -> str:
         """The reducer's name with its budget."""
         return label(read_setting(self.reduce, self.keep))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,14 +60,8 @@ def family_of(path: str | Path) -> Family | None:
         file = cached_file(str(path), "config.json", local_files_only=True, **options)
     try:
         model_type = json.loads(Path(file).read_text(encoding="utf-8")).get("model_type")
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-        TypeError,
-        RecursionError,
-    ):  # reported better by who loads a model of ours
-        return None
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return None  # loading a model of ours says more
     if model_type == "mmllm":
         return None
     if model_type not in FAMILIES:
@@ -164,10 +159,15 @@ def renamed(states: dict[str, Tensor], prefixes: dict[str, tuple[str, ...]], own
             raise UserError(key, "a tensor that no part of ours has")
         rest = key.removeprefix(prefix)
         for number, ours in enumerate(prefixes[prefix]):
-            names = (f"{ours}{rest}", f"{ours}{rest.removeprefix(OPTIONAL)}", f"{ours}{OPTIONAL}{rest}")
-            name = next((name for name in names if name in own), names[0])
+            name = _spelled(ours, rest, own) or f"{ours}{rest}"
             found[name] = value.clone() if number else value  # what we keep apart may be trained apart
     return found
+
+
+def _spelled(prefix: str, rest: str, known: Container[str]) -> str | None:
+    """A tensor's name with or without the optional level, whichever is known."""
+    names = (f"{prefix}{rest}", f"{prefix}{rest.removeprefix(OPTIONAL)}", f"{prefix}{OPTIONAL}{rest}")
+    return next((name for name in names if name in known), None)
 
 
 def save_published(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, folder: Path) -> PreTrainedModel:
@@ -207,8 +207,7 @@ def _theirs(
         rest = key.removeprefix(prefix)
         copies = []
         for ours in prefixes[prefix]:
-            names = (f"{ours}{rest}", f"{ours}{rest.removeprefix(OPTIONAL)}", f"{ours}{OPTIONAL}{rest}")
-            name = next((name for name in names if name in states), None)
+            name = _spelled(ours, rest, states)
             if name is not None:
                 copies.append(states[name])
                 used.add(name)

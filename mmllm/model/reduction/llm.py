@@ -23,8 +23,6 @@ from mmllm.model.reduction.run import CACHE, Reduced, run_reduced
 from mmllm.model.reduction.setting import build_reducer
 
 PARTS = ("layers", "norm", "rotary_emb")
-KNOWN = ("cache", "past_key_values", "cache_position", "position_ids", "attention_mask")
-"""Tensors that an LLM may be given besides embeddings; others would have to get shorter with them."""
 TOLERANCE = 1e-4
 """Between the library's forward and ours over the same layers; they are equal to the bit where all is well."""
 
@@ -55,7 +53,8 @@ class Reduction:
         if self.reducer.shrink is not None:
             self.side = side_for(plan, self.reducer.shrink**2)
         self.last: Reduced | None = None
-        check_llm(llm)
+        if not llm.config._attn_implementation.startswith(PREFIX):  # otherwise a reducer works in it already
+            check_llm(llm)
         try:
             schedule = self.reducer.schedule(len(llm.layers))
         except ValueError as error:
@@ -88,7 +87,7 @@ class Reduction:
             return plain(
                 inputs_embeds=inputs.embeds, attention_mask=inputs.mask, position_ids=inputs.positions, **kwargs
             )
-        told = [name for name, value in kwargs.items() if name not in KNOWN and _tensors(value)]
+        told = [name for name, value in kwargs.items() if name != CACHE and _tensors(value)]
         if told:
             what = f"its LLM is told more than embeddings ({', '.join(told)}), which a shorter sequence would not fit"
             raise UserError(f"reduce {self.section['type']}", what)
