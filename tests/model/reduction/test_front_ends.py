@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.tiny import tiny_model, tiny_processor, tiny_recipe, turn, video
+from helpers.tiny import LLMS, tiny_model, tiny_processor, tiny_recipe, turn, video
 
 import mmllm
 from mmllm.contract.errors import UserError
@@ -46,8 +46,9 @@ def test_the_towers_own_attention_chooses(layer):
     assert kept.tolist() == sorted(theirs.argsort(descending=True)[: len(theirs) // 4].tolist())
 
 
-def test_a_tower_without_cls_is_refused_by_name():
-    recipe = tiny_recipe()
+@pytest.mark.parametrize("llm", LLMS)
+def test_a_tower_without_cls_is_refused_by_name(llm):
+    recipe = tiny_recipe(llm=llm)
     model, processor = tiny_model(recipe), tiny_processor(recipe)
     mmllm.reduce(model, "visionzip", keep=0.5)
     with pytest.raises(UserError, match="CLS attention is not there"):
