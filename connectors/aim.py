@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmllm.connectors.common.merging import Matching, match
+from mmllm.connectors.common.merging import Merging
 from mmllm.contract.parts import Part, Site
 from mmllm.contract.registry import register
 from mmllm.contract.types import Grid, MediaSpec, Needs, TokenSpec, VisualTokens
@@ -77,23 +77,17 @@ class TokenMerge(Part):
         grid = self._grid(tokens.grid)
         if grid == tokens.grid:
             return tokens
-        values, positions = _frames(tokens.by_frame()), _frames(tokens.by_frame(tokens.positions))
-        sizes = _frames(tokens.by_frame(tokens.sizes))
-        metric = _frames(tokens.by_frame(tokens.extras["keys"][:, :, 0])) if self.metric == "key" else values
-        steps = []
+        parts = tokens.values, tokens.positions, tokens.sizes
+        keys = _frames(tokens.by_frame(tokens.extras["keys"][:, :, 0])) if self.metric == "key" else None
+        merging = Merging.of(*(_frames(tokens.by_frame(value)) for value in parts), keys)
         for r in self.steps(tokens.grid.h * tokens.grid.w):
-            found = match(metric, r, self.keep_order)
-            values, positions = self._merge(found, values, sizes), self._merge(found, positions, sizes)
-            metric = self._merge(found, metric, sizes) if self.metric == "key" else values
-            sizes = found.total(sizes).to(sizes.dtype)
-            steps.append(found.into)
+            metric = merging.values if merging.keys is None else merging.keys
+            merging = merging.step(metric, r, weighted=self.reduce == "weighted", keep_order=self.keep_order)
         batch = len(tokens.values)
-        followed = None if tokens.sources is None else tokens.followed(_clips(_into(steps, grid), batch))
-        values, positions, sizes = (_clips(value, batch) for value in (values, positions, sizes))
+        followed = None if tokens.sources is None else tokens.followed(_clips(_into(merging.into, grid), batch))
+        made = merging.values, merging.positions, merging.sizes
+        values, positions, sizes = (_clips(value, batch) for value in made)
         return VisualTokens(values, tokens.media, grid, positions, sizes, tokens.times, sources=followed)
-
-    def _merge(self, found: Matching, values: Tensor, sizes: Tensor) -> Tensor:
-        return found.merge(values, sizes if self.reduce == "weighted" else None)
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[TokenSpec, ...]]]:
@@ -105,11 +99,8 @@ class TokenMerge(Part):
         yield {}, (TokenSpec(MediaSpec("image", 1), 15, 6, Grid(1, 3, 5)),)
 
 
-def _into(steps: list[Tensor], grid: Grid) -> Tensor:
-    """[B T, n], the token of the whole clip that each old one is in after all steps, each [B T, .]."""
-    into = steps[0]
-    for step in steps[1:]:
-        into = step.gather(1, into)
+def _into(into: Tensor, grid: Grid) -> Tensor:
+    """[B T, n], tokens of a frame -> tokens of the whole clip."""
     first = torch.arange(grid.t, device=into.device).repeat(len(into) // grid.t)
     return into + first[:, None] * grid.w
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from mmllm.connectors.common.precision import without_autocast
 
+PRODUCTS = 2**24
+"""Similarities computed at a time: 67 MB."""
+
 
 @dataclass(frozen=True)
 class Matching:
@@ -57,7 +60,7 @@ def match(metric: Tensor, r: int, keep_order: bool = False) -> Matching:
         return Matching(everything, everything)
     with without_autocast(metric):
         unit = torch.nn.functional.normalize(metric.float(), dim=-1)
-        strength, best = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(-1)
+        strength, best = _nearest(unit[:, ::2], unit[:, 1::2])
     order = strength.argsort(dim=-1, descending=True, stable=True)
     merged, staying = order[:, :r], order[:, r:]
     odd = everything[:, 1::2]
@@ -67,6 +70,68 @@ def match(metric: Tensor, r: int, keep_order: bool = False) -> Matching:
     into = torch.zeros_like(everything).scatter(1, index, everything[:, : index.shape[1]])
     partner = into.gather(1, odd.gather(1, best.gather(1, merged)))
     return Matching(into.scatter(1, 2 * merged, partner), index)
+
+
+def _nearest(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, M, D] and [B, N, D] -> for each row its largest product and the column that gives it, [B, M] each.
+
+    A block of products at a time: the number of clips or segments does not decide how much memory this takes.
+    """
+    several, some = (max(1, PRODUCTS // count) for count in (rows.shape[1] * columns.shape[1], columns.shape[1]))
+    strength = rows.new_empty(rows.shape[:2])
+    best = torch.empty(rows.shape[:2], dtype=torch.long, device=rows.device)
+    for first in range(0, rows.shape[0], several):
+        for place in range(0, rows.shape[1], some):
+            block = slice(first, first + several), slice(place, place + some)
+            strength[block], best[block] = (rows[block] @ columns[block[0]].transpose(1, 2)).max(-1)
+    return strength, best
+
+
+@dataclass
+class Merging:
+    """Tokens of B sets on their way through several steps.
+
+    Attributes:
+        values: [B, T, C].
+        positions: [B, T, 3].
+        sizes: [B, T].
+        into: [B, T0], the token that each of the first ones is in now.
+        keys: [B, T, C'] that are merged along, or None.
+    """
+
+    values: Tensor
+    positions: Tensor
+    sizes: Tensor
+    into: Tensor
+    keys: Tensor | None = None
+
+    @classmethod
+    def of(cls, values: Tensor, positions: Tensor, sizes: Tensor, keys: Tensor | None = None) -> Merging:
+        """Before the first step."""
+        return cls(values, positions, sizes, torch.arange(values.shape[1], device=values.device).expand_as(sizes), keys)
+
+    def step(self, metric: Tensor, r: int, *, weighted: bool, keep_order: bool = False) -> Merging:
+        """One step further; see `merge_step`. Positions are means like the values, sizes are sums."""
+        found, weight = match(metric, r, keep_order), self.sizes if weighted else None
+        return Merging(
+            found.merge(self.values, weight),
+            found.merge(self.positions, weight),
+            found.total(self.sizes).to(self.sizes.dtype),
+            found.into.gather(1, self.into),
+            None if self.keys is None else found.merge(self.keys, weight),
+        )
+
+    def ordered(self, index: Tensor) -> Merging:
+        """The tokens `index` [B, T], each once, in this order."""
+        places = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        rank = torch.zeros_like(index).scatter(1, index, places)
+
+        def picked(values: Tensor) -> Tensor:
+            return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+        keys = None if self.keys is None else picked(self.keys)
+        sizes, into = self.sizes.gather(1, index), rank.gather(1, self.into)
+        return Merging(picked(self.values), picked(self.positions), sizes, into, keys)
 
 
 def merge_step(

@@ -251,13 +251,25 @@ class SequenceConcat(Part):
         """E token sets [B, T_e, d] -> [B, sum of T_e, d]; times are those of the first."""
         fields = ("values", "positions", "sizes")
         joined = {name: torch.cat([getattr(tokens, name) for tokens in inputs], dim=1) for name in fields}
-        return replace(inputs[0], grid=None, extras={}, **joined)
+        return replace(inputs[0], grid=None, extras={}, sources=_joined_sources(inputs), **joined)
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[TokenSpec, ...]]]:
         """Streams of different lengths, and a single one."""
         yield {}, _streams(Grid(2, 2, 3), Grid(1, 1, 1), Grid(3, 1, 2))
         yield {}, _streams(Grid(2, 2, 3))
+
+
+def _joined_sources(inputs: tuple[VisualTokens, ...]) -> Tensor | None:
+    """[B, P], where each patch went: into the first stream that has it; None for streams of other patches."""
+    sources = [tokens.sources for tokens in inputs]
+    if any(into is None or into.shape != sources[0].shape for into in sources):
+        return None
+    found, first = torch.full_like(sources[0], -1), 0
+    for tokens, into in zip(inputs, sources, strict=True):
+        found = torch.where((found < 0) & (into >= 0), into + first, found)
+        first += tokens.values.shape[1]
+    return found
 
 
 def _shape(grid: Grid | None) -> tuple[int, int, int] | None:

@@ -24,7 +24,8 @@ class Sampling:
         frames: a fixed number of frames. 8 if neither ``frames`` nor ``fps`` is given.
         fps: frames per second of the requested part; instead of ``frames``.
         max_frames: upper limit of the count.
-        sampler: ``"uniform"`` (middle of equal segments) or ``"linspace"`` (both ends included).
+        sampler: ``"uniform"`` (middle of equal segments), ``"linspace"`` (both ends included, truncated), ``"ends"``
+            (likewise, rounded) or ``"midpoints"`` (middles of a rounded grid; short clips are stretched).
 
     Raises:
         UserError: both given, invalid numbers, or an unknown sampler.
@@ -127,5 +128,26 @@ def _linspace(low: int, high: int, number: int) -> list[int]:
     return [int(value) for value in np.linspace(low, high, number)]
 
 
-SAMPLERS: dict[str, Callable[[int, int, int], list[int]]] = {"uniform": _uniform, "linspace": _linspace}
+def _midpoints(low: int, high: int, number: int) -> list[int]:
+    """The middles between neighbouring points of a rounded, even grid (LongVLM, ST-LLM); a short clip is stretched."""
+    frames = high - low + 1
+    if frames < number:
+        return [low + index * frames // number for index in range(number)]
+    step = (frames - 1) / number
+    return [low + (round(step * index) + round(step * (index + 1))) // 2 for index in range(number)]
+
+
+def _ends(low: int, high: int, number: int) -> list[int]:
+    """Evenly spaced with both ends, rounded half to even (LLaVA-ST)."""
+    if number == 1:
+        return [(low + high) // 2]
+    return [low + round(index / (number - 1) * (high - low)) for index in range(number)]
+
+
+SAMPLERS: dict[str, Callable[[int, int, int], list[int]]] = {
+    "uniform": _uniform,
+    "linspace": _linspace,
+    "midpoints": _midpoints,
+    "ends": _ends,
+}
 """name -> function(first index, last index, number) giving ``number`` indices."""
