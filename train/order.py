@@ -1,15 +1,38 @@
-"""The order in which a stage sees its samples."""
+"""The order in which a stage sees its samples, and what each of them may draw."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
 
 
+class Turns(Sequence):
+    """A stage's samples in all of its epochs: item `epoch * len + index` is (number of a sample, epoch).
+
+    An index says to which epoch it belongs, so that loader workers know it too.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        epoch, index = divmod(index, len(self.numbers))
+        return self.numbers[index], epoch
+
+
+def draw_key(seed: int, epoch: int, number: int) -> int:
+    """A seed for whatever is drawn about a sample in an epoch, on any number of processes and workers."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}/{number}".encode()).digest()[:7])
+
+
 class EpochOrder(Sampler[int]):
-    """Sample indices of an epoch: shuffled by seed and epoch, cut to whole batches.
+    """Indices of an epoch's turns (see `Turns`): shuffled by seed and epoch, cut to whole batches.
 
     The cut comes after the shuffle, so no sample is left out for good. The length, and so the number of steps in an
     epoch, is the same for every micro-batch size and number of processes.
@@ -32,4 +55,5 @@ class EpochOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(torch.randperm(self.samples, generator=generator)[: self.length].tolist())
+        numbers = torch.randperm(self.samples, generator=generator)[: self.length]
+        return iter((numbers + self.epoch * self.samples).tolist())

@@ -1,4 +1,4 @@
-"""From sample indices to a batch, in a loader worker."""
+"""From numbers of samples to a batch, in a loader worker."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from multiprocessing import active_children
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmllm.contract.objective import Objective
 from mmllm.contract.registry import load_plugin, plugins
 from mmllm.data.records.conversations import Sample
 from mmllm.train.caching import delta, snapshot
+from mmllm.train.order import draw_key
 
 if TYPE_CHECKING:
     from mmllm.processing.processor import MMLLMProcessor
@@ -65,18 +67,25 @@ def ending_workers() -> Iterator[None]:
 
 
 class Preparer:
-    """Sample indices to a batch; what is wrong with the data comes back as part of the batch.
+    """Numbers of samples to a batch; what is wrong with the data comes back as part of the batch.
 
     A worker's exception would reach the trainer as text with a traceback; this way the exception itself arrives.
 
     Args:
         skip_bad: replace a sample that cannot be read by the next one that can.
+        seed: of the run, for what is drawn about samples.
     """
 
     def __init__(
-        self, data: Sequence[Sample], objective: Objective, processor: MMLLMProcessor, skip_bad: bool = False
+        self,
+        data: Sequence[Sample],
+        objective: Objective,
+        processor: MMLLMProcessor,
+        skip_bad: bool = False,
+        seed: int = 0,
     ) -> None:
         self.data, self.objective, self.processor, self.skip_bad = data, objective, processor, skip_bad
+        self.seed = seed
 
     def __getstate__(self) -> dict[str, Any]:
         """A spawned worker has an empty registry: the plug-ins are sent before anything that may need them."""
@@ -85,36 +94,40 @@ class Preparer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({name: value for name, value in state.items() if name != "plugins"})
 
-    def __call__(self, numbers: list[int]) -> dict[str, Any]:
-        """The batch of some samples, or `{"error": ...}`; `skipped` lists what was left out and why."""
+    def __call__(self, turns: list[tuple[int, int]]) -> dict[str, Any]:
+        """The batch of some samples, or `{"error": ...}`; `skipped` lists what was left out and why.
+
+        Args:
+            turns: (number, epoch) of each sample.
+        """
         if get_worker_info() is not None:
             _shield()
         caches = self.processor.loader.caches
         before = snapshot(caches)
         try:
-            batch = self._batch(numbers)
+            batch = self._batch(turns)
         except UserError as error:
             return {"error": error}
         return {**batch, "looked_up": delta(before, caches)} if caches is not None else batch
 
-    def _batch(self, numbers: list[int]) -> dict[str, Any]:
+    def _batch(self, turns: list[tuple[int, int]]) -> dict[str, Any]:
         try:
-            return self._prepared(numbers)
+            return self._prepared(turns)
         except UserError:
             if not self.skip_bad:
                 raise
         skipped: list[str] = []
-        good = [self._next_good(number, skipped) for number in numbers]
+        good = [self._next_good(turn, skipped) for turn in turns]
         return {**self._prepared(good), "skipped": skipped}
 
-    def _next_good(self, number: int, skipped: list[str]) -> int:
-        """The first index from this one on whose sample can be read.
+    def _next_good(self, turn: tuple[int, int], skipped: list[str]) -> tuple[int, int]:
+        """The first turn from this one on whose sample can be read.
 
         Raises:
             UserError: too many bad samples in a row.
         """
         for step in range(TRIES):
-            candidate = (number + step) % len(self.data)
+            candidate = (turn[0] + step) % len(self.data), turn[1]
             try:
                 self._prepared([candidate])
                 return candidate
@@ -123,5 +136,6 @@ class Preparer:
                 last = error
         raise last
 
-    def _prepared(self, numbers: list[int]) -> dict[str, Any]:
-        return self.objective.prepare([self.data[number] for number in numbers], self.processor)
+    def _prepared(self, turns: list[tuple[int, int]]) -> dict[str, Any]:
+        samples = [replace(self.data[number], draw=draw_key(self.seed, epoch, number)) for number, epoch in turns]
+        return self.objective.prepare(samples, self.processor)

@@ -121,7 +121,7 @@ class StoredReference:
         if done >= len(data):
             return
         micro, _ = split_batch(context.name, context.stage, context.recipe, processes.num_processes)
-        share = range(processes.process_index, len(data), processes.num_processes)
+        share = [(number, 0) for number in range(processes.process_index, len(data), processes.num_processes)]
         preparer = Preparer(data, objective, context.processor, options.skip_bad)
         loader = DataLoader(share, micro, collate_fn=preparer, num_workers=options.jobs)
         file = file.with_stem(f"{file.stem}-{processes.process_index}")

@@ -17,6 +17,7 @@ from mmllm.train.checkpoints import check_checkpoint, check_data, last_checkpoin
 from mmllm.train.context import StageContext, Stopped
 from mmllm.train.data import data_files, load_data
 from mmllm.train.machine import check_adapter, join, precision, set_gradient_checkpointing, training_arguments
+from mmllm.train.order import Turns
 from mmllm.train.preparing import Preparer, ending_workers
 from mmllm.train.progress import StageProgress, StopOnSignal
 from mmllm.train.shared import SharedStage
@@ -102,13 +103,13 @@ def make_trainer(context: StageContext) -> tuple[StageTrainer, StopOnSignal, Pat
     if any(True for _ in objective.parameters()):
         model.objective = objective  # its weights train with the model's and are removed after the stage
     set_gradient_checkpointing(model, stage.checkpointing)
-    preparer = Preparer(data, worker, processor, options.skip_bad)
+    preparer = Preparer(data, worker, processor, options.skip_bad, options.seed)
     learnt, held = held_out(len(data), stage.validation, options.seed, context.where("validation"))
     validation = Validation(context, preparer, held, objective)
     trainer = StageTrainer(
         model=model,
         args=training_arguments(context),
-        train_dataset=learnt,
+        train_dataset=Turns(learnt),
         data_collator=preparer,
         processing_class=processor,
         callbacks=[progress, *([validation] if held else []), stopper],

@@ -80,8 +80,8 @@ class Validation(TrainerCallback):
     def score(self, state: TrainerState) -> None:
         """Score the held-out samples, each process its share; write a line, and keep the best weights."""
         trainer, processes, micro = self.trainer, join(self.context.options), self.trainer.args.train_batch_size
-        share = self.numbers[processes.process_index :: processes.num_processes]
-        loader = DataLoader(list(share), micro, collate_fn=self.preparer, num_workers=self.context.options.jobs)
+        share = [(number, 0) for number in self.numbers[processes.process_index :: processes.num_processes]]
+        loader = DataLoader(share, micro, collate_fn=self.preparer, num_workers=self.context.options.jobs)
         found = TermLog()
         weights: dict[str, float] = {}
         model = trainer.accelerator.unwrap_model(trainer.model)

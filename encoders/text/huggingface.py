@@ -95,15 +95,7 @@ class TransformersText(TextSource):
             UserError: there is none.
         """
         if "_tokenizer" not in self.__dict__:
-            from transformers import AutoTokenizer
-
-            where = f"text {self.registered_name}"
-            if self.tokenizer_name is None:
-                raise UserError(where, "neither a tokenizer nor a name")
-            try:
-                self.__dict__["_tokenizer"] = pretrained(AutoTokenizer, self.tokenizer_name)
-            except (OSError, ValueError) as error:
-                raise UserError(where, f"no tokenizer at {self.tokenizer_name}") from error
+            self.__dict__["_tokenizer"] = read_tokenizer(self.tokenizer_name, f"text {self.registered_name}")
         return self.__dict__["_tokenizer"]
 
     def encode(self, text: str) -> list[int]:
@@ -234,6 +226,22 @@ def attend_to_all(tower: nn.Module, ids: Tensor, mask: Tensor, **options: Any) -
     """The output of a tower in which every token attends to all real ones, before and after it."""
     seen = mask.bool()[:, None, None].expand(-1, 1, ids.shape[1], -1)  # the library never inspects such a mask
     return tower(input_ids=ids, attention_mask=seen, **options)
+
+
+def read_tokenizer(name: str | None, where: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or a folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    if name is None:
+        raise UserError(where, "neither a tokenizer nor a name")
+    try:
+        return pretrained(AutoTokenizer, name)
+    except (OSError, ValueError) as error:
+        raise UserError(where, f"no tokenizer at {name}") from error
 
 
 def pad(rows: list[list[int]], padding: int, length: int) -> tuple[Tensor, Tensor]:

@@ -112,17 +112,27 @@ def _no_garbage(cls: type, arguments: dict[str, Any], inputs: tuple, real: Part,
 
 def _gradients_reach(part: Part, run: PartRun, where: str) -> None:
     trained = copy.deepcopy(part).train()
-    values = run.values([1, 2], trained)
-    weights = torch.randn(values.shape, generator=generator(5))
     parameters = dict(trained.named_parameters())
     run.check_gradients(where)
     if not parameters:
         return
-    (values * weights).sum().backward()
-    dead = [name for name, value in parameters.items() if not alive(value.grad)]
+    dead = _dead(trained, run)
+    if dead:  # behind a factor that starts at zero there is no gradient before the first step
+        with torch.no_grad():
+            for number, value in enumerate(parameters.values()):
+                value += 0.1 * torch.randn(value.shape, generator=generator(number))
+        dead = [name for name in _dead(trained, run) if name in dead and not name.startswith(part.idle)]
     # A tower read before its last layer leaves that layer without gradient; a whole part without any is an error.
     if dead and (len(dead) == len(parameters) or not isinstance(part, Tower)):
         raise UserError(where, f"no gradient reaches {', '.join(dead[:3])}")
+
+
+def _dead(part: Part, run: PartRun) -> list[str]:
+    """Names of the weights that a forward and backward gives no gradient."""
+    values = run.values([1, 2], part)
+    part.zero_grad()
+    (values * torch.randn(values.shape, generator=generator(5))).sum().backward()
+    return [name for name, value in part.named_parameters() if not alive(value.grad)]
 
 
 def _batch_is_single(part: Part, run: PartRun, where: str) -> None:

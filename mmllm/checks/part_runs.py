@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmllm.contract.errors import UserError
+from mmllm.contract.grounding import Coordinates, Tables
 from mmllm.contract.parts import Part
 from mmllm.contract.types import Needs, PromptFeatures, TokenSpec, VisualTokens
 from mmllm.encoders.common.tokens import frame_tokens
@@ -15,6 +16,8 @@ from mmllm.encoders.common.tokens import frame_tokens
 LLM_WIDTH = 16
 PROMPT_JOINT = 12
 PROMPT_LENGTH = 4
+LAYOUT = Coordinates(time=7, height=5, width=6, first=0)
+"""Of the tables that parts are given."""
 
 
 def alive(gradient: Tensor | None) -> bool:
@@ -89,7 +92,12 @@ class TextRun(PartRun):
 
     def __call__(self, clips: list[int], part: nn.Module | None = None) -> PromptFeatures:
         ids, mask = self.part.collate([self.inputs[clip % len(self.inputs)] for clip in clips])
-        return (part or self.part)(ids, mask, Needs(prompt=("tokens", "pooled")), self._table())
+        return (part or self.part)(ids, mask, Needs(prompt=self._fields), self._table())
+
+    @property
+    def _fields(self) -> tuple[str, ...]:
+        """What the source gives: ids alone where it has no features."""
+        return ("tokens", "pooled") if self.part.width else ("ids",)
 
     def _table(self) -> nn.Module:
         """An embedding table in place of the LLM's, always the same one."""
@@ -99,7 +107,7 @@ class TextRun(PartRun):
     def values(self, clips: list[int], part: nn.Module | None = None) -> Tensor:
         """[B, length * C + J], zero where there is no token."""
         found = self(clips, part)
-        tokens = found.tokens * found.mask[..., None]
+        tokens = (found.ids[..., None].float() if found.tokens is None else found.tokens) * found.mask[..., None]
         missing = max(self.part.length, max(map(len, self.inputs))) - tokens.shape[1]
         tokens = nn.functional.pad(tokens, (0, 0, 0, missing)).flatten(1)
         return tokens if found.pooled is None else torch.cat([tokens, found.pooled], dim=1)
@@ -109,8 +117,12 @@ class TextRun(PartRun):
         ids, mask = self.part.collate([*self.inputs, []])
         with torch.no_grad():
             layers = (-1,) if self.part.layered else ()
-            needs = Needs(prompt=("tokens", "pooled"), prompt_hidden_states=layers)
+            needs = Needs(prompt=self._fields, prompt_hidden_states=layers)
             found = self.part(ids, mask, needs, self._table())
+        if not self.part.width:
+            if found.tokens is not None or not torch.equal(found.ids, ids):
+                raise UserError(where, "declares no features, and has to give the ids as they are")
+            return
         pooled = None if found.pooled is None else found.pooled.shape[-1]
         widths, declared = (found.tokens.shape[-1], pooled), (self.part.width, self.part.joint)
         if pooled is not None and declared[1] is None:
@@ -165,9 +177,13 @@ class ConnectorRun(PartRun):
     def __call__(self, clips: list[int], part: nn.Module | None = None) -> VisualTokens:
         return self._run(self._tokens(clips), clips, part)
 
-    def _context(self, clips: list[int]) -> dict[str, PromptFeatures]:
-        needs = self.part.needs()
-        return {"prompt": self._prompt(clips)} if needs.prompt or needs.prompt_hidden_states else {}
+    def _context(self, clips: list[int]) -> dict[str, Any]:
+        needs, width = self.part.needs(), self.inputs[0].width
+        asked = {"prompt": self._prompt(clips)} if needs.prompt or needs.prompt_hidden_states else {}
+        if not needs.tables:
+            return asked
+        tables = (torch.randn(len(LAYOUT), width, generator=generator(seed)) for seed in (3, 4))
+        return {**asked, "tables": Tables(*tables, LAYOUT)}
 
     def _run(self, tokens: list[VisualTokens], clips: list[int], part: nn.Module | None = None) -> VisualTokens:
         return (part or self.part)(*tokens, **self._context(clips))
@@ -182,8 +198,11 @@ class ConnectorRun(PartRun):
                 added = ", ".join(sorted(set(given.extras) ^ set(fresh.extras)))
                 raise UserError(where, f"changes the extras of input {index} in place: {added}", hint="a copy")
             _same({**vars(given), **given.extras}, {**vars(fresh), **fresh.extras}, f"{where}, input {index}")
-        for name, prompt in context.items():
-            _same(vars(prompt), vars(self._context([1, 2])[name]), f"{where}, {name}")
+        for name, given in context.items():
+            now, fresh = (
+                value._asdict() if name == "tables" else vars(value) for value in (given, self._context([1, 2])[name])
+            )
+            _same(now, fresh, f"{where}, {name}")
 
     def values(self, clips: list[int], part: nn.Module | None = None) -> Tensor:
         """[B, ...]: the tokens, and the extras that the part has written."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmllm.contract.grounding import AXES, Coordinates, Tables
 from mmllm.contract.parts import Encoder, Part, TextSource
 from mmllm.contract.types import MediaSpec, Needs, PromptFeatures, TokenSpec, VisualTokens
 from mmllm.encoders.common.tokens import frame_tokens
@@ -59,6 +60,11 @@ def walk(
         rows.append(
             Row(name, module.registered_name, grid, spec.tokens, spec.width, _parameters(module), count, reaches)
         )
+    if plan.vocabulary is not None:
+        bins, width = "+".join(str(plan.vocabulary.bins(axis)) for axis in AXES), plan.llm_width
+        rows.append(
+            Row("vocabulary", "coordinates", bins, len(plan.vocabulary), width, 2 * len(plan.vocabulary) * width, 0)
+        )
     rows.append(_llm_row(blueprint, sum(stream.tokens for stream in plan.streams(media))))
     return rows
 
@@ -109,9 +115,12 @@ def _text_macs(source: TextSource, needs: Needs) -> int:
         return count_macs(source, ids, torch.ones_like(ids), needs)
 
 
-def blank_prompt(part: Part, length: int = 8) -> dict[str, Any]:
-    """The prompt that a part reads, as its keyword; empty where it reads none. On the current default device."""
+def blank_context(part: Part, length: int = 8) -> dict[str, Any]:
+    """The prompt and the tables that a part reads, as its keywords, if it reads any. On the current default device."""
     needs, site = part.needs(), part.site
+    if needs.tables:
+        layout = Coordinates(first=0)
+        return {"tables": Tables(*(torch.zeros(len(layout), site.inputs[0].width) for _ in range(2)), layout)}
     if not (needs.prompt or needs.prompt_hidden_states):
         return {}
     ids, states = torch.zeros(1, length, dtype=torch.long), len(needs.prompt_hidden_states)
@@ -134,7 +143,7 @@ def macs(module: nn.Module, inputs: tuple[TokenSpec, ...], media: MediaSpec) -> 
         if isinstance(module, Encoder):
             shape = (1, module.frames_of(media), 3, module.geometry.height, module.geometry.width)
             return count_macs(module, torch.zeros(shape, dtype=torch.uint8), media, Needs())
-        return count_macs(module, *(blank_tokens(spec) for spec in inputs), **blank_prompt(module))
+        return count_macs(module, *(blank_tokens(spec) for spec in inputs), **blank_context(module))
 
 
 def blank_tokens(spec: TokenSpec) -> VisualTokens:

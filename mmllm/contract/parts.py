@@ -55,9 +55,12 @@ class Site:
 
         Raises:
             NoPrompt: no text source is named for it.
+            ValueError: the text source gives ids alone.
         """
         if self.prompt_width is None:
             raise NoPrompt("reads the prompt: give it a text source")
+        if not self.prompt_width:
+            raise ValueError("reads the prompt's features, and its text source gives ids alone")
         return self.prompt_width
 
 
@@ -70,6 +73,8 @@ class Part(nn.Module):
 
     kind: ClassVar[str] = ""
     registered_name: ClassVar[str] = ""
+    idle: tuple[str, ...] = ()
+    """Beginnings of names of weights that a checkpoint has and that its output does not depend on."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -265,7 +270,7 @@ class TextSource(Tower):
     """Prompts to features.
 
     Attributes:
-        width: of `tokens`.
+        width: of `tokens`; 0 = it gives ids alone.
         joint: of `pooled`, the space shared with an image tower; None = no such space.
         length: most tokens of a prompt that are read.
         layered: whether it has layers, requested as `hidden_states`.

@@ -12,7 +12,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from mmllm.contract.parts import Site
 from mmllm.contract.types import MediaSpec, Needs
-from mmllm.encoders.video.bt_adapter import Block, BTAdapter, ClipBTAdapterEncoder
+from mmllm.encoders.video.bt_adapter import Block, BTAdapter
+from mmllm.encoders.video.bt_adapter_towers import ClipBTAdapterEncoder
 
 close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)  # shapes too
 

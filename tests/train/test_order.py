@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmllm.train.order import EpochOrder
+from mmllm.train.order import EpochOrder, Turns, draw_key
 
 
 def epochs(samples: int, batch: int, count: int, seed: int = 0) -> list[list[int]]:
@@ -12,7 +12,9 @@ def epochs(samples: int, batch: int, count: int, seed: int = 0) -> list[list[int
     found = []
     for epoch in range(count):
         order.set_epoch(epoch)
-        found.append(list(order))
+        turns = [Turns(range(samples))[index] for index in order]
+        assert {of for _, of in turns} == {epoch}
+        found.append([number for number, _ in turns])
     return found
 
 
@@ -39,11 +41,12 @@ def test_processes_that_continue_an_epoch_share_its_order():
     whole, seen = epochs(12, 4, 2)[1], []
     for process in range(2):
         order = EpochOrder(12, 4, seed=0)
-        loader = DataLoader(range(12), batch_size=2, sampler=order, collate_fn=list)
+        loader = DataLoader(Turns(range(12)), batch_size=2, sampler=order, collate_fn=list)
         options = {"num_processes": 2, "process_index": process, "put_on_device": False}
         loader = skip_first_batches(prepare_data_loader(loader, **options), 1)
         order.set_epoch(1)  # as the trainer says it, whatever stands between the loader and its order
         seen.append(list(loader))
+    seen = [[[number for number, _ in batch] for batch in process] for process in seen]
     batches = [sorted(one + other) for one, other in zip(*seen, strict=True)]
     assert batches == [sorted(whole[4:8]), sorted(whole[8:])]
 
@@ -53,3 +56,9 @@ def test_epochs_differ_and_repeat_with_the_seed():
     assert one == again
     assert one[0] != one[1] != one[2]
     assert one[0] != other[0]
+
+
+def test_what_is_drawn_depends_on_seed_epoch_and_sample_alone():
+    keys = {draw_key(seed, epoch, number) for seed in range(3) for epoch in range(3) for number in range(50)}
+    assert len(keys) == 450
+    assert draw_key(0, 1, 2) == 67993824929395517

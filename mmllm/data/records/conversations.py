@@ -13,7 +13,7 @@ from typing import Any
 
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.registry import parts
-from mmllm.data.records.entries import content_entries
+from mmllm.data.records.entries import MEDIA, content_entries
 from mmllm.data.records.formats.records import CONTAINERS, JsonRecords, first_record
 from mmllm.data.records.json_files import short
 
@@ -33,16 +33,18 @@ class Sample:
         id: its name in errors.
         messages: chat messages; paths of media are absolute or relative to the current folder.
         fields: everything else in the record (`chosen`, `rejected`, ...).
+        draw: in training, a seed for whatever is drawn about it; another one in each epoch.
     """
 
     id: str
     messages: list[dict[str, Any]]
     fields: dict[str, Any]
+    draw: int = 0
 
     def media(self) -> list[dict[str, Any]]:
         """Its content entries that are media, in order."""
         entries = (entry for message in self.messages for entry in content_entries(message))
-        return [entry for entry in entries if entry["type"] != "text"]
+        return [entry for entry in entries if entry["type"] in MEDIA]
 
     def answers(self) -> list[str]:
         """The text of each of the assistant's turns."""

@@ -8,8 +8,15 @@ from torch import Tensor, nn
 
 from mmllm.contract.parts import Site
 from mmllm.contract.types import MediaSpec, Needs
-from mmllm.encoders.image.huggingface import ClipEncoder
-from mmllm.encoders.video.bt_adapter import ClipBTAdapterEncoder, DropPath
+from mmllm.encoders.image.huggingface import ClipEncoder, SiglipEncoder
+from mmllm.encoders.image.timm import TimmEncoder
+from mmllm.encoders.video.bt_adapter import DropPath
+from mmllm.encoders.video.bt_adapter_towers import (
+    ClipBTAdapterEncoder,
+    SiglipBTAdapterEncoder,
+    TimmBTAdapterEncoder,
+    _eva_states,
+)
 
 CLIP = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
 VISION = {**CLIP, "image_size": 28, "patch_size": 14}
@@ -121,3 +128,107 @@ def test_what_stochastic_depth_keeps_makes_up_for_what_it_leaves_out():
     assert torch.equal(one[:, 0], two[:, 2, 0])
     assert abs(one.mean().item() - 1) < 0.1
     assert torch.equal(drop.eval()(one)[0], one)
+
+
+# Towers without a CLS token, and EVA's
+
+
+def siglip(**arguments: object) -> SiglipBTAdapterEncoder:
+    """A tiny SigLIP with an adapter whose time layers do something."""
+    torch.manual_seed(0)
+    made = SiglipBTAdapterEncoder(Site(), config=VISION, **{"depth": 3, **arguments})
+    made.load_weights()
+    return _moved(made)
+
+
+def eva(**arguments: object) -> TimmBTAdapterEncoder:
+    """A tiny EVA, likewise."""
+    torch.manual_seed(0)
+    small = {"embed_dim": 24, "depth": 4, "num_heads": 2}
+    made = TimmBTAdapterEncoder(Site(), name="eva_giant_patch14_clip_224", size=28, model_args=small, **arguments)
+    made.adapter.copy_blocks([_eva_states(block) for block in made.tower.blocks[-made.depth :]])
+    return _moved(made)
+
+
+def _moved(made):
+    for layer in made.adapter.time:
+        nn.init.normal_(layer.out.weight, std=0.3)
+    nn.init.normal_(made.adapter.times.weight, std=0.3)
+    return made.eval()
+
+
+@pytest.mark.parametrize("build", [encoder, siglip, eva])
+@torch.no_grad()
+def test_every_kind_of_tower_lets_frames_meet(build):
+    made, clips = build(), pixels(4)
+    whole = made(clips, MediaSpec("video", 4), Needs()).by_frame()
+    other = clips.clone()
+    other[:, 3] = 255 - other[:, 3]
+    assert (made(other, MediaSpec("video", 4), Needs()).by_frame() - whole)[:, 0].abs().max() > 1e-4
+    alone = made(clips[1:], MediaSpec("video", 4), Needs()).by_frame()
+    torch.testing.assert_close(alone, whole[1:], atol=2e-5, rtol=1e-5)
+    views = made(clips, MediaSpec("image", 4), Needs()).by_frame()
+    one = made(clips[:, 2:3], MediaSpec("image", 1), Needs()).values
+    torch.testing.assert_close(views[:, 2], one, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("build", [encoder, siglip, eva])
+@torch.no_grad()
+def test_without_any_effect_over_time_frames_may_change_places(build):
+    made, clips = build(), pixels(4)
+    for layer in made.adapter.time:
+        nn.init.zeros_(layer.out.weight)
+    nn.init.zeros_(made.adapter.times.weight)
+    order = [2, 0, 3, 1]
+    whole = made(clips, MediaSpec("video", 4), Needs()).by_frame()
+    moved = made(clips[:, order], MediaSpec("video", 4), Needs()).by_frame()
+    torch.testing.assert_close(moved, whole[:, order], atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_tower_without_cls_has_a_side_stream_with_one_of_its_own():
+    made, clips, media = siglip(), pixels(3), MediaSpec("video", 3)
+    assert not made.adapter.tower_cls
+    tower = SiglipEncoder(Site(), config=VISION).eval()
+    tower.tower.load_state_dict(made.tower.state_dict())
+    needs = Needs(hidden_states=(1, -2), keys=(-1,))
+    ours, theirs = made(clips, media, needs), tower(clips, media, needs)
+    torch.testing.assert_close(ours.extras["hidden_states"][:, :, 0], theirs.extras["hidden_states"][:, :, 0])
+    torch.testing.assert_close(ours.extras["keys"], theirs.extras["keys"])
+    assert (ours.values - theirs.values).abs().max() > 1e-3
+    before = ours.values
+    nn.init.zeros_(made.adapter.cls)
+    assert (made(clips, media, Needs()).values - before).abs().max() > 1e-5
+    with pytest.raises(ValueError, match="no CLS token"):
+        made.extras_spec(media, Needs(cls=(-1,)))
+
+
+@torch.no_grad()
+def test_evas_cls_tokens_are_blended_too():
+    made, clips, media = eva(depth=3), pixels(3), MediaSpec("video", 3)
+    tower = TimmEncoder(
+        Site(), name=made.name, size=28, model_args={"embed_dim": 24, "depth": 4, "num_heads": 2}
+    ).eval()
+    tower.tower.load_state_dict(made.tower.state_dict())
+    ours, theirs = (one(clips, media, Needs(cls=(0, -2))).extras["cls"] for one in (made, tower))
+    torch.testing.assert_close(ours[:, :, 0], theirs[:, :, 0])
+    assert (ours[:, :, 1] - theirs[:, :, 1]).abs().max() > 1e-3
+
+
+def test_space_layers_start_as_the_towers_blocks():
+    made = eva(layer=-1)
+    block, layer = made.tower.blocks[-1], made.adapter.space[-1]
+    rows = torch.randn(2, 5, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.attention(rows), block.attn(rows), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            layer.narrow(layer.activation(layer.wide(rows))), block.mlp(rows), atol=1e-5, rtol=1e-5
+        )
+    assert layer.attention.key.bias is None
+
+
+def test_towers_that_no_adapter_fits():
+    with pytest.raises(ValueError, match="no EVA with a table of positions"):
+        TimmBTAdapterEncoder(Site(), name="vit_small_patch14_reg4_dinov2", size=28, model_args={"depth": 2})
+    with pytest.raises(ValueError, match="lies before the adapter"):
+        siglip(depth=1)
