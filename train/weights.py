@@ -25,6 +25,7 @@ def freeze_names(plan: FrontEndPlan, trains: tuple[str, ...], where: str) -> dic
         UserError: a name that the model does not have.
     """
     known: dict[str, list[nn.Module]] = {"llm": [], LORA: [], "encoders": [plan.bank], "connector": [plan.parts]}
+    known |= {} if plan.vocabulary is None else {"vocabulary": []}  # its tables are known where they are built
     known |= {f"encoders.{name}": [part] for name, part in plan.bank.encoders.items()}
     known |= {"text": [plan.prompts]} | {f"text.{name}": [part] for name, part in plan.prompts.sources.items()}
     known |= {f"connector.{name}": [part] for name, part in plan.parts.items()}
@@ -125,4 +126,5 @@ def _modules(model: nn.Module, names: tuple[str, ...], where: str) -> dict[str, 
     known = freeze_names(model.model.front_end.plan, names, where)
     llm = {"llm": [model.model.language_model]}
     inside = {name: [_below(name, llm, where)] for name in names if name.startswith("llm.") and name != LORA}
-    return {**known, **inside, "llm": [model.model.language_model, model.lm_head]}
+    tables = {} if model.model.vocabulary is None else {"vocabulary": [model.model.vocabulary]}
+    return {**known, **inside, **tables, "llm": [model.model.language_model, model.lm_head]}

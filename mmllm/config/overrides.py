@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmllm.config.schema import LLM, Stage
-from mmllm.config.sections import renamed, without_inherited
+from mmllm.config.sections import renamed, without_old_llm
 from mmllm.contract.arguments import signature
 from mmllm.contract.documents import parse_yaml
 from mmllm.contract.errors import UserError, nearest, shown
+from mmllm.contract.grounding import Coordinates
 from mmllm.contract.registry import find
 from mmllm.data.media.sampling import Sampling
 
@@ -33,7 +34,7 @@ def override_all(data: dict[str, Any], lines: Sequence[str], file: str) -> None:
         before = dict(data["model"]["llm"]) if line.startswith(NAME) else {}
         override(data, line, file)
         if before and renamed(before, data["model"]["llm"]):
-            data["model"]["llm"] = without_inherited(data["model"]["llm"])
+            data["model"] = without_old_llm(data["model"])
 
 
 def override(data: dict[str, Any], line: str, file: str) -> None:
@@ -84,6 +85,8 @@ def _check_key(here: object, parents: list[str], last: str, where: str) -> None:
         known = list(signature(LLM))
     elif parents == ["model", "media"]:
         known = list(signature(Sampling))
+    elif parents == ["model", "vocabulary"]:
+        known = list(signature(Coordinates))
     elif parents[:1] in (["roots"], ["eval"]):
         return
     elif "config" in parents:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmllm.contract.errors import UserError, nearest, shown
 
-MODEL_KEYS = ("media", "encoders", "text", "connector", "output", "place", "llm")
+MODEL_KEYS = ("media", "encoders", "text", "connector", "output", "place", "vocabulary", "llm")
 TOP_KEYS = ("summary", "paper", "roots", "model", "stages", "eval")
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 INHERITED = ("config", "template", "tokenizer", "gguf")
@@ -32,8 +32,16 @@ def merge(base: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """
     old = _llm(base)
     if old and renamed(old, _llm(new)):
-        base = {**base, "model": {**base["model"], "llm": without_inherited(old)}}
+        base = {**base, "model": without_old_llm(base["model"])}
     return _merge(base, new)
+
+
+def without_old_llm(model: dict[str, Any]) -> dict[str, Any]:
+    """A model's section without what belongs to the LLM that it names: some keys, and the ids of its vocabulary."""
+    found = {**model, "llm": without_inherited(model["llm"])}
+    if isinstance(model.get("vocabulary"), dict):
+        found["vocabulary"] = {key: value for key, value in model["vocabulary"].items() if key != "first"}
+    return found
 
 
 def _llm(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +107,7 @@ def _normalise_model(model: dict[str, Any], where: str) -> None:
     if model.get("media") is None:
         model["media"] = {"frames": 8}
     kinds = {"media": dict, "encoders": dict, "text": dict, "llm": dict, "connector": list, "place": dict}
+    kinds |= {"vocabulary": dict}
     _typed(model, kinds, f"{where}.")
     _typed(model["media"], {"tiles": dict}, f"{where}.media.")
     for kind in ("encoders", "text"):

@@ -44,6 +44,20 @@ class PromptInputs(TypedDict):
     alignment_level: Tensor
 
 
+class CoordinateInputs(TypedDict):
+    """Exact places among a batch's coordinate tokens.
+
+    Attributes:
+        places: [K, 2], (row, position) of each.
+        ids: [K, 2], the tokens on both sides of it.
+        ratio: [K], how far it is from the first to the second.
+    """
+
+    places: Tensor
+    ids: Tensor
+    ratio: Tensor
+
+
 class VisualInputs(TypedDict):
     """Everything visual in a batch: the only input of the model's forward that the library does not know.
 
@@ -52,12 +66,14 @@ class VisualInputs(TypedDict):
         pairs: (index of a medium, index of a prompt or -1); connectors run once per pair.
         spans: [S, 4], (row, start, pair, stream) of every run of visual tokens.
         prompts: {text source: its prompts}, where the model is guided by what the user says.
+        coordinates: places and moments in the media, where a conversation has some.
     """
 
     media: list[MediumInputs]
     pairs: list[tuple[int, int]]
     spans: Tensor
     prompts: NotRequired[dict[str, PromptInputs]]
+    coordinates: NotRequired[CoordinateInputs]
 
 
 class Batch(TypedDict):

@@ -227,6 +227,7 @@ class Needs:
         cls_attention: whether the CLS token's attention to each patch is wanted, in the block that gives the tokens; an
             encoder without one leaves it out.
         extras: names of extras of the first input.
+        tables: whether it reads the tables of the vocabulary of coordinates, as the keyword `tables`.
         prompt: fields of PromptFeatures.
         prompt_hidden_states: text layers.
         alignment_levels: number of alignment levels it knows, if it reads `PromptFeatures.alignment_level`; a record
@@ -238,6 +239,7 @@ class Needs:
     keys: tuple[int, ...] = ()
     cls_attention: bool = False
     extras: tuple[str, ...] = ()
+    tables: bool = False
     prompt: tuple[str, ...] = ()
     prompt_hidden_states: tuple[int, ...] = ()
     alignment_levels: int | None = None

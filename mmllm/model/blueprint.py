@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from mmllm.model.front_end_plan import FrontEndPlan, meta_plan
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-SECTION_KEYS = ("media", "encoders", "text", "connector", "output", "place")
+SECTION_KEYS = ("media", "encoders", "text", "connector", "output", "place", "vocabulary")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Blueprint:
         Raises:
             UserError: a part is unknown, its arguments are wrong or parts do not fit; names the key in the file.
         """
-        recipe = resolve(recipe)
+        recipe = with_ids(resolve(recipe))
         llm, parameters = _llm(recipe)
         _compare_llm(recipe, llm)
         section = {key: recipe.model[key] for key in SECTION_KEYS if key in recipe.model}
@@ -58,7 +58,24 @@ class Blueprint:
     def parameters(self) -> int:
         """How many parameters the whole model has."""
         towers = (*self.plan.bank.parameters(), *self.plan.prompts.parameters(), *self.plan.parts.parameters())
-        return self.llm_parameters + sum(parameter.numel() for parameter in towers)
+        coordinates = 0 if self.plan.vocabulary is None else 2 * len(self.plan.vocabulary) * self.plan.llm_width
+        return self.llm_parameters + coordinates + sum(parameter.numel() for parameter in towers)
+
+
+def with_ids(recipe: Recipe) -> Recipe:
+    """The recipe with the id of its vocabulary's first token; asks the tokenizer, unless the recipe says.
+
+    Raises:
+        UserError: no tokenizer to ask.
+    """
+    section = recipe.model.get("vocabulary")
+    if not section or section.get("first") is not None:
+        return recipe
+    from mmllm.model.build import build_tokenizer
+    from mmllm.processing.placeholders import first_free_id
+
+    section = {**section, "first": first_free_id(build_tokenizer(recipe))}
+    return replace(recipe, data={**recipe.data, "model": {**recipe.model, "vocabulary": section}})
 
 
 def _llm(recipe: Recipe) -> tuple[PreTrainedConfig, int]:

@@ -16,6 +16,7 @@ from mmllm.contract.types import MediaSpec, Needs, PromptFeatures, VisualTokens
 from mmllm.model.connector_graph import KINDS, own_prompt, select_hidden_states
 from mmllm.model.encoder_bank import EncoderBank
 from mmllm.model.front_end_plan import FrontEndPlan
+from mmllm.model.vocabulary import CoordinateTables
 
 
 class FrontEnd(nn.Module):
@@ -36,6 +37,11 @@ class FrontEnd(nn.Module):
         super().__init__()
         self.plan = FrontEndPlan(section, llm_width)
         self.bank, self.prompts, self.parts = self.plan.bank, self.plan.prompts, self.plan.parts
+        self._vocabulary: tuple[CoordinateTables, ...] = ()
+
+    def use(self, vocabulary: CoordinateTables) -> None:
+        """Hand the tables of a vocabulary to parts that read them; they stay the model's."""
+        self._vocabulary = (vocabulary,)
 
     def forward(
         self, visual: VisualInputs, blank: tuple[MediaSpec, ...] = (), embed_tokens: nn.Module | None = None
@@ -158,6 +164,8 @@ class FrontEnd(nn.Module):
             if first in self.bank.encoders:
                 inputs[0] = select_hidden_states(inputs[0], part.needs(), self.plan.needs[first])
             context = {}
+            if part.needs().tables:
+                context["tables"] = self._vocabulary[0]()
             if self.plan.guided(node):
                 context["prompt"] = own_prompt(prompts[node.prompt], part.needs(), self.plan.text_needs[node.prompt])
             tokens[node.name] = part(*inputs, **context)

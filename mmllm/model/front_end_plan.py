@@ -13,6 +13,7 @@ from torch import nn
 
 from mmllm.contract.arguments import bind
 from mmllm.contract.errors import UserError
+from mmllm.contract.grounding import Coordinates
 from mmllm.contract.parts import NoPrompt, Part, Site
 from mmllm.contract.registry import find, said_by
 from mmllm.contract.types import Geometry, MediaSpec, Needs, TokenSpec
@@ -55,6 +56,7 @@ class FrontEndPlan:
         used: {kind of media: names of encoders and nodes that its output depends on}; only those run for it.
         needs: {encoder: union of what its readers need}.
         text_needs: {text source: union of what its readers need}.
+        vocabulary: the axes of its coordinates, or None.
         alignment_levels: how many alignment levels all parts know, or None where no part reads them.
 
     Raises:
@@ -67,6 +69,9 @@ class FrontEndPlan:
         self.sampling = Sampling(**bind(Sampling, media, f"{where}.media"))
         self.bank = EncoderBank(section["encoders"], f"{where}.encoders")
         self.prompts = PromptBank(section.get("text") or {}, f"{where}.text", llm_width)
+        vocabulary = section.get("vocabulary")
+        where_ids = f"{where}.vocabulary"
+        self.vocabulary = Coordinates(**bind(Coordinates, vocabulary, where_ids)) if vocabulary else None
         nodes = {node["name"]: node for node in section["connector"]}
         self.output = read_output(section["output"], [*nodes, *section["encoders"]], f"{where}.output")
         self.first = parse_positions(section.get("place") or {}, self.output, f"{where}.place")
@@ -136,6 +141,8 @@ class FrontEndPlan:
             raise UserError(where, "needs layers of an encoder", expected="in: an encoder", got=node.inputs[0])
         if (needs.prompt or needs.prompt_hidden_states) and node.prompt is None:
             raise self._no_prompt(where)
+        if needs.tables and self.vocabulary is None:
+            raise UserError(where, "needs coordinates", hint="model.vocabulary: {type: coordinates}")
 
     def _no_prompt(self, where: str) -> UserError:
         known = list(self.prompts.sources)

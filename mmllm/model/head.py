@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, islice, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
+
+    from mmllm.model.vocabulary import CoordinateTables
 
 Score = Callable[[Tensor, slice], dict[str, Tensor]]
 """(float32 logits [n, V] of some rows, which rows) -> {term: a sum over these rows}; the same terms for all rows."""
@@ -29,7 +31,12 @@ class Head(nn.Linear):
     It is called in one of four ways, so that its weight is read inside its forward alone:
     `head(rows)` gives logits; `head(rows, score=f)` sums of scores with their gradients; `head(rows, read=f)` a value
     per row without gradients; `head()` the Gram matrix of its weight.
+
+    With a vocabulary of coordinates its tables are part of the head: their tokens' logits stand at their ids, in the
+    place of rows that the weight has to spare, or behind them; ids of neither have a logit of -inf.
     """
+
+    _vocabulary: tuple[CoordinateTables, ...] = ()
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__(width, vocabulary, bias=False)
@@ -61,17 +68,47 @@ class Head(nn.Linear):
         Raises:
             RuntimeError: in the backward, where the loss weighs the terms otherwise than `scales` says.
         """
+        tables = self._tables()
         if rows is None:
             weight = self.weight.float()
             with torch.autocast(weight.device.type, enabled=False):
                 return weight.T @ weight
         if score is not None:
-            return _scored(rows, self.weight, score, scales or {}, groups)
+            return _scored(rows, self.weight, tables, score, scales or {}, groups)
         if read is not None:
             with torch.no_grad():
                 chunks = _chunks(groups or [1] * len(rows), self.out_features)
-                return torch.cat([read(_float(super(Head, self).forward(rows[chunk])), chunk) for chunk in chunks])
-        return super().forward(rows)
+                return torch.cat([read(_float(self._logits(rows[chunk], tables)), chunk) for chunk in chunks])
+        return self._logits(rows, tables)
+
+    def use(self, vocabulary: CoordinateTables) -> None:
+        """Take the tables of a vocabulary along; they stay the model's, and are no part of this module's state."""
+        self._vocabulary = (vocabulary,)
+
+    def _tables(self) -> Extra | None:
+        if not self._vocabulary:
+            return None
+        (vocabulary,) = self._vocabulary
+        return Extra(vocabulary().outputs, vocabulary.ids(self.weight.device))
+
+    def _logits(self, rows: Tensor, tables: Extra | None) -> Tensor:
+        logits = super().forward(rows)
+        return logits if tables is None else tables.extended(logits, rows)
+
+
+class Extra(NamedTuple):
+    """Rows [N, D] of a head beside its weight, and the tokens [N] that they stand for."""
+
+    outputs: Tensor
+    ids: Tensor
+
+    def extended(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """Logits [..., V] of rows [..., D] with those of these tokens in their places, [..., V or more]."""
+        missing = int(self.ids[-1]) + 1 - logits.shape[-1]
+        if missing > 0:
+            logits = nn.functional.pad(logits, (0, missing), value=-torch.inf)
+        own = nn.functional.linear(rows, self.outputs)
+        return logits.index_copy(-1, self.ids, own.to(logits.dtype))
 
 
 def log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -120,12 +157,18 @@ def _float(logits: Tensor) -> Tensor:
 
 
 def _scored(
-    rows: Tensor, weight: Tensor, score: Score, scales: dict[str, float], groups: Sequence[int] | None
+    rows: Tensor,
+    weight: Tensor,
+    tables: Extra | None,
+    score: Score,
+    scales: dict[str, float],
+    groups: Sequence[int] | None,
 ) -> dict[str, Tensor]:
-    """{term: sum over all rows}, differentiable in rows and weight."""
+    """{term: sum over all rows}, differentiable in rows, weight and tables."""
     names: list[str] = []
     learning = torch.is_grad_enabled()  # inside a Function it never is
-    values = _ChunkedScore.apply(rows, weight, score, scales, groups or [1] * len(rows), names, learning)
+    outputs, ids = tables or (None, None)
+    values = _ChunkedScore.apply(rows, weight, outputs, ids, score, scales, groups or [1] * len(rows), names, learning)
     return dict(zip(names, values, strict=True))
 
 
@@ -137,31 +180,43 @@ class _ChunkedScore(torch.autograd.Function):
         ctx: FunctionCtx,
         rows: Tensor,
         weight: Tensor,
+        outputs: Tensor | None,
+        ids: Tensor | None,
         score: Score,
         scales: dict[str, float],
         groups: Sequence[int],
         names: list[str],
         learning: bool,
     ) -> tuple[Tensor, ...]:
-        """Rows [N, D] and weight [V, D] -> one sum per term; their names are put into `names`."""
-        of_rows, of_weight = (wanted and learning for wanted in ctx.needs_input_grad[:2])
+        """Rows [N, D] and weight [V, D] -> one sum per term; their names are put into `names`.
+
+        Args:
+            outputs: [E, D], rows beside the weight, or None.
+            ids: [E], their tokens.
+        """
+        of_rows, of_weight, of_outputs = (wanted and learning for wanted in ctx.needs_input_grad[:3])
         grad_rows = torch.zeros_like(rows) if of_rows else None
         grad_weight = torch.empty_like(weight) if of_weight else None
+        grad_outputs = torch.zeros_like(outputs) if of_outputs else None
+        extra = None if outputs is None else Extra(outputs, ids)
         totals: dict[str, Tensor] = {}
         shares: dict[str, float] = {}
         first = True
         for chunks in _batched(_chunks(groups, len(weight)), MULTIPLIED):
             rows_of = slice(chunks[0].start, chunks[-1].stop)
             logits, some = nn.functional.linear(rows[rows_of], weight), False
+            logits = logits if extra is None else extra.extended(logits, rows[rows_of])
             for chunk in chunks:
                 part = logits[chunk.start - rows_of.start : chunk.stop - rows_of.start]
-                if not of_rows and not of_weight:
+                if not (of_rows or of_weight or of_outputs):
                     _add(totals, score(_float(part), chunk))
                     continue
                 gradient = _gradient(_float(part), score, chunk, scales, totals, shares)
                 if gradient is not None:  # in the place of its logits, which nobody reads again
                     part.copy_(gradient)
                     some = True
+            if some and extra is not None:
+                logits = _add_outputs(logits, rows, extra, grad_rows, grad_outputs, rows_of, len(weight))
             if some:
                 _add_gradients(logits, rows[rows_of], weight, grad_rows, grad_weight, rows_of, first)
                 first = False
@@ -170,7 +225,8 @@ class _ChunkedScore(torch.autograd.Function):
             grad_weight.zero_()
         names += totals
         # Not by save_for_backward, which would keep a second reference: the gradient itself becomes the weight's then.
-        ctx.kept, ctx.scales = [grad_rows, grad_weight], [shares.get(name, 0.0) for name in totals]
+        kept = [grad_rows, grad_weight, grad_outputs]
+        ctx.kept, ctx.scales = kept, [shares.get(name, 0.0) for name in totals]
         ctx.mark_non_differentiable(*(value for name, value in totals.items() if name not in shares))
         return tuple(totals.values())
 
@@ -183,7 +239,7 @@ class _ChunkedScore(torch.autograd.Function):
         for gradient in kept:
             if gradient is not None:
                 gradient.mul_(factor.to(gradient.dtype))
-        return (*kept, None, None, None, None, None)
+        return (*kept, None, None, None, None, None, None)
 
 
 def _gradient(
@@ -211,6 +267,24 @@ def _gradient(
         return torch.autograd.grad(sum(weighed), leaf)[0] if weighed else None
 
 
+def _add_outputs(
+    gradient: Tensor,
+    rows: Tensor,
+    extra: Extra,
+    grad_rows: Tensor | None,
+    grad_outputs: Tensor | None,
+    where: slice,
+    vocabulary: int,
+) -> Tensor:
+    """Through the product with the rows beside the weight; returns what is left for the weight, [n, V]."""
+    own = gradient[:, extra.ids]
+    if grad_rows is not None:
+        grad_rows[where] += (own @ extra.outputs.to(own.dtype)).to(grad_rows.dtype)
+    if grad_outputs is not None:
+        grad_outputs += (own.T @ rows[where].to(own.dtype)).to(grad_outputs.dtype)
+    return gradient.index_fill_(1, extra.ids, 0)[:, :vocabulary]
+
+
 def _add_gradients(
     gradient: Tensor,
     rows: Tensor,
@@ -223,7 +297,7 @@ def _add_gradients(
     """Through the product of rows and weight, in its number format; the first chunk writes the weight's gradient."""
     dtype = gradient.dtype
     if grad_rows is not None:
-        grad_rows[where] = (gradient @ weight.to(dtype)).to(grad_rows.dtype)
+        grad_rows[where] += (gradient @ weight.to(dtype)).to(grad_rows.dtype)
     if grad_weight is None:
         return
     if grad_weight.dtype == dtype:

@@ -21,6 +21,7 @@ from mmllm.model.head import Head
 from mmllm.model.reduction.llm import Reduction
 from mmllm.model.reduction.pixels import small_visual, spread
 from mmllm.model.splice import spans_of, spliced
+from mmllm.model.vocabulary import CoordinateTables, placed, repeated
 from mmllm.processing.collate import joined, move
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class MMLLMPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Part):
+        if isinstance(module, Part | CoordinateTables):
             module.reset_parameters()
 
 
@@ -67,6 +68,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
 
     Attributes:
         reduction: the reducer at work, a load-time setting; see `reduce`.
+        vocabulary: the tables of its coordinates, or None.
     """
 
     def __init__(self, config: MMLLMConfig) -> None:
@@ -75,7 +77,16 @@ class MMLLMModel(MMLLMPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.reduction: Reduction | None = None
         self.front_end = FrontEnd(config.model_section, config.text_config.hidden_size)
+        self.vocabulary = self._tables_of(config)
         self.post_init()
+
+    def _tables_of(self, config: MMLLMConfig) -> CoordinateTables | None:
+        layout, text = self.front_end.plan.vocabulary, config.text_config
+        if layout is None:
+            return None
+        tables = CoordinateTables(layout, text.hidden_size, getattr(text, "initializer_range", 0.02))
+        self.front_end.use(tables)
+        return tables
 
     def get_input_embeddings(self) -> nn.Module:
         """The LLM's embedding."""
@@ -104,18 +115,29 @@ class MMLLMModel(MMLLMPreTrainedModel):
         blank = self.front_end.blanks(visual) if self.is_distributed_training() else ()
         where = torch.zeros_like(input_ids, dtype=torch.bool)
         if not blank and not visual["media"]:
-            return LLMInputs(table(input_ids), attention_mask, position_ids, where)
+            return LLMInputs(self._words(input_ids, visual), attention_mask, position_ids, where)
         streams = self._streams(visual, table)
         rows, blanks = self.front_end.joined(streams, blank, table)
         real, blank_rows = rows.split([len(rows) - blanks, blanks])
         source, target = spliced(visual, self.front_end.plan, input_ids.shape, input_ids.device)
         where.view(-1)[target] = True
-        embeds = table(input_ids.masked_fill(where, 0))
+        embeds = self._words(input_ids.masked_fill(where, 0), visual)
         flat = embeds.flatten(0, 1).index_copy(0, target, real[source].to(embeds.dtype))
         if blanks:  # they touch the same parameters as real ones do in other processes, and change nothing
             flat = flat + 0.0 * blank_rows.sum().to(embeds.dtype)
         inputs = LLMInputs(flat.view_as(embeds), attention_mask, position_ids, where)
         return inputs if self.reduction is None else replace(inputs, spans=spans_of(visual, streams))
+
+    def _words(self, input_ids: Tensor, visual: VisualInputs) -> Tensor:
+        """Embeddings [B, L, D] of the text, coordinates among it."""
+        table = self.get_input_embeddings()
+        if self.vocabulary is None:
+            return table(input_ids)
+        tables = self.vocabulary()
+        embeds = table(input_ids.masked_fill(self.vocabulary.rows_of(input_ids) >= 0, 0))
+        if self.is_distributed_training():  # every process uses them, whatever its batch holds
+            embeds = embeds + 0.0 * tables.inputs.sum().to(embeds.dtype)
+        return placed(embeds, input_ids, tables, visual.get("coordinates"))
 
     def _streams(self, visual: VisualInputs, table: nn.Module) -> list[list[VisualTokens]]:
         """What the front end makes of the media, as the reducer wants it."""
@@ -200,6 +222,8 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
         name = next(name for name, module in self.named_modules() if module is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.lm_head = Head(text.hidden_size, text.vocab_size)
+        if self.model.vocabulary is not None:
+            self.lm_head.use(self.model.vocabulary)
         self.post_init()
 
     @property
@@ -301,7 +325,7 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
             spans = visual["spans"].repeat_interleave(expand_size, dim=0)
             repeat = torch.arange(expand_size, device=spans.device).repeat(len(visual["spans"]))
             spans[:, 0] = spans[:, 0] * expand_size + repeat
-            model_kwargs["visual"] = {**visual, "spans": spans}
+            model_kwargs["visual"] = {**visual, "spans": spans, **repeated(visual, expand_size)}
         return input_ids, model_kwargs
 
 

@@ -14,7 +14,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from mmllm.contract.errors import UserError, shown
-from mmllm.processing.content import PLACEHOLDERS, MediumEntry, entries_of
+from mmllm.contract.grounding import Coordinates
+from mmllm.contract.places import Located, Place
+from mmllm.processing.content import PLACEHOLDERS, Entry, MediumEntry, entries_of
 from mmllm.processing.sandbox import Template
 
 if TYPE_CHECKING:
@@ -30,12 +32,15 @@ class Rendered:
     Attributes:
         text: the text, with one placeholder per medium.
         media: the media in the order of their placeholders.
+        located: (start, coordinate, the medium that it is about or None): where the token of a coordinate stands, whose
+            bin is not known before the medium has been read.
         answers: (start, end) characters of the assistant's answers, end markers included.
         typed: (start, end) characters of the texts in the messages: a control token spelled there is plain text.
     """
 
     text: str
     media: list[MediumEntry] = field(default_factory=list)
+    located: list[tuple[int, Located, MediumEntry | None]] = field(default_factory=list)
     answers: list[tuple[int, int]] = field(default_factory=list)
     typed: list[tuple[int, int]] = field(default_factory=list)
 
@@ -66,13 +71,14 @@ def render(
         raise UserError("conversation", "no messages", expected="a list of messages", got=shown(messages))
     roles = tuple(_role(message) for message in messages)
     frame = Template(tokenizer, template, tuple(sorted((variables or {}).items())))
+    contents = _with_subjects([entries_of(message) for message in messages])
     if frame.reads_entries:
-        return _render_entries(frame, messages, prompt, continued)
+        return _render_entries(frame, list(zip(roles, contents, strict=True)), prompt, continued)
     pieces, opening = _frame(frame, roles, prompt)
     result = Rendered(pieces[0])
-    for index, (message, piece) in enumerate(zip(messages, pieces[1:], strict=True)):
+    for index, (content, piece) in enumerate(zip(contents, pieces[1:], strict=True)):
         start = len(result.text)
-        _write_content(message, result)
+        _write_content(content, result)
         if roles[index] == "assistant":
             start -= _written_first(pieces[index], opening)
             result.answers.append((start, len(result.text) + _ending(piece, tokenizer)))
@@ -80,21 +86,53 @@ def render(
     return result
 
 
-def _render_entries(template: Template, messages: list[dict[str, Any]], prompt: bool, continued: bool) -> Rendered:
+Subject = tuple[Place, MediumEntry | None]
+"""A place, and the medium that it is about."""
+
+
+def _with_subjects(contents: list[list[Entry]]) -> list[list[str | MediumEntry | Subject]]:
+    """Contents of messages, each place beside its medium: the one that it names, or the last one before it.
+
+    Raises:
+        UserError: it names a medium that there is not.
+    """
+    media = [entry for content in contents for entry in content if isinstance(entry, MediumEntry)]
+    found, before = [], 0
+    for content in contents:
+        own: list[str | MediumEntry | Subject] = []
+        for entry in content:
+            before += isinstance(entry, MediumEntry)
+            own.append((entry, _subject(entry.of, media, before)) if isinstance(entry, Place) else entry)
+        found.append(own)
+    return found
+
+
+def _subject(of: int | None, media: list[MediumEntry], before: int) -> MediumEntry | None:
+    if of is None:
+        return media[before - 1] if before else None
+    if of >= len(media):
+        raise UserError("content entry: of", "no such medium", expected=f"0 to {len(media) - 1}", got=of)
+    return media[of]
+
+
+def _render_entries(
+    template: Template,
+    contents: list[tuple[str, list[str | MediumEntry | Subject]]],
+    prompt: bool,
+    continued: bool,
+) -> Rendered:
     """The same with a template that writes the placeholders itself, as those of published models do."""
-    entries = [list(entries_of(message)) for message in messages]
     shape = tuple(
-        (message["role"], tuple(entry.kind if isinstance(entry, MediumEntry) else "text" for entry in own))
-        for message, own in zip(messages, entries, strict=True)
+        (role, tuple(entry.kind if isinstance(entry, MediumEntry) else "text" for entry in own))
+        for role, own in contents
     )
     pieces, opening = _entry_frame(template, shape, prompt)
     result = Rendered(pieces[0])
-    media = [entry for own in entries for entry in own if isinstance(entry, MediumEntry)]
-    texts = [(role, entry) for (role, _), own in zip(shape, entries, strict=True) for entry in own]
-    texts = [(role, entry) for role, entry in texts if not isinstance(entry, MediumEntry)]
+    media = [entry for _, own in contents for entry in own if isinstance(entry, MediumEntry)]
+    texts = [(role, entry) for role, own in contents for entry in own if not isinstance(entry, MediumEntry)]
     for number, ((role, text), before, piece) in enumerate(zip(texts, pieces, pieces[1:], strict=False)):
         start = len(result.text)
-        _write_text(text, result)
+        _write_content([text], result)
         if role == "assistant":
             start -= _written_first(before, opening)
             result.answers.append((start, len(result.text) + _ending(piece, template.tokenizer)))
@@ -166,14 +204,19 @@ def _ending(piece: str, tokenizer: PreTrainedTokenizerBase) -> int:
     return blank + len(end_marker) if end_marker and piece[blank:].startswith(end_marker) else 0
 
 
-def _write_content(message: dict[str, Any], result: Rendered) -> None:
-    """Append a message's content to the text, with a placeholder for each of its media."""
-    for entry in entries_of(message):
+def _write_content(content: list[str | MediumEntry | Subject], result: Rendered) -> None:
+    """Append a message's content to the text, with a placeholder for each of its media and coordinates."""
+    for entry in content:
         if isinstance(entry, MediumEntry):
             result.text += PLACEHOLDERS[entry.kind]
             result.media.append(entry)
-            continue
-        _write_text(entry, result)
+        elif isinstance(entry, str):
+            _write_text(entry, result)
+        else:
+            for piece in entry[0].pieces:
+                if isinstance(piece, Located):
+                    result.located.append((len(result.text), piece, entry[1]))
+                result.text += Coordinates.token(piece.axis, 0) if isinstance(piece, Located) else piece
 
 
 def _write_text(text: str, result: Rendered) -> None:

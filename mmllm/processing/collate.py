@@ -51,6 +51,7 @@ class Example:
         labels: the same with -100 where nothing is learned, or None.
         media: its media in order.
         spans: (start, medium, stream) of every visual span.
+        coordinates: (position, token below, token above, how far between them) of every exact place.
         prompt: {text source: ids} of what the user says.
         alignment_level: how completely text and media match, -1 = unknown.
         name: its name in errors.
@@ -60,6 +61,7 @@ class Example:
     labels: list[int] | None
     media: list[Medium] = field(default_factory=list)
     spans: list[tuple[int, int, int]] = field(default_factory=list)
+    coordinates: list[tuple[int, int, int, float]] = field(default_factory=list)
     prompt: dict[str, list[int]] = field(default_factory=dict)
     alignment_level: int = -1
     name: str = ""
@@ -106,9 +108,19 @@ def joined(parts: list[dict[str, Any]], attention_mask: Tensor | None) -> dict[s
         pairs += [(clip + len(media), -1 if prompt < 0 else prompt + prompts) for clip, prompt in part["pairs"]]
         media += part["media"]
         prompts += len(next(iter(part["prompts"].values()))["ids"]) if "prompts" in part else 0
-    whole = {"media": media, "pairs": pairs, "spans": torch.cat(spans)}
+    whole = {"media": media, "pairs": pairs, "spans": torch.cat(spans), **_located(parts, offsets)}
     asked = [part["prompts"] for part in parts if "prompts" in part]
     return whole | ({"prompts": {name: _stacked([part[name] for part in asked]) for name in asked[0]}} if asked else {})
+
+
+def _located(parts: list[dict[str, Any]], offsets: list[int]) -> dict[str, Any]:
+    """The coordinates of all rows, if any has some."""
+    found = []
+    for row, (part, offset) in enumerate(zip(parts, offsets, strict=True)):
+        if "coordinates" in part:
+            given = part["coordinates"]
+            found.append({**given, "places": given["places"] + given["places"].new_tensor([row, offset])})
+    return {"coordinates": {key: torch.cat([one[key] for one in found]) for key in found[0]}} if found else {}
 
 
 def _stacked(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -129,6 +141,7 @@ class Visual:
         self.prompts: dict[str, Example] = {}
         self.pairs: dict[tuple[Any, str | None], int] = {}
         self.spans: list[tuple[int, int, int, int]] = []
+        self.coordinates: list[tuple[int, int, int, int, float]] = []
 
     def add(self, example: Example, row: int, offset: int) -> None:
         """Add the spans of one row whose tokens start at `offset`."""
@@ -140,6 +153,7 @@ class Visual:
                 self.prompts.setdefault(prompt, example)
             pair = self.pairs.setdefault((medium.key, prompt), len(self.pairs))
             self.spans.append((row, start + offset, pair, stream))
+        self.coordinates += [(row, position + offset, *exact) for position, *exact in example.coordinates]
 
     def collected(self, prompts: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         """The dict; `prompts` collates rows of ids and levels."""
@@ -150,6 +164,10 @@ class Visual:
             "pairs": [(clips[clip], -1 if prompt is None else asked[prompt]) for clip, prompt in self.pairs],
             "spans": torch.tensor(self.spans, dtype=torch.long).reshape(-1, 4),
         }
+        if self.coordinates:
+            rows, positions, lower, upper, ratios = zip(*self.coordinates, strict=True)
+            places, ids = torch.tensor([rows, positions]).T, torch.tensor([lower, upper]).T
+            visual["coordinates"] = {"places": places, "ids": ids, "ratio": torch.tensor(ratios)}
         said = self.prompts.values()
         rows, levels = [example.prompt for example in said], [example.alignment_level for example in said]
         return visual | ({"prompts": prompts(rows, levels)} if asked else {})

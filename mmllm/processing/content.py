@@ -9,6 +9,8 @@ from typing import Any
 
 from mmllm.contract.arguments import Count, NotNegative, Positive, parse
 from mmllm.contract.errors import UserError, nearest, shown
+from mmllm.contract.places import KEYS as PLACES
+from mmllm.contract.places import Place, read_place
 from mmllm.data.media.sampling import Sampling
 from mmllm.data.media.types import MediaRef
 from mmllm.data.records.entries import content_entries
@@ -76,8 +78,11 @@ def texts_of(message: dict[str, Any]) -> list[str]:
     return [entry for entry in entries_of(message) if isinstance(entry, str)]
 
 
-def entries_of(message: dict[str, Any]) -> list[str | MediumEntry]:
-    """The content of a message: a text for each text entry, a `MediumEntry` for each image and video.
+Entry = str | MediumEntry | Place
+
+
+def entries_of(message: dict[str, Any]) -> list[Entry]:
+    """The content of a message: a text for each text entry, a `MediumEntry` for each image and video, and the places.
 
     Raises:
         UserError: an unknown kind or key, a value of a wrong type, a medium without a file.
@@ -88,15 +93,18 @@ def entries_of(message: dict[str, Any]) -> list[str | MediumEntry]:
     return [_entry(entry) for entry in entries]
 
 
-def _entry(entry: dict[str, Any]) -> str | MediumEntry:
+def _entry(entry: dict[str, Any]) -> Entry:
     kind = entry.get("type")
     if kind == "text":
         if not isinstance(entry.get("text"), str):
             raise UserError("text entry", "has no text", got=shown(entry, 60))
         _check_keys(entry, ("type", "text"), "text entry")
         return entry["text"]
+    if isinstance(kind, str) and kind in PLACES:
+        return read_place(entry, f"{kind} entry")
     if not isinstance(kind, str) or kind not in VALUES:
-        raise UserError("content entry", "unknown type", expected="text, image or video", got=shown(kind))
+        expected = f"text, image, video, {', '.join(PLACES)}"
+        raise UserError("content entry", "unknown type", expected=expected, got=shown(kind))
     where, known = f"{kind} entry", VALUES[kind]
     _check_keys(entry, ("type", "placeholder", *LOCATORS, *known, *SPELLINGS), where)
     located = [key for key in LOCATORS if entry.get(key) is not None]

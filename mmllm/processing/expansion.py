@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from mmllm.contract.errors import UserError
+from mmllm.contract.places import Located
 from mmllm.model.front_end_plan import FrontEndPlan
 from mmllm.processing.chat_template import Rendered
 from mmllm.processing.collate import Example, Medium
@@ -13,10 +14,23 @@ from mmllm.processing.content import MediumEntry
 from mmllm.processing.control_tokens import ControlTokens
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 ReadEntry = Callable[[int, MediumEntry, bool], Medium]
 """(index of a medium in its conversation, its entry, whether to cut it into tiles) -> the medium, read."""
+
+
+def share_of(seconds: float, times: Tensor) -> float:
+    """A moment of a clip as a share of its time, which runs from the first frame that is seen to the last one."""
+    first, last = float(times[0]), float(times[-1])
+    return min(max((seconds - first) / (last - first), 0.0), 1.0) if last > first else 0.0
+
+
+def seconds_of(share: float, times: Tensor) -> float:
+    """The other way round."""
+    first, last = float(times[0]), float(times[-1])
+    return first + share * (last - first)
 
 
 class Expander:
@@ -56,7 +70,11 @@ class Expander:
             UserError: placeholders and media do not go together.
         """
         typed = self.controls.spelled(rendered.text, rendered.typed)
-        placed = answers or bool(typed)
+        located = {start: (where, of) for start, where, of in rendered.located}
+        if located and self.plan.vocabulary is None:
+            what = "this model has no words for places and moments"
+            raise UserError(name or "content entry", what, hint="model.vocabulary: {type: coordinates}")
+        placed = answers or bool(typed or located)
         encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=placed)
         offsets = encoded["offset_mapping"] if placed else None
         example = Example([], [] if answers else None, name=name)
@@ -65,6 +83,8 @@ class Expander:
             if token in self.placeholder_ids:
                 self._append_medium(example, rendered, read)
                 continue
+            if located and offsets[position][0] in located:
+                token = self._locate(example, rendered, *located.pop(offsets[position][0]))
             ids = self.controls.ids_of(token, rendered.text, offsets[position], typed) if typed else [token]
             example.ids += ids
             if answers:
@@ -72,7 +92,7 @@ class Expander:
                 first, last = offsets[position]
                 learnt = any(last > start and first < end for start, end in extents)
                 example.labels += ids if learnt else [-100] * len(ids)
-        if len(example.media) != len(rendered.media):
+        if len(example.media) != len(rendered.media) or located:
             raise UserError(name or "text", "a placeholder was lost in tokenisation")
         if self.plan.first:
             self._put_first(example)
@@ -96,6 +116,23 @@ class Expander:
         if example.labels is not None:
             example.labels[start:start] = [-100] * (at - start)
         example.spans = [*first, *((position + at - start, index, stream) for position, index, stream in example.spans)]
+        example.coordinates = [(position + at - start, *rest) for position, *rest in example.coordinates]
+
+    def _locate(self, example: Example, rendered: Rendered, where: Located, of: MediumEntry | None) -> int:
+        """The token nearest to a coordinate, whose exact place is noted.
+
+        Raises:
+            UserError: a moment of no clip, or of one that comes later.
+        """
+        layout, share = self.plan.vocabulary, where.value
+        if where.seconds:
+            index = next((number for number, medium in enumerate(rendered.media) if medium is of), len(rendered.media))
+            if index >= len(example.media):
+                raise UserError(example.name or "time entry", "a moment of a clip that does not come before it")
+            share = share_of(where.value, example.media[index].times)
+        low, high, ratio = layout.rows(where.axis, share)
+        example.coordinates.append((len(example.ids), layout.first + low, layout.first + high, ratio))
+        return layout.first + layout.nearest(where.axis, share)
 
     def _append_medium(self, example: Example, rendered: Rendered, read: ReadEntry) -> None:
         index = len(example.media)

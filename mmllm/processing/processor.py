@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import AutoProcessor, ProcessorMixin
 
-from mmllm.contract.arguments import Count, Number, parse
+from mmllm.contract.arguments import Count, Number, bind, parse
 from mmllm.contract.errors import UserError, shown
+from mmllm.contract.grounding import Coordinates
 from mmllm.contract.types import Geometry
 from mmllm.data.media.loading import MediaLoader
 from mmllm.data.media.sampling import Sampling
@@ -23,6 +24,7 @@ from mmllm.processing.control_tokens import ControlTokens
 from mmllm.processing.expansion import Expander, ReadEntry
 from mmllm.processing.media import read_medium
 from mmllm.processing.options import SAMPLING, read_options, refuse_unknown
+from mmllm.processing.placeholders import add_coordinates, add_placeholders
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,10 +62,10 @@ class MMLLMProcessor(ProcessorMixin):
         self._section = json.dumps(model_section, sort_keys=True)
         self._plan: FrontEndPlan | None = None
         self.loader = MediaLoader()
-        missing = [token for token in PLACEHOLDERS.values() if token not in tokenizer.get_vocab()]
-        if missing:
-            tokenizer.add_tokens(missing, special_tokens=True)
-        self.placeholder_ids = {tokenizer.convert_tokens_to_ids(token) for token in PLACEHOLDERS.values()}
+        self.placeholder_ids = add_placeholders(tokenizer)
+        vocabulary, where = (model_section or {}).get("vocabulary"), "processor_config.json: model_section.vocabulary"
+        if vocabulary:
+            add_coordinates(tokenizer, Coordinates(**bind(Coordinates, vocabulary, where)))
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token_id is None:

@@ -105,7 +105,10 @@ def test_fps_of_a_file_samples_and_of_a_folder_says_its_rate(processor, tmp_path
         ({"type": "video", "path": "a.mp4", "frames": 10**400}, "frames: out of range"),
         ({"type": "image", "path": "a.png", "start": 1.0}, "image entry: 'start': unknown key"),
         ({"type": "text", "text": "a", "txt": "b"}, "text entry: 'txt': unknown key"),
-        ({"type": "audio", "path": "a.wav"}, "unknown type, expected text, image or video, got 'audio'"),
+        (
+            {"type": "audio", "path": "a.wav"},
+            "unknown type, expected text, image, video, box, time, tube, location, got 'audio'",
+        ),
         ({"type": ["video"], "path": "a.mp4"}, "unknown type"),
         ({"type": "video"}, "it names no file"),
         ({"type": "video", "path": "a.mp4", "video": "b.mp4"}, "path and video name its file, expected one of them"),

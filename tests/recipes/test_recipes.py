@@ -46,6 +46,13 @@ FIGURES = {
     "nano/clip": (8 * 9, None),
     "nano/aim": (8 * 9 + 1, None),
     "nano/aim_image": (8 * 15, None),
+    "longvlm": (5 + 10 * 30 + 2, 7046),
+    "st_llm": (16 * 32, 8044),
+    "st_llm_long": (16 * 32, 7947),
+    "nano/st_llm": (8 * 9, None),
+    "llava_st": (100 * 9 + 20 * 81, 8099),
+    "nano/llava_st": (8 + 4 * 9, None),
+    "nano/longvlm": (1 + 4 * 6, None),
     "nano/llava": (8 * 9, None),
     "nano/video_chatgpt": (8 + 9, None),
     "nano/llava_onevision_video": (8 * 9 + 1, None),
@@ -60,6 +67,7 @@ def test_every_shipped_recipe_walks_to_its_figures(name):
     rows = walk(Blueprint.of(recipes.load(name)))
     assert rows[-1].tokens == tokens
     free = ("newline", "any_resolution", "temporal_spatial_mean", "llm_embedding")
+    free += ("global_tokens", "sequence_concat", "markers", "ids", "lape", "coordinates")
     assert all(row.macs > 0 for row in rows if row.type not in free)
     if millions is not None:
         assert sum(row.parameters for row in rows) / 1e6 == pytest.approx(millions, rel=0.002)

@@ -10,6 +10,7 @@ from pathlib import Path
 from mmllm.contract.errors import UserError
 from mmllm.data.media.doctor import MediaFile
 from mmllm.data.records.conversations import Sample
+from mmllm.data.records.entries import MEDIA
 from mmllm.data.records.mix import open_entry, read_mix
 
 ERRORS = 1000
@@ -51,7 +52,7 @@ class Scan:
         """Record the media of a sample."""
         contents = [message["content"] for message in sample.messages]
         for entry in (entry for content in contents if isinstance(content, list) for entry in content):
-            if entry["type"] == "text":
+            if entry["type"] not in MEDIA:
                 continue
             self.as_video += entry.get("placeholder") == "<image>"
             source = next(entry[key] for key in LOCATORS if entry.get(key) is not None)

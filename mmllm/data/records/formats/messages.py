@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mmllm.contract.errors import UserError, nearest
+from mmllm.contract.places import KEYS as PLACES
+from mmllm.contract.places import read_place
 from mmllm.contract.registry import register
 from mmllm.data.records.conversations import Sample, Source
-from mmllm.data.records.entries import content_entries
+from mmllm.data.records.entries import MEDIA, content_entries
 from mmllm.data.records.json_files import short, take
 
-KINDS = ("text", "image", "video")
+KINDS = ("text", *MEDIA, *PLACES)
 LOCATORS = ("path", "url", "image", "video")
 
 
@@ -49,7 +51,9 @@ class Messages(Source):
         kind = entry.get("type") if isinstance(entry, dict) else None
         if kind not in list(KINDS):
             raise UserError(where, "unknown type of entry", got=short(entry), hint=nearest(str(kind), list(KINDS)))
-        if kind != "text":
+        if kind in PLACES:
+            read_place(entry, f"{where}: {kind} entry")
+        if kind in MEDIA:
             self._check_medium(entry, where)
         if kind == "text" and not isinstance(entry.get("text"), str):
             raise UserError(where, "a text entry has no text", got=short(entry))

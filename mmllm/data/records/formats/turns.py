@@ -10,6 +10,7 @@ from typing import Any
 from mmllm.contract.errors import UserError, nearest
 from mmllm.data.records.conversations import Sample
 from mmllm.data.records.formats.media import media
+from mmllm.data.records.formats.variables import names_places, with_places
 from mmllm.data.records.json_files import short
 
 Turn = tuple[str, str]
@@ -41,7 +42,10 @@ def conversation(
         turns = READERS[used](record[used], f"{where}:{used}")
     found = {kind: media(record, kind, where, root, spill) for kind in ("image", "video")}
     messages = _fill(turns, found, where)
-    taken = {"id", used, *MEDIA_KEYS, *(("start", "end") if found["video"] else ())}
+    located = {"variables"} if names_places(record.get("variables")) else set()
+    if located:
+        messages = with_places(messages, record["variables"], where)
+    taken = {"id", used, *located, *MEDIA_KEYS, *(("start", "end") if found["video"] else ())}
     fields = {key: value for key, value in record.items() if key not in taken and value is not None}
     for key in ("chosen", "rejected"):
         if isinstance(fields.get(key), list):
