@@ -22,6 +22,7 @@ from mmllm.eval.runner import run_benchmark
 from mmllm.model.checkpoint import weights_digest
 
 if TYPE_CHECKING:
+    from mmllm.contract.grounding import Coordinates
     from mmllm.model.modeling import MMLLMForConditionalGeneration
     from mmllm.processing.collate import VisualBatch
     from mmllm.processing.processor import MMLLMProcessor
@@ -53,6 +54,11 @@ class ModelAnswerer:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="reading")
         self._ahead: list[tuple[Any, Future]] = []
         self.damaged: set[str] = set()
+
+    @property
+    def vocabulary(self) -> Coordinates | None:
+        """The coordinates that it writes, or None."""
+        return self.processor.plan.vocabulary
 
     def prefetch(self, conversations: list[list[dict]], *, frames: int | None) -> None:
         """Read and tokenise the next questions while the model is still answering."""
@@ -106,6 +112,7 @@ def evaluate_model(
     *,
     frames: int | None = None,
     limit: int | None = None,
+    tasks: tuple[str, ...] = (),
     missing: Literal["error", "skip"] = "error",
     baselines: tuple[str, ...] = ("blind", "single_frame"),
     batch_size: int = 32,
@@ -132,6 +139,7 @@ def evaluate_model(
             chosen,
             baselines=baselines,
             limit=limit,
+            tasks=tasks,
             missing=missing,
             batch_size=batch_size,
             progress=progress,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmllm.contract.errors import UserError, nearest
-from mmllm.eval import mlvu, mvbench
+from mmllm.eval import grounding, mlvu, mvbench
 from mmllm.eval.items import Item
 
 
@@ -30,7 +30,37 @@ class Benchmark:
 BENCHMARKS = {
     "mvbench": Benchmark("mvbench", mvbench.load, "micro"),
     "mlvu": Benchmark("mlvu", mlvu.load, "macro"),
+    "grounding": Benchmark("grounding", grounding.load, "macro"),
 }
+
+
+def parse_tasks(text: str, where: str = "--tasks") -> dict[str, tuple[str, ...]]:
+    """{benchmark: its chosen tasks, or () for all}: `mvbench,mlvu:order,needle` has two tasks of mlvu.
+
+    Raises:
+        UserError: an unknown benchmark, or a task before any benchmark.
+    """
+    chosen: dict[str, list[str]] = {}
+    last = ""
+    for piece in (part.strip() for part in text.split(",")):
+        name, colon, task = piece.partition(":")
+        if not piece:
+            continue
+        if colon or name in BENCHMARKS or not last or not chosen[last]:
+            find_benchmark(name, where)
+            last = name
+            chosen.setdefault(name, [])
+            chosen[name] += [task] if task else []
+        else:
+            chosen[last].append(piece)
+    if not chosen:
+        raise UserError(where, "names no benchmark", expected=", ".join(BENCHMARKS))
+    return {name: tuple(dict.fromkeys(tasks)) for name, tasks in chosen.items()}
+
+
+def title_of(name: str, tasks: tuple[str, ...]) -> str:
+    """How a benchmark is called in reports: with the tasks that were chosen of it."""
+    return f"{name}:{','.join(tasks)}" if tasks else name
 
 
 def find_benchmark(name: str, where: str = "--tasks") -> Benchmark:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mmllm.contract.errors import UserError, shown
+from mmllm.contract.grounding import Box, TimeSpan, Tube
 from mmllm.data.records.json_files import read_json
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -33,7 +34,9 @@ class Item:
         answer: text of the right answer.
         gold: letter of the first option whose text equals `answer`, or None.
         video: path of the clip relative to the video folder; items on the same clip share it.
-        kind: "choice", or "open" for a free answer that a judge would score.
+        kind: "choice", "grounding" for an answer that says when and where, or "open" for one that a judge would score.
+        truth: of a grounding item, in shares of the clip and the frame.
+        frames: of a grounding item, those of its clip.
     """
 
     benchmark: str
@@ -49,6 +52,8 @@ class Item:
     gold: str | None
     video: str
     kind: str = "choice"
+    truth: TimeSpan | Box | Tube | None = None
+    frames: int = 0
 
     def is_right(self, letter: str | None) -> bool:
         """True where the chosen option's *text* is the answer (several options may have the same text)."""
@@ -99,15 +104,18 @@ def gold_letter(options: tuple[str, ...], answer: str) -> str | None:
     return LETTERS[options.index(answer)] if answer in options else None
 
 
-def defect(item: Item) -> str | None:
+def defect_of_choice(item: Item) -> str | None:
     """Why a multiple-choice item cannot be scored, or None if it can."""
-    if item.kind != "choice":
-        return None
     if not any(option.strip() for option in item.options):
         return "all options are empty"
     if not item.answer.strip():
         return "the answer is empty"
     return None if item.gold else "the answer is not among the options"
+
+
+def gold_missing(item: Item) -> str | None:
+    """Why a grounding item cannot be scored, or None if it can."""
+    return "there is no truth to compare with" if item.truth is None else None
 
 
 def misplaced(item: Item) -> str | None:

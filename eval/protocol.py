@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mmllm.eval.items import LETTERS, Item
+from mmllm.eval.kinds import KINDS
 
 FRAME_FOLDER_FPS = 3.0
 
@@ -65,6 +66,11 @@ def prompt(item: Item) -> str:
 PROMPTS: dict[str, Callable[[Item], str]] = {"best_option": prompt}
 
 
+def asked(item: Item, protocol: Protocol) -> str:
+    """The text of an item: the protocol's prompt, or its question alone, by its kind."""
+    return item.question if KINDS[item.kind].plain else PROMPTS[protocol.prompt](item)
+
+
 def messages(item: Item, blind: bool = False, protocol: Protocol = CANONICAL) -> list[dict[str, Any]]:
     """The item as chat messages in the format of Hugging Face chat templates.
 
@@ -74,7 +80,7 @@ def messages(item: Item, blind: bool = False, protocol: Protocol = CANONICAL) ->
         protocol: which prompt and system prompt.
     """
     content: list[dict[str, Any]] = [] if blind else [_video_entry(item)]
-    content.append({"type": "text", "text": PROMPTS[protocol.prompt](item)})
+    content.append({"type": "text", "text": asked(item, protocol)})
     chat: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if protocol.system:
         chat.insert(0, {"role": "system", "content": [{"type": "text", "text": protocol.system}]})
@@ -89,4 +95,6 @@ def _video_entry(item: Item) -> dict[str, Any]:
         entry["end"] = item.end
     if item.frame_folder:
         entry["fps"] = FRAME_FOLDER_FPS
+    if (sampler := KINDS[item.kind].sampler) is not None:
+        entry["sampler"] = sampler
     return entry

@@ -20,7 +20,8 @@ class TaskScore:
     `items` were scored; `total` also counts missing, broken and excluded ones. `unparsed` answers (empty ones included)
     count in `items`, as wrong. `broken`: the clip exists but cannot be read as the item requires. `words`: answers that
     contain the text of the right option, whatever letter goes with it; None, and left out of files, where the model
-    answers by letter alone.
+    answers by letter alone. `measures` of a grounding task: means of its overlaps, and `recall@0.5`, the share of items
+    whose score reaches that; None, and left out of files, elsewhere.
     """
 
     score: float | None
@@ -33,10 +34,12 @@ class TaskScore:
     unparsed: int
     words: float | None = None
     broken: int = 0
+    measures: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As part of ``report.json``."""
-        return {key: value for key, value in asdict(self).items() if key != "words" or value is not None}
+        absent = ("words", "measures")
+        return {key: value for key, value in asdict(self).items() if key not in absent or value is not None}
 
 
 @dataclass

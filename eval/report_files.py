@@ -36,6 +36,9 @@ def _notes(report: Report) -> list[str]:
     notes = [f"WARNING: {warning}" for warning in report.warnings]
     if reduced := report.subject.get("reduce"):
         notes.append("visual tokens reduced: " + ", ".join(f"{key} {value}" for key, value in reduced.items()))
+    for name, task in report.tasks.items():
+        if task.measures:
+            notes.append(f"{name}: " + ", ".join(f"{key} {value:.1f}" for key, value in task.measures.items()))
     notes += [f"{task}: {reason}" for task, reason in report.not_scored.items()]
     notes += [f"broken {row['id']}: {row['reason']}" for row in report.broken]
     return notes + [f"excluded {row['id']}: {row['reason']}" for row in report.excluded]
@@ -44,7 +47,9 @@ def _notes(report: Report) -> list[str]:
 def render(report: Report) -> str:
     """The report as a plain text table with its notes, for a terminal."""
     rows = _rows(report)
-    head = f"{report.benchmark}  {report.protocol}-{report.protocol_hash}  accuracy in %"
+    grounded = any(task.measures for task in report.tasks.values())
+    what = "overlap with the truth in %" if grounded else "accuracy in %"
+    head = f"{report.benchmark}  {report.protocol}-{report.protocol_hash}  {what}"
     return "\n".join([head, *aligned(rows), *_notes(report), summary(report)])
 
 

@@ -11,12 +11,13 @@ from typing import Protocol as Interface
 from mmllm.contract.errors import UserError
 from mmllm.eval.benchmarks import Benchmark
 from mmllm.eval.items import LETTERS, Item
+from mmllm.eval.kinds import KINDS, Layout
 from mmllm.eval.option_text import option_texts
 from mmllm.eval.predictions import Predictions, clip_size
-from mmllm.eval.protocol import PROMPTS, Protocol, messages
+from mmllm.eval.protocol import Protocol, asked, messages
 from mmllm.eval.report import Report
 from mmllm.eval.report_files import write_report
-from mmllm.eval.scoring import letter_of, score
+from mmllm.eval.scoring import score, verdict_of
 from mmllm.eval.selection import Selection, select, settle_broken, settle_missing
 
 Conversation = list[dict[str, Any]]
@@ -35,7 +36,8 @@ class Answerer(Interface):
 
         An answerer may have a method `prefetch(conversations, *, frames)`, told what is asked after the next call, and
         an attribute `damaged`: the set of files in which damaged frames were found. For protocols that compare the
-        likelihood of options it has `score_options(conversations, options, *, frames)`.
+        likelihood of options it has `score_options(conversations, options, *, frames)`. Its attribute `vocabulary` says
+        which coordinates it writes, if it writes any.
         """
 
 
@@ -59,6 +61,7 @@ def run_benchmark(
     *,
     baselines: tuple[str, ...] = ("blind", "single_frame"),
     limit: int | None = None,
+    tasks: tuple[str, ...] = (),
     missing: Literal["error", "skip"] = "error",
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
@@ -76,6 +79,7 @@ def run_benchmark(
         protocol: how questions are put and read.
         baselines: conditions besides "model": any of "blind", "single_frame"; those answered earlier are reported too.
         limit: only the first items of each task.
+        tasks: only these tasks; () = all. Their report goes into ``tasks-NAMES/``.
         missing: "error" stops before the first answer where clips are missing, and at one that cannot be read; "skip"
             leaves their items out and counts them.
         batch_size: conversations per call of `answer`.
@@ -87,8 +91,9 @@ def run_benchmark(
             stay in ``predictions.jsonl``.
     """
     conditions = _conditions(baselines)
-    chosen = select(benchmark.load(Path(root)), limit)
-    reports = out if limit is None else out / f"limit-{limit}"
+    chosen = select(benchmark.load(Path(root)), limit, tasks)
+    part = [*([f"limit-{limit}"] if limit is not None else []), *(["-".join(["tasks", *tasks])] if tasks else [])]
+    reports = out.joinpath("-".join(part)) if part else out
     settle_missing(chosen, benchmark.name, reports, missing)
     settle_broken(chosen, benchmark.name, missing)
     predictions = Predictions(out / "predictions.jsonl")
@@ -98,7 +103,8 @@ def run_benchmark(
         item, reason = chosen.broken[0]
         raise UserError(f"{benchmark.name} {item.id}", f"no clip can be read; the first: {reason}")
     known = [name for name in CONDITIONS if all((item.id, name) in predictions for item in chosen.scored)]
-    report = score(benchmark, protocol, chosen, predictions, tuple(known))
+    layout = getattr(answer, "vocabulary", None)
+    report = score(benchmark, protocol, chosen, predictions, tuple(known), layout)
     report.root, report.limit, report.subject = str(root), limit, subject or {}
     write_report(report, reports)
     return report
@@ -117,7 +123,7 @@ def _answer_all(
     """Answer what an earlier run left, condition by condition; under `skip`, unreadable items are set aside."""
     show = progress or (lambda done, total: None)
     for condition in conditions:
-        batches = list(_batches(_pending(chosen.scored, condition, predictions, protocol), batch_size))
+        batches = _batches(_pending(chosen.scored, condition, predictions, protocol), batch_size)
         done, total = _count(chosen, conditions, predictions)
         show(done, total)
         for batch, following in zip(batches, [*batches[1:], []], strict=False):
@@ -145,16 +151,14 @@ def _conditions(baselines: tuple[str, ...]) -> tuple[str, ...]:
     return ("model", *dict.fromkeys(baselines))
 
 
-def _pending(
-    items: list[Item], condition: str, predictions: Predictions, protocol: Protocol
-) -> list[tuple[list[Item], str | None]]:
+def _pending(items: list[Item], condition: str, predictions: Predictions, protocol: Protocol) -> list[Group]:
     """Groups of unanswered items that share one answer, with that answer where an earlier run has it.
 
     Without the clip, items with the same prompt are one question; with it, each item is its own.
     """
     groups: dict[str, list[Item]] = {}
     for item in items:
-        key = PROMPTS[protocol.prompt](item) if CONDITIONS[condition].blind else item.id
+        key = asked(item, protocol) if CONDITIONS[condition].blind else item.id
         groups.setdefault(key, []).append(item)
     pending = []
     for group in groups.values():
@@ -165,19 +169,27 @@ def _pending(
     return pending
 
 
-def _batches(values: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
+Group = tuple[list[Item], str | None]
+"""Items that share an answer, and that answer where it is known."""
 
 
-def _asked(batch: list[tuple[list[Item], str | None]], condition: str, protocol: Protocol) -> list[Conversation]:
+def _batches(groups: list[Group], size: int) -> list[list[Group]]:
+    """Runs of at most `size` groups whose items are of one kind."""
+    found = []
+    for kind in dict.fromkeys(items[0].kind for items, _ in groups):
+        own = [group for group in groups if group[0][0].kind == kind]
+        found += [own[start : start + size] for start in range(0, len(own), size)]
+    return found
+
+
+def _asked(batch: list[Group], condition: str, protocol: Protocol) -> list[Conversation]:
     """The conversations of a batch that have no answer yet."""
     blind = CONDITIONS[condition].blind
     return [messages(items[0], blind, protocol) for items, known in batch if known is None]
 
 
 def _answer_batch(
-    batch: list[tuple[list[Item], str | None]],
+    batch: list[Group],
     condition: str,
     answer: Answerer,
     predictions: Predictions,
@@ -192,15 +204,17 @@ def _answer_batch(
     Returns:
         what was left out: (item, reason).
     """
-    frames, asked = CONDITIONS[condition].frames, _asked(batch, condition, protocol)
-    options = {id(one): items[0].options for one, items in zip(asked, _first(batch), strict=True)}
+    frames, coming = CONDITIONS[condition].frames, _asked(batch, condition, protocol)
+    options = {id(one): items[0].options for one, items in zip(coming, _first(batch), strict=True)}
+    kind = batch[0][0][0].kind
+    longest = KINDS[kind].max_new_tokens or protocol.max_new_tokens
 
     def ask(conversations: list[Conversation]) -> list[str]:
-        if protocol.decoding == "likelihood" and conversations:
+        if protocol.decoding == "likelihood" and kind == "choice" and conversations:
             given = [option_texts(list(options[id(one)])) for one in conversations]
             fresh = [_likeliest(scores) for scores in answer.score_options(conversations, given, frames=frames)]
         elif conversations:
-            fresh = answer(conversations, frames=frames, max_new_tokens=protocol.max_new_tokens)
+            fresh = answer(conversations, frames=frames, max_new_tokens=longest)
         else:
             fresh = []
         if len(fresh) != len(conversations):
@@ -208,11 +222,11 @@ def _answer_batch(
         return fresh
 
     try:
-        responses: Iterator[str | UserError] = iter(ask(asked))
+        responses: Iterator[str | UserError] = iter(ask(coming))
     except UserError:
         if not skip:
             raise
-        responses = iter([_one(ask, conversation) for conversation in asked])
+        responses = iter([_one(ask, conversation) for conversation in coming])
     rows, broken = [], []
     for items, known in batch:
         response = next(responses) if known is None else known
@@ -220,12 +234,13 @@ def _answer_batch(
             broken += [(item, str(response)) for item in items]
         else:
             seen = set() if CONDITIONS[condition].blind else getattr(answer, "damaged", set())
-            rows += [_row(item, condition, response, protocol, seen) for item in items]
+            layout = getattr(answer, "vocabulary", None)
+            rows += [_row(item, condition, response, protocol, seen, layout) for item in items]
     predictions.add(rows)
     return broken
 
 
-def _first(batch: list[tuple[list[Item], str | None]]) -> list[list[Item]]:
+def _first(batch: list[Group]) -> list[list[Item]]:
     """The groups of a batch that have no answer yet."""
     return [items for items, known in batch if known is None]
 
@@ -243,9 +258,13 @@ def _one(ask: Callable[[list[Conversation]], list[str]], conversation: Conversat
         return error
 
 
-def _row(item: Item, condition: str, response: str, protocol: Protocol, damaged: set[str]) -> dict[str, Any]:
-    letter = letter_of(protocol, response, item)
-    flag = {"damaged": True} if str(item.media_path) in damaged else {}
+def _row(
+    item: Item, condition: str, response: str, protocol: Protocol, damaged: set[str], layout: Layout
+) -> dict[str, Any]:
+    verdict = verdict_of(protocol, response, item, layout)
+    flag: dict[str, Any] = {"damaged": True} if str(item.media_path) in damaged else {}
+    if item.kind != "choice":
+        flag |= {"score": verdict.score, "measures": verdict.measures}
     if not CONDITIONS[condition].blind:
         flag["clip"] = clip_size(item)
     return {
@@ -253,8 +272,8 @@ def _row(item: Item, condition: str, response: str, protocol: Protocol, damaged:
         "task": item.task,
         "condition": condition,
         "response": response,
-        "letter": letter,
+        "letter": verdict.letter,
         "gold": item.gold,
-        "correct": item.is_right(letter),
+        "correct": verdict.score == 1,
         **flag,
     }

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable
 
 from mmllm.eval.benchmarks import Benchmark
+from mmllm.eval.grounding_scores import recalls
 from mmllm.eval.items import Item
+from mmllm.eval.kinds import KINDS, Layout, Verdict
 from mmllm.eval.option_text import by_words
-from mmllm.eval.parsing import parsers
 from mmllm.eval.predictions import Predictions
 from mmllm.eval.protocol import Protocol
 from mmllm.eval.report import Report, TaskScore
@@ -18,13 +19,22 @@ logger = logging.getLogger(__name__)
 EMPTY_SHARE = 0.01  # a working model returns something: more empty answers mean a broken run
 
 
-def letter_of(protocol: Protocol, response: str, item: Item) -> str | None:
-    """The letter that the protocol's parser reads from a response, or None."""
-    return parsers[protocol.parser](response, list(item.options))
+def verdict_of(protocol: Protocol, response: str, item: Item, layout: Layout = None) -> Verdict:
+    """What a response is worth.
+
+    Args:
+        layout: of the coordinates that the model writes, if it writes any.
+    """
+    return KINDS[item.kind].judge(protocol.parser, response, item, layout)
 
 
 def score(
-    benchmark: Benchmark, protocol: Protocol, chosen: Selection, predictions: Predictions, conditions: tuple[str, ...]
+    benchmark: Benchmark,
+    protocol: Protocol,
+    chosen: Selection,
+    predictions: Predictions,
+    conditions: tuple[str, ...],
+    layout: Layout = None,
 ) -> Report:
     """The report of a finished run. Empty and unparsable answers are wrong; missing and unsound items do not count.
 
@@ -34,19 +44,21 @@ def score(
         chosen: the items; `chosen.scored` must be answered under each condition.
         predictions: raw responses by (item id, condition).
         conditions: "model" and the baselines that were run.
+        layout: see `verdict_of`.
     """
-    right = {
-        condition: {i.id: i.is_right(letter_of(protocol, predictions[i.id, condition], i)) for i in chosen.scored}
+    verdicts = {
+        condition: {i.id: verdict_of(protocol, predictions[i.id, condition], i, layout) for i in chosen.scored}
         for condition in conditions
     }
-    said = {i.id: by_words(predictions[i.id, "model"], list(i.options)) for i in chosen.scored}
+    right = {condition: {key: verdict.score for key, verdict in own.items()} for condition, own in verdicts.items()}
+    choices = [item for item in chosen.scored if item.kind == "choice"]
+    said = {i.id: by_words(predictions[i.id, "model"], list(i.options)) for i in choices}
     if any(said.values()):  # otherwise the model answers by letter alone
-        right["words"] = {i.id: i.is_right(said[i.id]) for i in chosen.scored}
-    unparsed = {i.id for i in chosen.scored if letter_of(protocol, predictions[i.id, "model"], i) is None}
+        right["words"] = {i.id: float(i.is_right(said[i.id])) for i in choices}
     empty = sum(not predictions[item.id, "model"].strip() for item in chosen.scored)
     aside = [item for item, _ in [*chosen.excluded, *chosen.broken]]
     names = dict.fromkeys(item.task for item in [*chosen.scored, *chosen.missing, *aside])
-    tasks = {name: _task_score(name, chosen, right, unparsed) for name in names}
+    tasks = {name: _task_score(name, chosen, right, verdicts["model"]) for name in names}
     report = Report(
         benchmark=benchmark.name,
         protocol=protocol.name,
@@ -65,19 +77,22 @@ def score(
     return report
 
 
-def _task_score(name: str, chosen: Selection, right: dict[str, dict[str, bool]], unparsed: set[str]) -> TaskScore:
+def _task_score(
+    name: str, chosen: Selection, right: dict[str, dict[str, float]], verdicts: dict[str, Verdict]
+) -> TaskScore:
     items = [item for item in chosen.scored if item.task == name]
     missing = sum(item.task == name for item in chosen.missing)
     excluded = sum(item.task == name for item, _ in chosen.excluded)
     broken = sum(item.task == name for item, _ in chosen.broken)
 
     def percent(condition: str) -> float | None:
-        verdicts = right.get(condition)
-        return None if verdicts is None else mean(items, lambda item: 100.0 * verdicts[item.id])
+        own = right.get(condition)
+        known = own is not None and all(item.id in own for item in items)
+        return mean(items, lambda item: 100.0 * own[item.id]) if known else None
 
     return TaskScore(
         score=percent("model"),
-        chance=mean(items, lambda item: 100.0 / len(item.options)),
+        chance=mean(items, lambda item: 100.0 / len(item.options)) if all(item.options for item in items) else None,
         blind=percent("blind"),
         single_frame=percent("single_frame"),
         items=len(items),
@@ -85,8 +100,18 @@ def _task_score(name: str, chosen: Selection, right: dict[str, dict[str, bool]],
         missing=missing,
         broken=broken,
         words=percent("words"),
-        unparsed=sum(item.id in unparsed for item in items),
+        unparsed=sum(not verdicts[item.id].parsed for item in items),
+        measures=_measures([verdicts[item.id] for item in items if item.kind == "grounding"]),
     )
+
+
+def _measures(verdicts: list[Verdict]) -> dict[str, float] | None:
+    """What else is known of a grounding task: means of its measures, and how many scores reach some thresholds."""
+    if not verdicts:
+        return None
+    names = verdicts[0].measures
+    means = {name: 100 * sum(verdict.measures[name] for verdict in verdicts) / len(verdicts) for name in names}
+    return {**means, **recalls([verdict.score for verdict in verdicts])}
 
 
 def mean(items: list[Item], value: Callable[[Item], float]) -> float | None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mmllm.contract.errors import UserError
+from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.files import write_text
-from mmllm.eval.items import Item, defect, media_exists, misplaced
+from mmllm.eval.items import Item, media_exists, misplaced
+from mmllm.eval.kinds import KINDS
 
 logger = logging.getLogger(__name__)
 NEEDS_JUDGE = "not scored: needs a judge"
@@ -41,20 +42,29 @@ class Selection:
         self.broken += broken
 
 
-def select(items: list[Item], limit: int | None = None) -> Selection:
+def select(items: list[Item], limit: int | None = None, tasks: tuple[str, ...] = ()) -> Selection:
     """Split items by whether they can be answered.
 
     Args:
         items: all items of a benchmark.
         limit: keep the first `limit` items of each task; None keeps all.
+        tasks: keep these alone; () keeps all.
+
+    Raises:
+        UserError: there is no such task.
     """
+    known = list(dict.fromkeys(item.task for item in items))
+    for task in tasks:
+        if task not in known:
+            raise UserError(f"task {task!r}", "no such task", hint=nearest(task, known))
     chosen, seen = Selection(), Counter[str]()
-    for item in items:
+    for item in (item for item in items if not tasks or item.task in tasks):
         seen[item.task] += 1
         if limit is not None and seen[item.task] > limit:
             continue
-        reason = defect(item)
-        if item.kind != "choice":
+        kind = KINDS[item.kind]
+        reason = kind.defect(item)
+        if kind.judge is None:
             chosen.not_scored[item.task] = NEEDS_JUDGE
         elif reason is not None:
             chosen.excluded.append((item, reason))

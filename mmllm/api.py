@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 EVALUATION: dict[str, Any] = {
     "frames": Count | None,
     "limit": Count | None,
+    "tasks": tuple[str, ...],
     "missing": Literal["error", "skip"],
     "baselines": tuple[str, ...],
     "batch_size": Count,
@@ -295,7 +296,7 @@ def evaluate(
     Args:
         root: the benchmark's folder.
         out: folder for predictions and report (default: a temporary folder).
-        options: `limit`, `missing`, `baselines`, `batch_size`, `frames`, `progress`.
+        options: `limit`, `tasks` (some of the benchmark's), `missing`, `baselines`, `batch_size`, `frames`, `progress`.
 
     Raises:
         UserError: unknown benchmark, missing clips, or `out` holds another model's answers.

@@ -26,18 +26,20 @@ default=runs/quickstart
 out=${out:-$default}
 overrides=("roots.world=$world")
 short=()  # of the stages that --full adds
+fewer=()  # of those that its small models have in common with the large one
 if [ "$level" = tiny ]; then
     overrides+=(stages.{letters,text,caption,instruct}.steps=4)
     left=(3 2 2 2 1 1)
     short=(4 4)
 else
     left=(18 17 16 13 1 1)
-    short=(400 150)
+    short=(250 150)
+    fewer=(stages.{caption,instruct}.steps=400)
 fi
 steps=6
 if [ -n "$full" ]; then
     steps=9
-    [ "$level" = tiny ] && left=(5 4 4 4 3 3 2 2 1) || left=(40 39 38 35 23 22 21 10 3)
+    [ "$level" = tiny ] && left=(5 4 4 4 3 3 2 2 1) || left=(39 38 37 33 20 20 19 14 3)
 fi
 
 # step NUMBER NAME TITLE: say what comes and how long is left; time it from here.
@@ -78,11 +80,12 @@ if [ -n "$full" ]; then
     small="roots.world=$world --seed $seed"
 
     step 7 small "a small model learns by itself, then questions once more"
-    "$mmllm" train nano/small_twice --out "$out-small" $small "${overrides[@]}" "stages.again.steps=${short[0]}" > /dev/null
+    "$mmllm" train nano/small_twice --out "$out-small" $small "${overrides[@]}" ${fewer[@]+"${fewer[@]}"} \
+        "stages.again.steps=${short[0]}" > /dev/null
 
     step 8 distil "the same small model learns from the large one for as many steps"
     "$mmllm" train nano/llava_kd --out "$out-distilled" $small "roots.teacher=$out" \
-        "${overrides[@]}" "stages.distil.steps=${short[0]}" > /dev/null
+        "${overrides[@]}" ${fewer[@]+"${fewer[@]}"} "stages.distil.steps=${short[0]}" > /dev/null
 
     step 9 align "preferences, then all of them beside each other"
     held=()

@@ -6,12 +6,15 @@ import argparse
 import sys
 import time
 from contextlib import closing
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmllm.cli.common import (
     calm_libraries,
     common,
     flag,
+    given_path,
     media_reader,
     print_json,
     question_about,
@@ -21,7 +24,9 @@ from mmllm.cli.common import (
 )
 from mmllm.contract.arguments import Count, Positive
 from mmllm.contract.errors import UserError
+from mmllm.contract.grounding import TimeSpan, Tube
 from mmllm.device import pick_device
+from mmllm.drawing import check_suffix
 
 if TYPE_CHECKING:
     from mmllm.model.modeling import MMLLMForConditionalGeneration
@@ -33,6 +38,7 @@ examples:
   mmllm ask --model runs/mine --video clip.mp4 "What does the red square do?"
   mmllm ask --model runs/mine --video 'clip.mp4#t=3,8' --frames 16 "Who enters?"
   mmllm ask --model runs/mine --image a.jpg --image b.jpg "What differs?"
+  mmllm ask --model runs/llava_st --video clip.mp4 --out answer.mp4 "Track the red square."
   mmllm ask --model runs/mine --video clip.mp4 --reduce none --reduce random --reduce aim --keep 0.5 "Who enters?"
 
 Several --reduce or several --model: one line for each, with visual tokens, time and memory.
@@ -61,6 +67,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_mutually_exclusive_group()
     sampling.add_argument("--frames", type=flag(Count), help="frames of each video (default: the model's own)")
     sampling.add_argument("--fps", type=flag(Positive), help="frames per second of each video, instead of --frames")
+    what = "draw the places and moments of the answer: a picture or a clip"
+    parser.add_argument("--out", type=given_path, metavar="FILE.png|FILE.mp4", help=what)
     parser.add_argument("--max-new-tokens", type=flag(Count), default=64, help="longest answer (default 64)")
     reduce_flags(parser)
     reader_flags(parser)
@@ -79,6 +87,10 @@ def run(options: argparse.Namespace) -> int:
     alone = len(ways) == 1 and len(options.model) == 1
     if len(set(options.model)) < len(options.model):
         raise UserError("--model", "given twice", got=", ".join(options.model))
+    if options.out is not None:
+        check_suffix(options.out)
+        if not alone or not media:
+            raise UserError("--out", "draws the answer of one model about a medium")
     found = []
     for path in options.model:
         model, processor = load(path, device=pick_device(options.device), dtype=options.dtype or "auto")
@@ -92,9 +104,44 @@ def run(options: argparse.Namespace) -> int:
         for name, section in ways.items():
             reduce(model, section)
             answer = _answer(model, processor, batch, options.max_new_tokens, show=alone and not options.json)
-            found.append({"model": path, "reduce": name, **answer})
+            found.append({"model": path, "reduce": name, **answer, **_places(answer["answer"], batch, processor)})
     _print(found, alone, options)
+    if options.out is not None:
+        _draw(found[0]["answer"], batch, processor, options.out)
     return 0
+
+
+def _places(answer: str, batch: VisualBatch, processor: MMLLMProcessor) -> dict[str, Any]:
+    """What an answer says of when and where, in seconds and shares of the frame; nothing where it says nothing."""
+    from mmllm.processing.expansion import seconds_of
+    from mmllm.processing.grounding import entry_of, read
+
+    layout, media = processor.plan.vocabulary, batch["visual"]["media"]
+    if layout is None or not media:
+        return {}
+    found, times = read(answer, layout), media[-1]["times"]
+    at = partial(seconds_of, times=times)
+    things = [TimeSpan(at(span.start), at(span.end)) for span in found.spans] + found.boxes
+    if found.tube.boxes:
+        things.append(Tube(tuple((at(moment), box) for moment, box in found.tube.boxes)))
+    return {"places": [entry_of(thing) for thing in things]} if things else {}
+
+
+def _draw(answer: str, batch: VisualBatch, processor: MMLLMProcessor, path: Path) -> None:
+    """Write the last medium with what the answer says of it.
+
+    Raises:
+        UserError: the model has no words for places and moments.
+    """
+    from mmllm.drawing import enlarged, marked, save
+    from mmllm.processing.grounding import read
+
+    if processor.plan.vocabulary is None:
+        what = "this model has no words for places and moments"
+        raise UserError("--out", what, hint="a model with a vocabulary of coordinates, as nano/llava_st")
+    pixels = next(iter(batch["visual"]["media"][-1]["pixels"].values()))
+    save(marked(enlarged(pixels), read(answer, processor.plan.vocabulary)), path)
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def _answer(
@@ -137,14 +184,26 @@ def _print(found: list[dict[str, Any]], alone: bool, options: argparse.Namespace
     from mmllm.tables import aligned
 
     if options.json:
-        single = {key: found[0][key] for key in ("answer", "visual_tokens", "seconds")}
+        single = {key: found[0][key] for key in ("answer", "places", "visual_tokens", "seconds") if key in found[0]}
         print_json(single if alone and found[0]["reduce"] == "none" else found[0] if alone else found)
     elif not alone:
         several = ["model"] * (len(options.model) > 1) + ["reduce"] * (len(found) > len(options.model))
         print("\n".join(aligned([[*several, *HEAD], *(_row(one, several) for one in found)], left=len(several))))
     for one in found:
+        for place in one.get("places", []) if not options.quiet else []:
+            print(_in_words(place), file=sys.stderr)
         if not one["answer"]:
             print("warning: the answer is empty: the first token ends it", file=sys.stderr)
+
+
+def _in_words(place: dict[str, Any]) -> str:
+    """A place or moment for a person."""
+    if place["type"] == "time":
+        return "from {:.2f} to {:.2f} s".format(*place["time"])
+    if place["type"] == "box":
+        return "box {:.2f} {:.2f} {:.2f} {:.2f}".format(*place["box"])
+    moments = ("{:.2f} s: {:.2f} {:.2f} {:.2f} {:.2f}".format(*row) for row in place["tube"])
+    return "track " + ", ".join(moments)
 
 
 def _row(found: dict[str, Any], named: list[str]) -> list[str]:

@@ -34,6 +34,7 @@ examples:
   mmllm eval --model runs/mine --tasks mvbench,mlvu
   mmllm eval --model runs/mine --tasks mvbench --root mvbench=MVBench --missing skip
   mmllm eval --model runs/mine --tasks mvbench --reduce none --reduce random --reduce aim --keep 0.25
+  mmllm eval --model runs/mine --tasks mvbench,mlvu:order,needle
   mmllm eval check --tasks mvbench,mlvu --root mvbench=MVBench --root mlvu=MLVU
 
 Answers are kept item by item; the same command run again continues.
@@ -43,10 +44,10 @@ Answers are kept item by item; the same command run again continues.
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the verb's flags."""
     parser.epilog = EPILOG
-    parser.description = "Evaluate models on multiple-choice benchmarks, with chance, blind and single-frame floors."
+    parser.description = "Evaluate models on benchmarks, with chance, blind and single-frame floors."
     parser.add_argument("action", nargs="?", choices=["check"], help="check: only check items and clips")
     parser.add_argument("--model", action="append", help="run folder or model folder (may repeat)")
-    parser.add_argument("--tasks", default="mvbench,mlvu", help="benchmarks, separated by commas")
+    parser.add_argument("--tasks", default="mvbench,mlvu", help="benchmarks, or NAME:TASK,TASK, separated by commas")
     parser.add_argument("--root", action="append", metavar="NAME=DIR", help="folder of a benchmark (may repeat)")
     parser.add_argument("--protocol", default="canonical", help="how questions are asked and read (default canonical)")
     parser.add_argument("--missing", choices=["error", "skip"], default="error", help="what to do about missing clips")
@@ -64,17 +65,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Evaluate, or check."""
     from mmllm.cli.eval_check import check
-    from mmllm.eval.benchmarks import BENCHMARKS
+    from mmllm.eval.benchmarks import parse_tasks
 
-    names = list(dict.fromkeys(name for name in options.tasks.split(",") if name))
-    if not names:
-        raise UserError("--tasks", "names no benchmark", expected=", ".join(BENCHMARKS))
+    tasks = parse_tasks(options.tasks)
+    names = list(tasks)
     if options.action == "check" and not options.model:
-        return check(names, pairs(options.root, "--root"), options)
+        return check(tasks, pairs(options.root, "--root"), options)
     if not options.model:
         raise UserError("--model", "missing", expected="a run folder or a model folder")
     if options.action == "check" or options.dry_run:
-        return check(names, _roots(options.model[0], names, options.root), options)
+        return check(tasks, _roots(options.model[0], names, options.root), options)
     calm_libraries()
     from mmllm.api import load, reduce
     from mmllm.contract.files import write_text
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
             title = labels[path] if len(ways) == 1 else way if len(options.model) == 1 else f"{labels[path]} {way}"
             below = place_of(out, way, options.protocol)
             results[path if len(ways) == 1 else title], found[title] = _evaluate_all(
-                model, processor, {name: Path(roots_of[path][name]) for name in names}, below, options
+                model, processor, {name: Path(roots_of[path][name]) for name in names}, tasks, below, options
             )
             _print(path, found[title], below, options)
     if len(found) > 1:
@@ -117,10 +117,12 @@ def _evaluate_all(
     model: MMLLMForConditionalGeneration,
     processor: MMLLMProcessor,
     roots: dict[str, Path],
+    tasks: dict[str, tuple[str, ...]],
     out: Path,
     options: argparse.Namespace,
 ) -> tuple[dict[str, Any], dict[str, Report]]:
     """One model under one setting, on all benchmarks: the report of the run, and those of the benchmarks."""
+    from mmllm.eval.benchmarks import title_of
     from mmllm.eval.report_files import run_report
     from mmllm.run_folder import add_seconds, read_seconds
 
@@ -128,7 +130,8 @@ def _evaluate_all(
     for name, root in roots.items():
         start = time.perf_counter()
         try:
-            reports[name] = _evaluate(model, processor, name, root, out / "eval", options)
+            title = title_of(name, tasks[name])
+            reports[title] = _evaluate(model, processor, name, root, tasks[name], out / "eval", options)
         finally:
             add_seconds(out, f"eval_{name}", time.perf_counter() - start)
     return run_report(reports, read_seconds(out), out, options.limit), reports
@@ -139,6 +142,7 @@ def _evaluate(
     processor: MMLLMProcessor,
     name: str,
     root: Path,
+    tasks: tuple[str, ...],
     out: Path,
     options: argparse.Namespace,
 ) -> Report:
@@ -162,6 +166,7 @@ def _evaluate(
         protocol=options.protocol,
         frames=options.frames,
         limit=options.limit,
+        tasks=tasks,
         missing=options.missing,
         baselines=baselines,
         batch_size=options.batch,

@@ -22,8 +22,8 @@ SHOWN = 20
 """Number of broken items that are printed; `--json` names them all."""
 
 
-def check(names: list[str], roots: dict[str, str], options: argparse.Namespace) -> int:
-    """Report, per benchmark, which clips exist and which cannot be read; exit code 2 if any fail.
+def check(tasks: dict[str, tuple[str, ...]], roots: dict[str, str], options: argparse.Namespace) -> int:
+    """Report, per benchmark or chosen tasks of it, which clips exist and which cannot be read; exit code 2 if any fail.
 
     Raises:
         UserError: an unknown benchmark, or no folder for it.
@@ -32,11 +32,11 @@ def check(names: list[str], roots: dict[str, str], options: argparse.Namespace) 
 
     table, holes = {}, 0
     with media_reader(options.backend, options.time_limit) as reader:
-        for name in names:
+        for name, own in tasks.items():
             benchmark = find_benchmark(name)
             if name not in roots:
                 raise UserError(f"--tasks {name}", "where are its files?", hint=f"--root {name}=DIR")
-            chosen = select(benchmark.load(Path(roots[name])), options.limit)
+            chosen = select(benchmark.load(Path(roots[name])), options.limit, own)
             chosen.set_aside(_unreadable(chosen.scored, reader, name, options.quiet))
             table[name] = _facts(chosen)
             holes += len(chosen.missing) + len(chosen.broken)

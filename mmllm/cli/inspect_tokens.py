@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmllm.cli.common import (
@@ -23,6 +22,7 @@ from mmllm.cli.common import (
 from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError
 from mmllm.device import pick_device
+from mmllm.drawing import SIDE, check_suffix, save
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from mmllm.model.modeling import MMLLMForConditionalGeneration
     from mmllm.processing.collate import VisualBatch
 
-SUFFIXES = (".png", ".mp4")
-SIDE = 192
-"""Least pixels of a drawn frame's height."""
 GONE = 0.75
 """How much of a patch that was dropped at the door is covered; later ones are covered less."""
 
@@ -75,8 +72,7 @@ def configure_tokens(verbs: argparse._SubParsersAction) -> None:
 def run_tokens(options: argparse.Namespace) -> int:
     """Print how many tokens are left after each layer, and draw which."""
     for path in options.out or []:
-        if path.suffix.lower() not in SUFFIXES:
-            raise UserError(f"--out {path}", "neither a picture nor a clip", expected="FILE.png or FILE.mp4")
+        check_suffix(path)
     calm_libraries()
     from mmllm.api import load
     from mmllm.data.media.loading import MediaLoader
@@ -97,7 +93,7 @@ def run_tokens(options: argparse.Namespace) -> int:
     else:
         print(_table(seen))
     for path in options.out or []:
-        _save(drawn(batch["visual"]["media"][0]["pixels"], seen), path)
+        save(drawn(batch["visual"]["media"][0]["pixels"], seen), path)
         print(f"wrote {path}", file=sys.stderr)
     return 0
 
@@ -183,20 +179,3 @@ def drawn(pixels: dict[Any, torch.Tensor], seen: Seen) -> np.ndarray:
 def _spread(values: torch.Tensor, cell: int) -> torch.Tensor:
     """A value for each patch -> for each pixel."""
     return values.repeat_interleave(cell, dim=1).repeat_interleave(cell, dim=2)
-
-
-def _save(frames: np.ndarray, path: Path) -> None:
-    """A strip of frames, or a clip of two frames per second."""
-    import numpy as np
-    from PIL import Image
-
-    from mmllm.world.video import write_mp4
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() == ".mp4":
-        write_mp4(path, frames, fps=2)
-        return
-    per_row = min(len(frames), 8)
-    blank = np.zeros_like(frames[:1]).repeat(-len(frames) % per_row, axis=0)
-    lines = np.concatenate([frames, blank]).reshape(-1, per_row, *frames.shape[1:])
-    Image.fromarray(np.concatenate([np.concatenate(list(line), axis=1) for line in lines])).save(path)

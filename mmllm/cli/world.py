@@ -19,9 +19,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.description = "NanoWorld: procedural videos with exactly known truth, as real mp4 and JSON files."
     verbs = parser.add_subparsers(dest="action", metavar="make|show", required=True)
-    make = verbs.add_parser("make", help="write the videos, the two benchmarks and the training sets")
+    make = verbs.add_parser("make", help="write the videos, the benchmarks and the training sets")
     make.add_argument("--out", type=given_path, default=Path("runs/world"), help="folder (default runs/world)")
-    make.add_argument("--level", choices=["tiny", "nano", "hard"], default="nano", help="size and difficulty")
+    make.add_argument("--level", choices=["tiny", "nano", "hard", "long"], default="nano", help="size and difficulty")
     common(make, "--seed", "--jobs", "--json", "--quiet")
     make.set_defaults(run=run_make)
     show = verbs.add_parser("show", help="a contact sheet PNG for every task")

@@ -144,8 +144,11 @@ class Lab:
             if not path.is_file():
                 return None
             self._refuse_another(run)
-            found[title] = read_record(path).get("benchmarks", {})
-        complete = all(task in benchmarks for benchmarks in found.values() for task in self.file.study.tasks)
+            reported = read_record(path).get("benchmarks", {})
+            found[title] = {
+                task: own for task in self.file.study.tasks if (own := _of_task(reported, task)) is not None
+            }
+        complete = all(task in own for own in found.values() for task in self.file.study.tasks)
         return found if complete else None
 
     def _trained(self, run: Run) -> bool:
@@ -287,3 +290,14 @@ def samples_per_second(run: Path) -> float | None:
         if after["step"] > before["step"] and after["time"] > before["time"]
     )
     return rates[len(rates) // 2] * stages[name].get("batch", 32) if rates else None
+
+
+def _of_task(reported: dict[str, Any], asked: str) -> dict[str, Any] | None:
+    """What a report says of a benchmark, or of a single task, whose score is then the average."""
+    name, colon, task = asked.partition(":")
+    if not colon or asked in reported:
+        return reported.get(asked)
+    for title, own in reported.items():
+        if title.partition(":")[0] == name and task in own["tasks"]:
+            return {**own["tasks"][task], "average": own["tasks"][task]["score"]}
+    return None

@@ -17,7 +17,7 @@ from mmllm.contract.arguments import Count, Seed, bind
 from mmllm.contract.documents import read_yaml
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.registry import load_plugin
-from mmllm.eval.benchmarks import find_benchmark
+from mmllm.eval.benchmarks import parse_tasks
 from mmllm.lab.settings import Setting, expanded
 
 CLOSE = 0.05
@@ -71,7 +71,7 @@ class Study:
         baseline: the arm that the others are compared with; default: the first.
         seeds: training seeds; every arm is trained with each.
         equal: what has to be equal across the arms: tokens into the LLM, or multiply-adds; null = nothing.
-        tasks: benchmarks to run.
+        tasks: benchmarks to run, or single tasks of them (`mlvu:order`).
         limit: only the first items of each task.
         evaluate: settings, `{reduce, keep, protocol}`, under each of which every run is evaluated; a list as a value
             means each of them. Default: as trained.
@@ -117,7 +117,7 @@ class StudyFile:
         self.path = path
         self.study = _read(path)
         for task in self.study.tasks:
-            find_benchmark(task, f"{path}:tasks")
+            parse_tasks(task, f"{path}:tasks")
         self.overrides = (*self.study.set, *overrides)
         named = (self.study.plugin,) if isinstance(self.study.plugin, str) else self.study.plugin
         self.plugins = [self._beside(name) for name in named]
@@ -175,8 +175,8 @@ class StudyFile:
 
     def _paths(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
         """(key, path) of the files and folders that a recipe names: benchmarks, data, what stages start from."""
-        for task in self.study.tasks:
-            yield f"eval.{task}", recipe.data["eval"].get(task) or ""
+        for name in self.benchmarks:
+            yield f"eval.{name}", recipe.data["eval"].get(name) or ""
         for name, stage in recipe.stages.items():
             for folder in stage.init.values() if isinstance(stage.init, dict) else [stage.init or ""]:
                 yield f"stages.{name}.init", folder
@@ -189,11 +189,16 @@ class StudyFile:
         Raises:
             UserError: one does not.
         """
-        for task in self.study.tasks:
+        for benchmark in self.benchmarks:
             for name in self.arms:
-                if task not in self.recipes[name].eval_roots:
-                    hint = f"set: [eval.{task}=DIR]"
-                    raise UserError(f"{self._where(name)}: eval.{task}", "where are its files?", hint=hint)
+                if benchmark not in self.recipes[name].eval_roots:
+                    hint = f"set: [eval.{benchmark}=DIR]"
+                    raise UserError(f"{self._where(name)}: eval.{benchmark}", "where are its files?", hint=hint)
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """Names of the benchmarks that its tasks belong to."""
+        return list(parse_tasks(",".join(self.study.tasks)))
 
     @contextlib.contextmanager
     def _named(self, name: str) -> Iterator[None]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mmllm.contract.batch import Batch, VisualInputs
@@ -17,12 +17,13 @@ from mmllm.contract.types import LLMInputs, Needs, VisualTokens
 from mmllm.model.branches import branch_mask, split, takes_masks
 from mmllm.model.config import MMLLMConfig
 from mmllm.model.front_end import FrontEnd
+from mmllm.model.generating import MediaGenerationMixin
 from mmllm.model.head import Head
 from mmllm.model.reduction.llm import Reduction
 from mmllm.model.reduction.pixels import small_visual, spread
 from mmllm.model.splice import spans_of, spliced
-from mmllm.model.vocabulary import CoordinateTables, placed, repeated
-from mmllm.processing.collate import joined, move
+from mmllm.model.vocabulary import CoordinateTables, placed
+from mmllm.processing.collate import move
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -208,7 +209,7 @@ class MMLLMModel(MMLLMPreTrainedModel):
         return output
 
 
-class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
+class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, MediaGenerationMixin):
     """Front end + LLM + head; generates, saves and loads like any model of transformers."""
 
     def __init__(self, config: MMLLMConfig) -> None:
@@ -297,36 +298,6 @@ class MMLLMForConditionalGeneration(MMLLMPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1])
         beside = {key: value for key, value in outputs.items() if key in BESIDE}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **beside)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        inputs_embeds: Tensor | None = None,
-        visual: VisualInputs | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Media are passed with the prompt only: afterwards they are in the cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        if kwargs.get("is_first_iteration") or kwargs.get("use_cache") is False:
-            inputs["visual"] = visual
-        return inputs
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, input_ids: Tensor | None = None, **model_kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Beams repeat rows; the media stay unchanged and the spans of a row are copied to its repeats."""
-        visual = model_kwargs.pop("visual", None)
-        if isinstance(visual, list):  # the library's pipeline collates what it knows and puts the rest into lists
-            visual = joined(visual, model_kwargs.get("attention_mask"))
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, input_ids=input_ids, **model_kwargs
-        )
-        if visual is not None:
-            spans = visual["spans"].repeat_interleave(expand_size, dim=0)
-            repeat = torch.arange(expand_size, device=spans.device).repeat(len(visual["spans"]))
-            spans[:, 0] = spans[:, 0] * expand_size + repeat
-            model_kwargs["visual"] = {**visual, "spans": spans, **repeated(visual, expand_size)}
-        return input_ids, model_kwargs
 
 
 AutoModel.register(MMLLMConfig, MMLLMModel)

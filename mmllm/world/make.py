@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mmllm.contract.errors import UserError, nearest
 from mmllm.contract.files import held, read_record, write_json, write_text
+from mmllm.world import grounding
 from mmllm.world.groups import make_items
 from mmllm.world.layout import write_clip, write_item
+from mmllm.world.long_families import LONG
+from mmllm.world.scene import stretched
 from mmllm.world.tasks import MLVU, MVBENCH
 from mmllm.world.tokenizer import build_tokenizer
 from mmllm.world.training import draw_sample, letter_line, text_line
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "world.json"
 MAKING = "making.json"
 """Marks a folder whose world is being made, and says which one."""
 
-FOLDERS = ("mvbench", "mlvu", "train", "tokenizer")
+FOLDERS = ("mvbench", "mlvu", "grounding", "train", "tokenizer")
 Progress = Callable[[str, int, int], None]
 
 
@@ -35,6 +38,8 @@ class Level:
         texts: number of lines of text.jsonl; letters.jsonl has half as many, review.jsonl as many as clips.
         items: test items per task, before rounding to whole groups; 0 = one group.
         extra: bystanders in a scene.
+        grounded: number of training clips with questions about when and where.
+        long: frames of the clips of the MLVU-like tasks.
     """
 
     side: int
@@ -42,18 +47,24 @@ class Level:
     texts: int
     items: int
     extra: int
+    grounded: int
+    long: int = LONG
 
 
 LEVELS = {
-    "tiny": Level(48, 64, 200, 0, 1),
-    "nano": Level(48, 12000, 40000, 60, 1),
-    "hard": Level(64, 18000, 40000, 60, 2),
+    "tiny": Level(48, 64, 200, 0, 1, 16),
+    "nano": Level(48, 12000, 40000, 60, 1, 3000),
+    "hard": Level(64, 18000, 40000, 60, 2, 3000),
+    "long": Level(48, 12000, 40000, 60, 1, 3000, 128),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A piece of work for one process: indices [start, end) of a kind (clips, letters, text, review, a task's stem)."""
+    """A piece of work for one process: indices [start, end) of a kind.
+
+    A kind is clips, grounding, letters, text, review, or the name of a test task's file.
+    """
 
     out: Path
     kind: str
@@ -80,8 +91,13 @@ def run_job(job: Job) -> tuple[str, int, dict[str, list[str]]]:
     elif job.kind == "clips":
         for i in numbers:
             sample, rng = draw_sample(job.seed, "train", i, side, extra)
+            if sample.scene.frames == LONG != job.level.long:
+                sample = replace(sample, scene=stretched(sample.scene, job.level.long))
             for name, made in write_clip(sample, i, job.out / "train", rng).items():
                 lines.setdefault(name, []).extend(map(dumps, made))
+    elif job.kind == "grounding":
+        made = (grounding.write_clip(job.out / "train", i, job.seed, side, extra) for i in numbers)
+        lines["grounding"] = [dumps(line) for line in made]
     else:
         run_test(job)
     return job.kind, job.start, lines
@@ -89,21 +105,34 @@ def run_job(job: Job) -> tuple[str, int, dict[str, list[str]]]:
 
 def run_test(job: Job) -> None:
     """Write all clips and the JSON file of one test task."""
+    asked = next((task for task in grounding.TASKS if task.name == job.kind), None)
+    if asked is not None:
+        sizes = (max(4, job.level.items), job.seed, job.level.side, job.level.extra)
+        entries = grounding.write_test(asked, job.out / "grounding", *sizes)
+        _write_items(job.out / "grounding" / "json" / f"{asked.name}.json", entries)
+        return
     task = next(task for task in MVBENCH + MLVU if task.stem == job.kind)
     root = job.out / ("mvbench" if task in MVBENCH else "mlvu")
     (root / "video" / task.folder).mkdir(parents=True, exist_ok=True)
     groups = max(1, job.level.items // (task.options or 1))
     items = make_items(task, job.seed, groups, job.level.side, job.level.extra)
+    if task in MLVU and job.level.long != LONG:
+        items = [replace(item, scene=stretched(item.scene, job.level.long)) for item in items]
     entries = [write_item(task, item, number, root, job.seed) for number, item in enumerate(items)]
-    text = "[\n" + ",\n".join(dumps(entry) for entry in entries) + "\n]\n"
-    (root / "json" / f"{task.stem}.json").write_text(text, encoding="utf-8")
+    _write_items(root / "json" / f"{task.stem}.json", entries)
+
+
+def _write_items(path: Path, entries: list[dict[str, object]]) -> None:
+    path.write_text("[\n" + ",\n".join(map(dumps, entries)) + "\n]\n", encoding="utf-8")
 
 
 def plan(out: Path, level: Level, seed: int) -> list[Job]:
     """All pieces of work."""
     jobs = [Job(out, task.stem, 0, 1, seed, level) for task in MVBENCH + MLVU]
+    jobs += [Job(out, task.name, 0, 1, seed, level) for task in grounding.TASKS]
     for kind, total, step in (
         ("clips", level.clips, 100),
+        ("grounding", level.grounded, 100),
         ("letters", level.texts // 2, 1000),
         ("text", level.texts, 1000),
         ("review", level.clips, 1000),
@@ -174,7 +203,7 @@ def make_world(
 
     Args:
         out: the folder; created if needed.
-        level: tiny (tests), nano or hard.
+        level: tiny (tests), nano, hard, or long: nano with clips of 128 frames for the long tasks.
         seed: seed of all clips and texts (the tokenizer has its own).
         jobs: number of processes.
         progress: called as `progress(kind, done, total)`, counting pieces of work.
@@ -198,7 +227,7 @@ def _make(out: Path, level: str, seed: int, jobs: int, progress: Progress | None
     sizes = LEVELS[level]
     which = {"level": level, "seed": seed, "version": VERSION}
     write_json(out / MAKING, which)
-    for folder in ("mvbench/json", "mlvu/json", "train/clips"):
+    for folder in ("mvbench/json", "mlvu/json", "grounding/json", "train/clips"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     todo = plan(out, sizes, seed)
     lines: dict[str, list[str]] = {}

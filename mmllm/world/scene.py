@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 MOTIONS = frozenset({"move", "touch", "push"})
@@ -127,6 +127,21 @@ class Scene:
             if thing.color == color:
                 return thing
         raise KeyError(color)
+
+
+def stretched(scene: Scene, frames: int) -> Scene:
+    """The same scene over another number of frames: all that takes time takes longer, what is sudden stays so."""
+    factor = frames / scene.frames
+
+    def moved(action: Action) -> Action:
+        start = round(action.start * factor)
+        sudden = action.end - action.start == 1
+        return replace(action, start=start, end=start + 1 if sudden else round(action.end * factor))
+
+    things = tuple(replace(thing, actions=tuple(map(moved, thing.actions))) for thing in scene.things)
+    cut = scene.cut and (round(scene.cut[0] * factor), scene.cut[1])
+    flash = scene.flash and (scene.flash[0], *(round(frame * factor) for frame in scene.flash[1:]))
+    return replace(scene, things=things, frames=frames, cut=cut, flash=flash)
 
 
 def progress(action: Action, frame: int) -> float:

@@ -13,7 +13,8 @@ import pytest
 from mmllm.contract.errors import UserError
 from mmllm.eval import mlvu, mvbench
 from mmllm.eval.benchmarks import BENCHMARKS, find_benchmark
-from mmllm.eval.items import defect, media_exists
+from mmllm.eval.items import media_exists
+from mmllm.eval.kinds import KINDS
 from mmllm.eval.protocol import CANONICAL, messages, prompt
 
 Edit = Callable[[Path, Callable], None]
@@ -96,7 +97,7 @@ def test_mvbench_items_of_the_real_clips(shared: Path, tmp_path: Path) -> None:
                 link.symlink_to((shared / "data" / "videos" / row["video"]).resolve())
     items = mvbench.load(tmp_path)
     assert len(items) == 15
-    assert all(item.gold and not defect(item) and media_exists(item) for item in items)
+    assert all(item.gold and not KINDS[item.kind].defect(item) and media_exists(item) for item in items)
     assert (items[0].start, items[0].end, items[0].gold) == (7.5, 10.0, "C")
 
 
@@ -116,7 +117,11 @@ def test_mlvu_items_of_the_real_files(shared: Path) -> None:
     }
     assert len({item.id for item in items}) == 2593
     assert {item.task for item in items if item.kind == "open"} == {"sub_scene", "summary"}
-    bad = {"/".join(item.id.split("/")[1:3]): defect(item) for item in items if defect(item)}
+    bad = {
+        "/".join(item.id.split("/")[1:3]): KINDS[item.kind].defect(item)
+        for item in items
+        if KINDS[item.kind].defect(item)
+    }
     assert bad == {
         "needle/0034": "the answer is not among the options",
         "needle/0338": "the answer is not among the options",
@@ -165,6 +170,6 @@ def test_prompt_and_messages(mvbench_root: Path) -> None:
 
 
 def test_benchmarks_by_name() -> None:
-    assert {name: benchmark.average for name, benchmark in BENCHMARKS.items()} == {"mvbench": "micro", "mlvu": "macro"}
+    assert {name: benchmark.average for name, benchmark in BENCHMARKS.items()} == {"mvbench": "micro", "mlvu": "macro", "grounding": "macro"}
     with pytest.raises(UserError, match="mvbench"):
         find_benchmark("mvbnch")

@@ -69,3 +69,11 @@ def test_so_they_do_for_a_teacher(tmp_path):
     one, two = (json.loads((tmp_path / name / "run/log.jsonl").read_text().splitlines()[0]) for name in ("one", "two"))
     for name in ("loss", "language_modeling", "response", "visual", "relation"):
         assert two[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+def test_so_they_do_for_masked_videos(data, tmp_path):
+    """The second process has no video, so nothing for its decoder."""
+    equal(data, tmp_path, {"type": "masked_video"})
+    one, two = (json.loads((tmp_path / name / "run/log.jsonl").read_text().splitlines()[0]) for name in ("one", "two"))
+    for name in ("loss", "language_modeling", "masked_video", "removed"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4), name

@@ -12,7 +12,7 @@ from helpers.small_runs import conversations, recipe
 
 from mmllm.cli import main
 
-OBJECTIVES = ("language_modeling", "preference", "ipo", "distillation")
+OBJECTIVES = ("language_modeling", "masked_video", "preference", "ipo", "distillation")
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,7 @@ def sources(tmp_path_factory) -> dict[str, tuple[Path, object]]:
     teacher = teacher_of(plain, folder / "teacher")
     return {
         "language_modeling": (plain, {"type": "language_modeling", "groups": 2}),
+        "masked_video": (plain, {"type": "masked_video", "groups": 2}),
         "preference": (pairs, {"type": "preference", "sft": 0.2}),
         "ipo": (pairs, {"type": "preference", "loss": "ipo", "reference": "copy"}),
         "distillation": (plain, distilled(teacher)),

@@ -45,7 +45,7 @@ def steps(out: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["language_modeling", "preference", "distillation"])
+@pytest.mark.parametrize("objective", ["language_modeling", "masked_video", "preference", "distillation"])
 def test_killed_runs_end_as_whole_ones(tmp_path, objective):
     if objective == "preference":
         data, stage = preference_pairs(tmp_path), {"objective": {"type": "preference", "sft": 0.1}}

@@ -106,7 +106,7 @@ def test_a_task_has_as_many_items_as_the_level_says(tmp_path: Path, stem: str, i
     task = next(task for task in MVBENCH + MLVU if task.stem == stem)
     root = tmp_path / ("mvbench" if task in MVBENCH else "mlvu")
     (root / "json").mkdir(parents=True)
-    run_test(Job(tmp_path, stem, 0, 1, 0, Level(48, 0, 0, 7, 1)))
+    run_test(Job(tmp_path, stem, 0, 1, 0, Level(48, 0, 0, 7, 1, 0)))
     assert len(read(root, task)) == items
     assert len(list((root / "video" / task.folder).iterdir())) == items
 
@@ -155,6 +155,7 @@ def test_finished_worlds_are_kept_and_not_mixed(tiny: Path) -> None:
     assert not calls and (tiny / "train/text.jsonl").stat().st_mtime_ns == stamp
     assert manifest["counts"] == {
         "caption": 64,
+        "grounding": 16,
         "instruct": 128,
         "letters": 100,
         "preference": 64,
@@ -176,7 +177,7 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not of a world begun here, got mvbench"):
         make_world(tmp_path, "tiny")
     assert mine.read_text() == "[]"
-    (tmp_path / "making.json").write_text('{"level": "hard", "seed": 0, "version": 1}')
+    (tmp_path / "making.json").write_text('{"level": "hard", "seed": 0, "version": 2}')
     with pytest.raises(UserError, match="holds another world"):
         make_world(tmp_path, "tiny")
     (tmp_path / "making.json").write_text("{")

@@ -12,7 +12,7 @@ from mmllm.world.describe import describe
 from mmllm.world.draw import render
 from mmllm.world.palette import COLORS, HELD_OUT, Cast, draw_cast
 from mmllm.world.question import block, choose, letter
-from mmllm.world.scene import Scene
+from mmllm.world.scene import Scene, stretched
 from mmllm.world.tasks import EXTRAS, MLVU, MVBENCH, Task
 from mmllm.world.training import ASKS, draw_sample, text_line
 
@@ -158,3 +158,19 @@ def test_right_letters_are_uniform_in_training() -> None:
     assert text.startswith(f"Question: {question.text}\nOptions:\n(A) {options[0]}\n(B) ")
     assert text.endswith("\nOnly give the best option.")
     assert letter(options, question.answer) in ("(A)", "(B)", "(C)", "(D)")
+
+
+@pytest.mark.parametrize("task", MLVU, ids=lambda task: task.stem)
+def test_a_longer_clip_tells_the_same_story(task: Task) -> None:
+    rng = Random(task.stem)
+    for _ in range(20):
+        scene, answer = asked(task, draw_cast(rng), rng)
+        longer = stretched(scene, 128)
+        named = next((thing for thing in longer.things if thing.color == longer.subject), longer.things[0])
+        assert longer.frames == 128
+        assert task.ask(longer, named).answer == answer
+        assert describe(longer) == describe(scene)
+        short, long = render(scene), render(longer)
+        assert (short[-1] == long[-1]).mean() > 0.99 and (short[0] == long[0]).mean() > 0.99
+        for one, other in zip(scene.things, longer.things, strict=True):
+            assert [a.end - a.start == 1 for a in one.actions] == [a.end - a.start == 1 for a in other.actions]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -239,7 +239,7 @@ def _joined(chosen: Example, rejected: Example) -> EncodedPair:
         lengths.append(len(scored))
     behind = len(rejected.ids) - prefix
     ids, labels = chosen.ids + rejected.ids[prefix:], chosen.labels + rejected.labels[prefix:]
-    example = Example(ids, labels, chosen.media, chosen.spans, chosen.prompt, chosen.alignment_level, chosen.name)
+    example = replace(chosen, ids=ids, labels=labels)
     facts = [ids, sources, targets, lengths, [repr(medium.key) for medium in chosen.media]]
     return EncodedPair(
         example,
