@@ -114,34 +114,7 @@ class SideStreamEncoder(LayeredEncoder):
 
 
 class _BesideTransformers(SideStreamEncoder):
-    """What CLIP's and SigLIP's towers have in common."""
-
-    def add_beside(self, *, depth: int, max_frames: int, drop: float, reference: bool) -> None:
-        """Build the adapter for the tower's own config."""
-        own = self.config
-        eps = (own.layer_norm_eps, own.layer_norm_eps)
-        block = Block(own.hidden_size, own.intermediate_size, own.num_attention_heads, own.hidden_act, eps=eps)
-        options = {"depth": depth, "max_frames": max_frames, "drop": drop, "reference": reference}
-        self.add_adapter(block, own.num_hidden_layers, **options, blend_cls=False)
-
-    def load_weights(self) -> None:
-        """Load the tower's weights, and copy its last blocks into the adapter's space layers."""
-        super().load_weights()
-        blocks = self.tower.encoder.layers[-self.depth :]
-        self.adapter.copy_blocks([_renamed(block, HUGGING_FACE) for block in blocks])
-
-    def position_table(self, patches: Tensor) -> Tensor:
-        """The table itself, or what the library makes of it at another size."""
-        own, side = self.tower.embeddings, self.geometry.height
-        if side == self.config.image_size:
-            return own.position_embedding(own.position_ids)[0]
-        whole = torch.cat([patches[:, :1], patches], dim=1) if self.adapter.tower_cls else patches
-        return own.interpolate_pos_encoding(whole, side, side)[0]
-
-
-@register("encoder", "clip_bt_adapter")
-class ClipBTAdapterEncoder(_BesideTransformers, ClipEncoder):
-    """CLIP's image tower with a BT-Adapter; CLS tokens are the tower's own. See `clip` for the tower's arguments.
+    """What CLIP's and SigLIP's towers have in common; in front of the tower's own class, whose arguments it takes too.
 
     Args:
         depth: number of the tower's last blocks that the side stream runs beside.
@@ -166,7 +139,35 @@ class ClipBTAdapterEncoder(_BesideTransformers, ClipEncoder):
         **pixels: Unpack[CropArguments],
     ) -> None:
         super().__init__(site, name=name, config=config, layer=layer, frames=frames, size=size, **pixels)
-        self.add_beside(depth=depth, max_frames=max_frames, drop=drop, reference=reference)
+        own = self.config
+        eps = (own.layer_norm_eps, own.layer_norm_eps)
+        block = Block(own.hidden_size, own.intermediate_size, own.num_attention_heads, own.hidden_act, eps=eps)
+        options = {"depth": depth, "max_frames": max_frames, "drop": drop, "reference": reference}
+        self.add_adapter(block, own.num_hidden_layers, **options, blend_cls=False)
+
+    def load_weights(self) -> None:
+        """Load the tower's weights, and copy its last blocks into the adapter's space layers."""
+        super().load_weights()
+        blocks = self.tower.encoder.layers[-self.depth :]
+        self.adapter.copy_blocks([_renamed(block, HUGGING_FACE) for block in blocks])
+
+    def position_table(self, patches: Tensor) -> Tensor:
+        """The table itself, or what the library makes of it at another size."""
+        own, side = self.tower.embeddings, self.geometry.height
+        if side == self.config.image_size:
+            return own.position_embedding(own.position_ids)[0]
+        whole = torch.cat([patches[:, :1], patches], dim=1) if self.adapter.tower_cls else patches
+        return own.interpolate_pos_encoding(whole, side, side)[0]
+
+
+@register("encoder", "clip_bt_adapter")
+class ClipBTAdapterEncoder(_BesideTransformers, ClipEncoder):
+    """CLIP's image tower with a BT-Adapter; CLS tokens are the tower's own.
+
+    Args:
+        name, config, layer, frames, size: as for `clip`.
+        depth, max_frames, drop, reference: of the adapter, see `_BesideTransformers`.
+    """
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[MediaSpec, ...]]]:
@@ -183,26 +184,8 @@ class SiglipBTAdapterEncoder(_BesideTransformers, SiglipEncoder):
 
     Args:
         name, config, layer, frames, size: as for `siglip`.
-        depth, max_frames, drop, reference: as for `clip_bt_adapter`.
+        depth, max_frames, drop, reference: of the adapter, see `_BesideTransformers`.
     """
-
-    def __init__(
-        self,
-        site: Site,
-        *,
-        name: str | None = None,
-        config: dict | None = None,
-        layer: int = -2,
-        frames: int | None = None,
-        size: int | None = None,
-        depth: int = 4,
-        max_frames: int = 64,
-        drop: float = 0.1,
-        reference: bool = False,
-        **pixels: Unpack[PixelArguments],
-    ) -> None:
-        super().__init__(site, name=name, config=config, layer=layer, frames=frames, size=size, **pixels)
-        self.add_beside(depth=depth, max_frames=max_frames, drop=drop, reference=reference)
 
     @classmethod
     def examples(cls) -> Iterator[tuple[dict[str, Any], tuple[MediaSpec, ...]]]:
@@ -221,7 +204,7 @@ class TimmBTAdapterEncoder(SideStreamEncoder, TimmEncoder):
 
     Args:
         name, weights, architecture, layer, frames, size, model_args: as for `timm`.
-        depth, max_frames, drop, reference: as for `clip_bt_adapter`.
+        depth, max_frames, drop, reference: of the adapter, see `_BesideTransformers`.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from mmllm.cli.common import (
     settings,
 )
 from mmllm.contract.arguments import Count
-from mmllm.contract.errors import UserError
+from mmllm.contract.errors import UserError, nearest
 from mmllm.device import pick_device
 from mmllm.drawing import SIDE, check_suffix, save
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from mmllm.contract.types import VisualTokens
     from mmllm.model.modeling import MMLLMForConditionalGeneration
     from mmllm.processing.collate import VisualBatch
 
@@ -61,6 +62,7 @@ def configure_tokens(verbs: argparse._SubParsersAction) -> None:
     medium.add_argument("--image", metavar="FILE", help="an image")
     tokens.add_argument("--question", default="What happens?", help="read beside it; importance depends on it")
     tokens.add_argument("--frames", type=flag(Count), help="frames of the video (default: the model's own)")
+    tokens.add_argument("--stream", metavar="NAME", help="of several, by its node (default: the one with most tokens)")
     what = "draw the frames: a picture or a clip (may repeat)"
     tokens.add_argument("--out", action="append", type=given_path, metavar="FILE.png|FILE.mp4", help=what)
     reduce_flags(tokens)
@@ -86,7 +88,7 @@ def run_tokens(options: argparse.Namespace) -> int:
     model.model.reduce(next(iter(ways.values())))
     medium = MediaRef.parse("video" if options.video else "image", options.video or options.image)
     batch = question_about(processor, [medium], options.question, frames=options.frames)
-    seen = look(model, batch.to(model.device))
+    seen = look(model, batch.to(model.device), options.stream)
     if options.json:
         facts = {"token": seen.token.tolist(), "dropped": seen.dropped.tolist(), "entering": seen.entering}
         print_json({"layers": seen.layers, **facts})
@@ -98,28 +100,34 @@ def run_tokens(options: argparse.Namespace) -> int:
     return 0
 
 
-def look(model: MMLLMForConditionalGeneration, batch: VisualBatch) -> Seen:
+def look(model: MMLLMForConditionalGeneration, batch: VisualBatch, stream: str | None = None) -> Seen:
     """What becomes of the patches of a prompt's only medium.
 
+    Args:
+        stream: the node of one of several streams; default: the one with most tokens.
+
     Raises:
-        UserError: a part does not say which tokens its own are made of.
+        UserError: no such stream, or a part does not say which tokens its own are made of.
     """
     import torch
 
     front, layers = model.model.front_end, len(model.model.language_model.layers)
     with torch.no_grad():
-        ((tokens, *rest),) = front.streams(batch["visual"], model.get_input_embeddings(), sources=True)
+        (streams,) = front.streams(batch["visual"], model.get_input_embeddings(), sources=True)
         model(**batch)
-    if rest or tokens.sources is None:
-        what = "a part on the way does not say what its tokens are made of, or there are several streams"
+    number = _stream(front.plan.output[batch["visual"]["media"][0]["spec"].kind], stream, streams)
+    tokens = streams[number]
+    if tokens.sources is None:
+        what = "a part on the way does not say what its tokens are made of"
         raise UserError("model.connector", what, hint="a recipe of pool, token_merge and projectors")
     token, reduction = tokens.sources[0].cpu(), model.reduction
     count = tokens.values.shape[1]
     gone, entering = torch.full((count,), layers), [count] * layers
     if reduction is not None and reduction.last is not None:
-        start = int(batch["visual"]["spans"][0, 1])
+        span = next(at for at, row in enumerate(batch["visual"]["spans"].tolist()) if row[3] == number)
+        start = int(batch["visual"]["spans"][span, 1])
         gone = reduction.last.dropped[0, start : start + count].cpu()
-        if (into := reduction.last.sources.get(0)) is not None:
+        if (into := reduction.last.sources.get(span)) is not None:
             places = (gone >= 0).nonzero()[:, 0]  # merged tokens live where one of them was
             into = into.cpu()
             at = torch.where(into < 0, torch.arange(count), places[into.clamp_min(0)])
@@ -128,6 +136,15 @@ def look(model: MMLLMForConditionalGeneration, batch: VisualBatch) -> Seen:
     dropped = gone[token.clamp_min(0)].masked_fill(token < 0, -1)
     shape = _patches(model, batch, len(token))
     return Seen(token.view(shape), dropped.view(shape), layers, entering)
+
+
+def _stream(names: list[str], wanted: str | None, streams: list[VisualTokens]) -> int:
+    """The position of the stream that is looked at."""
+    if wanted is None:
+        return max(range(len(streams)), key=lambda number: streams[number].values.shape[1])
+    if wanted not in names:
+        raise UserError(f"--stream {wanted}", "no such stream", hint=nearest(wanted, names))
+    return names.index(wanted)
 
 
 def _patches(model: MMLLMForConditionalGeneration, batch: VisualBatch, count: int) -> tuple[int, int, int]:

@@ -60,3 +60,19 @@ def test_a_part_that_does_not_say_its_sources_is_named(tmp_path, capsys):
     clip = write_video(tmp_path / "clip.mp4", frames(0, 16))
     assert main(["inspect", "tokens", "--model", str(tmp_path), "--video", str(clip)]) == 2
     assert "does not say what its tokens are made of" in capsys.readouterr().err
+
+
+def test_streams_are_looked_at_one_at_a_time(tmp_path, capsys):
+    recipe = tiny_recipe("nano/llava_st")
+    tiny_model(recipe).save_pretrained(tmp_path)
+    tiny_processor(recipe).save_pretrained(tmp_path)
+    clip = write_video(tmp_path / "clip.mp4", frames(0, 16))
+    words = ["inspect", "tokens", "--model", str(tmp_path), "--video", str(clip), "--json"]
+    held = {}
+    for stream in (None, "slow", "fast"):
+        assert main([*words, *(["--stream", stream] if stream else [])]) == 0
+        token = json.loads(capsys.readouterr().out)["token"]
+        held[stream] = {place for frame in token for row in frame for place in row}
+    assert held[None] == held["slow"] == set(range(2 * 9)) and held["fast"] == set(range(4))
+    assert main([*words, "--stream", "slwo"]) == 2
+    assert "--stream slwo: no such stream. Try: slow" in capsys.readouterr().err

@@ -170,6 +170,10 @@ def test_prompt_and_messages(mvbench_root: Path) -> None:
 
 
 def test_benchmarks_by_name() -> None:
-    assert {name: benchmark.average for name, benchmark in BENCHMARKS.items()} == {"mvbench": "micro", "mlvu": "macro", "grounding": "macro"}
+    assert {name: benchmark.average for name, benchmark in BENCHMARKS.items()} == {
+        "mvbench": "micro",
+        "mlvu": "macro",
+        "grounding": "macro",
+    }
     with pytest.raises(UserError, match="mvbench"):
         find_benchmark("mvbnch")
