@@ -168,6 +168,8 @@ def test_dropout_is_off_in_the_target_and_back_afterwards(pair):
     objective = built(model, rate=(0, 0), clip=(0, 0), decoder=False)
     batch = objective.prepare(samples(), processor)
     assert losses(model, batch, objective)["masked_video"] > 1e-3  # one side alone drops
+    first, second = (objective._in_full(model, model.embed(batch), batch["watched"]) for _ in range(2))
+    assert torch.equal(first, second) and not first.requires_grad
     assert all(module.training for module in model.model.language_model.modules())
 
 
