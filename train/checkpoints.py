@@ -36,7 +36,8 @@ def start(folder: Path) -> None:
     Raises:
         UserError: the folder exists and is not ours, or cannot be made.
     """
-    if folder.is_dir() and not _is_ours(folder):
+    # An empty folder is what a kill leaves between making it and marking it.
+    if folder.is_dir() and not _is_ours(folder) and any(folder.iterdir()):
         raise UserError(folder, "exists, but is not a checkpoint of this run", hint="move it away")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,7 @@ def finish(folder: Path) -> None:
         (folder / COMPLETE).touch()
     for path in checkpoints(folder.parent)[:-KEPT]:
         (path / COMPLETE).unlink()  # if killed in between, no partial checkpoint looks complete
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -62,8 +63,16 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a stage; our incomplete ones are removed."""
     for path in _folders(folder):
         if _is_ours(path) and not (path / COMPLETE).is_file():
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
     return next(reversed(checkpoints(folder)), None)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of ours, its mark last: what a kill leaves of it is still known to be ours."""
+    with contextlib.suppress(OSError):
+        for path in [path for path in folder.iterdir() if path.name != OURS]:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -120,6 +120,27 @@ def test_nothing_is_deleted_that_the_run_did_not_write(tmp_path):
         start(tmp_path / "checkpoint-7")
 
 
+def test_what_a_kill_leaves_of_making_or_removing_a_checkpoint_is_in_nobodys_way(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-2").mkdir()  # made, not marked yet
+    start(tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "a.safetensors").touch()
+    (tmp_path / "checkpoint-2" / "sub").mkdir()
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments: object, **keywords: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", kill)
+        with pytest.raises(Killed):
+            last_checkpoint(tmp_path)
+    assert last_checkpoint(tmp_path) is None
+    assert not (tmp_path / "checkpoint-2").exists()
+    start(tmp_path / "checkpoint-2")
+
+
 def test_a_checkpoint_is_not_whole_before_all_of_it_is_written(data, tmp_path, monkeypatch):
     from transformers import Trainer
 
