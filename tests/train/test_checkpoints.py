@@ -108,6 +108,7 @@ def test_a_half_written_checkpoint_is_not_resumed_from_and_goes(tmp_path):
 
 def test_nothing_is_deleted_that_the_run_did_not_write(tmp_path):
     (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "mine").touch()
     (tmp_path / "checkpoint-best").mkdir()
     for step in (8, 9, 10):
         start(tmp_path / f"checkpoint-{step}")
