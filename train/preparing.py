@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 from multiprocessing import active_children
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,7 @@ class Preparer:
     Args:
         skip_bad: replace a sample that cannot be read by the next one that can.
         seed: of the run, for what is drawn about samples.
+        held: samples kept for validation: they and the others do not replace each other.
     """
 
     def __init__(
@@ -83,9 +85,10 @@ class Preparer:
         processor: MMLLMProcessor,
         skip_bad: bool = False,
         seed: int = 0,
+        held: Sequence[int] = (),
     ) -> None:
         self.data, self.objective, self.processor, self.skip_bad = data, objective, processor, skip_bad
-        self.seed = seed
+        self.seed, self.held = seed, frozenset(held)
 
     def __getstate__(self) -> dict[str, Any]:
         """A spawned worker has an empty registry: the plug-ins are sent before anything that may need them."""
@@ -126,8 +129,11 @@ class Preparer:
         Raises:
             UserError: too many bad samples in a row.
         """
-        for step in range(TRIES):
-            candidate = (turn[0] + step) % len(self.data), turn[1]
+        first, epoch = turn
+        following = ((first + step) % len(self.data) for step in range(max(TRIES, len(self.data))))
+        of_a_kind = (number for number in following if (number in self.held) == (first in self.held))
+        for number in islice(of_a_kind, TRIES):
+            candidate = number, epoch
             try:
                 self._prepared([candidate])
                 return candidate

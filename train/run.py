@@ -173,7 +173,8 @@ def _chosen(recipe: Recipe, names: list[str] | None) -> dict[str, Stage]:
 
 def _check_vocabulary(processor: MMLLMProcessor, blueprint: Blueprint) -> None:
     rows, needed = blueprint.config.text_config.vocab_size, len(processor.tokenizer)
-    added = len(processor.placeholder_ids)
+    vocabulary = blueprint.plan.vocabulary
+    added = len(processor.placeholder_ids) + (0 if vocabulary is None else len(vocabulary))
     if needed - added > rows:
         raise UserError(
             blueprint.recipe.where("model.llm.config.vocab_size"),

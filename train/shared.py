@@ -54,6 +54,8 @@ class SharedStage:
             "precision": precision(options),
             "version": VERSION,
         }
+        if recipe.model.get("vocabulary"):  # its rows are part of the head
+            facts["vocabulary"] = recipe.model["vocabulary"]
         if plugins():  # the objective may come from one
             facts["plugins"] = [digest(path) for path in plugins()]
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -103,8 +103,8 @@ def make_trainer(context: StageContext) -> tuple[StageTrainer, StopOnSignal, Pat
     if any(True for _ in objective.parameters()):
         model.objective = objective  # its weights train with the model's and are removed after the stage
     set_gradient_checkpointing(model, stage.checkpointing)
-    preparer = Preparer(data, worker, processor, options.skip_bad, options.seed)
     learnt, held = held_out(len(data), stage.validation, options.seed, context.where("validation"))
+    preparer = Preparer(data, worker, processor, options.skip_bad, options.seed, held)
     validation = Validation(context, preparer, held, objective)
     trainer = StageTrainer(
         model=model,

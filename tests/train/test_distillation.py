@@ -212,3 +212,14 @@ def test_a_wider_teacher_of_another_size(data, tmp_path):
     said = (tmp_path / "run/events.txt").read_text()
     assert "ids equal; logits 800, 768 wide: padding rows left out" in said
     assert tiny_recipe().model["llm"]["config"]["vocab_size"] == 768
+
+
+def test_a_student_with_coordinates_is_refused(data, teacher, tmp_path):
+    made = tiny_recipe("nano/llava_st")
+    blueprint = Blueprint.of(made)
+    model, processor = build_model(blueprint), build_processor(blueprint)
+    context = StageContext(
+        "instruct", 1, made.stages["instruct"], made, model, processor, RunFolder(tmp_path), options()
+    )
+    with pytest.raises(UserError, match="words that no teacher scores"):
+        Distillation(teacher=str(teacher)).bind(context)

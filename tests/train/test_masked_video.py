@@ -245,3 +245,13 @@ def test_arguments_that_cannot_be():
     ):
         with pytest.raises(UserError, match=said):
             build_objective({"type": "masked_video", **section}, "stages.x.objective")
+
+
+def test_without_a_weight_there_is_no_second_reading(pair):
+    model, processor = pair
+    model = copy.deepcopy(model).train()
+    only, both = (built(model, weight=weight) for weight in (0.0, 1.0))
+    batch = only.prepare(samples(), processor)
+    terms = losses(model, batch, only)
+    assert set(terms) == {"language_modeling", "removed"} and not list(only.parameters())
+    torch.testing.assert_close(terms["language_modeling"], losses(model, batch, both)["language_modeling"])

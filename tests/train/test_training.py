@@ -12,6 +12,7 @@ from helpers.small_runs import context, losses, options, recipe, stopping_after,
 from helpers.tiny import tiny_recipe
 
 from mmllm.contract.errors import UserError
+from mmllm.data.records.conversations import Sample
 from mmllm.train.context import Stopped
 from mmllm.train.run import train
 
@@ -275,6 +276,27 @@ def test_bad_samples_are_skipped_where_that_is_asked_for(data, tmp_path):
     assert "skipped" in (tmp_path / "skips" / "events.txt").read_text()
     assert "nowhere.mp4" in (tmp_path / "skips" / "events.txt").read_text()
     assert len(losses(tmp_path / "skips")) == 6
+
+
+@pytest.mark.parametrize("first", range(6))
+def test_no_held_out_sample_stands_in_for_one_that_trains(first):
+    from mmllm.train.preparing import Preparer
+
+    class OfNumbers:
+        """Can read the last two samples only."""
+
+        def prepare(self, samples, processor):
+            if any(int(sample.id) < 4 for sample in samples):
+                raise UserError("sample", "cannot be read")
+            return {"numbers": [int(sample.id) for sample in samples]}
+
+    class Processor:
+        class loader:
+            caches = None
+
+    data = [Sample(str(number), [], {}) for number in range(6)]
+    prepare = Preparer(data, OfNumbers(), Processor(), skip_bad=True, held=[1, 3, 5])
+    assert prepare([(first, 0)])["numbers"] == [5 if first % 2 else 4]
 
 
 def test_data_of_bad_samples_alone_stop_though_they_may_be_skipped(data, tmp_path):

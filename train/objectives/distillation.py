@@ -145,8 +145,13 @@ class Distillation(Objective):
         """Load the teacher.
 
         Raises:
-            UserError: no model there, or another vocabulary.
+            UserError: no model there, another vocabulary, or a student with tables of coordinates.
         """
+        if context.processor.plan.vocabulary is not None:
+            what = "a student with tables of coordinates has words that no teacher scores"
+            raise UserError(
+                context.where("objective"), what, hint="distil without them, and add model.vocabulary later"
+            )
         self._check(teacher_processor(self.teacher), context.processor)
         teacher = load_teacher(self.teacher, context)
         widths = teacher.lm_head.out_features, context.model.lm_head.out_features

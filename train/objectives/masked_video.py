@@ -31,12 +31,13 @@ class MaskedVideo(LanguageModeling):
     """Answers are learnt from videos of which some tokens are removed; the others have to mean what they mean in full.
 
     A second forward, without gradient, reads the whole video. Hidden states at the tokens that are left, passed through
-    a small decoder, are compared with its own there: 2 - 2 cosine. Images and texts are not touched.
+    a small decoder, are compared with its own there: 2 - 2 cosine. Images and texts are not touched. Validation removes
+    tokens too, the same ones each time.
 
     Args:
         rate: mean and standard deviation of the share that is removed, drawn for each sample in each epoch.
         clip: smallest and largest share.
-        weight: of the comparison, beside the answers' cross-entropy.
+        weight: of the comparison, beside the answers' cross-entropy; with 0 there is none, and no second forward.
         decoder: compare through a linear layer and a norm, which are trained and are no part of the model.
         positions: of the tokens that are left: "original", with gaps, or "compact", as if nothing had been there.
         target: the second forward reads the "prefix" up to the last token of a video, or the "whole" row. Equal, since
@@ -102,14 +103,14 @@ class MaskedVideo(LanguageModeling):
 
     def build(self, width: int) -> None:
         """The decoder: a linear layer and a norm, if there is to be one."""
-        if self.decodes:
+        if self.decodes and self.weight:
             self.decoder = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width, eps=1e-5))
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Scored tokens, tokens of videos that are left, and videos' tokens in all."""
         watched = int(batch["watched"].sum())
         shares = {"masked_video": watched, "removed": watched + int(batch["removed"].sum())}
-        return {**super().counts(batch), **shares}
+        return {**super().counts(batch), **(shares if self.weight else {"removed": shares["removed"]})}
 
     def forward(self, model: MMLLMForConditionalGeneration, batch: Batch) -> dict[str, Term]:
         """The summed cross-entropy, the summed distances, and, for the log, how many tokens were removed."""
@@ -123,17 +124,20 @@ class MaskedVideo(LanguageModeling):
             wanted = learnt.at((rows, slice(length))).taken(thin.index, thin.real).at((slice(None), slice(1, None)))
             own = wanted.ids != -100
             scored.append((hidden[:, :-1][own], wanted.at(own), self.shares(own)))
-            ours.append(hidden[self._places(thin.gather(watched), starts)])
-            theirs.append(self._in_full(model, part, self._places(watched, starts)))
+            if self.weight:
+                ours.append(hidden[self._places(thin.gather(watched), starts)])
+                theirs.append(self._in_full(model, part, self._places(watched, starts)))
         states, targets, shares = zip(*scored, strict=True)
         answers = self.answers(model, torch.cat(states), Targets.joined(list(targets)), list(shares), batch)
-        apart = distances(self.decoder(torch.cat(ours)), torch.cat(theirs))
         counts = self.counts(batch)
-        return {
+        terms = {
             "language_modeling": answers,
-            "masked_video": Term(apart.sum(), counts["masked_video"], self.weight),
             "removed": Term(batch["removed"].sum().float(), counts["removed"], 0.0),
         }
+        if self.weight:
+            apart = distances(self.decoder(torch.cat(ours)), torch.cat(theirs))
+            terms["masked_video"] = Term(apart.sum(), counts["masked_video"], self.weight)
+        return terms
 
     @torch.no_grad()
     def _in_full(self, model: MMLLMForConditionalGeneration, part: LLMInputs, places: Tensor) -> Tensor:
