@@ -132,8 +132,8 @@ class BTAdapter(Part):
         layers: their number: d - 1 for an adapter of depth d over a tower whose last but one state is
             read (one more would reach nothing).
         frames: most frames per clip.
-        drop: stochastic depth rate of every time layer; in the space layers it grows from 0 to this at the last of
-            `depth` layers (default: of those that are built).
+        drop: stochastic depth rate of every time layer; in the space layers it grows from 0 to this at the last.
+        depth: of so many layers. Without it, as in ST-LLM, of those that are built, and in the time layers too.
         blend_cls: blend the CLS rows with the side stream too, as EVA's version does; otherwise they stay the tower's.
         spread: initial standard deviation of the time embedding; 1 in the authors' library.
         tower_cls: whether the tower has a CLS token; without one the side stream's is its own.
@@ -157,7 +157,7 @@ class BTAdapter(Part):
         self.times = nn.Embedding(frames, block.width)
         rates = [drop * layer / max(1, (depth or layers) - 1) for layer in range(layers)]
         self.space = nn.ModuleList(SpaceLayer(block, rate) for rate in rates)
-        self.time = nn.ModuleList(TimeLayer(block, drop) for _ in rates)
+        self.time = nn.ModuleList(TimeLayer(block, drop if depth else rate) for rate in rates)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

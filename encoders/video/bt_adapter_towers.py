@@ -13,7 +13,7 @@ from mmllm.contract.parts import Site
 from mmllm.contract.registry import register
 from mmllm.contract.types import MediaSpec, Needs, TokenSpec, VisualTokens
 from mmllm.encoders.common.layered import LayeredEncoder
-from mmllm.encoders.common.transform import CropArguments, PixelArguments
+from mmllm.encoders.common.transform import PixelArguments
 from mmllm.encoders.image.huggingface import SMALL, ClipEncoder, SiglipEncoder
 from mmllm.encoders.image.timm import TimmEncoder
 from mmllm.encoders.video.bt_adapter import Block, BTAdapter
@@ -44,7 +44,7 @@ class SideStreamEncoder(LayeredEncoder):
     adapter: BTAdapter
 
     def add_adapter(
-        self, block: Block, blocks: int, *, depth: int, max_frames: int, drop: float, reference: bool, blend_cls: bool
+        self, block: Block, blocks: int, *, depth: int, max_frames: int, drop: float, reference: bool, eva: bool
     ) -> None:
         """Build the adapter beside the tower, which is built already.
 
@@ -52,7 +52,7 @@ class SideStreamEncoder(LayeredEncoder):
             block: what its layers are modelled on.
             blocks: of the tower.
             depth, max_frames, drop, reference: see the encoders.
-            blend_cls: see `BTAdapter`.
+            eva: blend CLS rows and let rates grow as ST-LLM does; see `BTAdapter`.
 
         Raises:
             ValueError: the layer that is read lies before the adapter, or the tower has registers.
@@ -65,7 +65,7 @@ class SideStreamEncoder(LayeredEncoder):
         self.depth, self.max_frames = depth, max_frames
         self.reads = tuple(range(count - depth, last + 1))
         layers, spread = (depth, 1.0) if reference else (len(self.reads), 0.0)
-        options = {"drop": drop, "depth": depth, "spread": spread, "blend_cls": blend_cls}
+        options = {"drop": drop, "depth": None if eva else depth, "spread": spread, "blend_cls": eva}
         self.adapter = BTAdapter(block, layers, max_frames, tower_cls=self.before == 1, **options)
 
     def position_table(self, patches: Tensor) -> Tensor:
@@ -136,14 +136,14 @@ class _BesideTransformers(SideStreamEncoder):
         max_frames: int = 64,
         drop: float = 0.1,
         reference: bool = False,
-        **pixels: Unpack[CropArguments],
+        **pixels: Unpack[PixelArguments],
     ) -> None:
         super().__init__(site, name=name, config=config, layer=layer, frames=frames, size=size, **pixels)
         own = self.config
         eps = (own.layer_norm_eps, own.layer_norm_eps)
         block = Block(own.hidden_size, own.intermediate_size, own.num_attention_heads, own.hidden_act, eps=eps)
         options = {"depth": depth, "max_frames": max_frames, "drop": drop, "reference": reference}
-        self.add_adapter(block, own.num_hidden_layers, **options, blend_cls=False)
+        self.add_adapter(block, own.num_hidden_layers, **options, eva=False)
 
     def load_weights(self) -> None:
         """Load the tower's weights, and copy its last blocks into the adapter's space layers."""
@@ -233,7 +233,7 @@ class TimmBTAdapterEncoder(SideStreamEncoder, TimmEncoder):
         norms = {"activation": "gelu", "key_bias": False, "eps": (1e-5, first.norm1.eps)}
         block = Block(first.mlp.fc1.in_features, hidden, first.attn.num_heads, **norms)
         options = {"depth": depth, "max_frames": max_frames, "drop": drop, "reference": reference}
-        self.add_adapter(block, len(blocks), **options, blend_cls=True)
+        self.add_adapter(block, len(blocks), **options, eva=True)
 
     def load_weights(self) -> None:
         """Load the tower's weights, and copy its last blocks into the adapter's space layers."""
