@@ -20,6 +20,7 @@ from mmllm.eval.protocol import PROTOCOLS, Protocol
 from mmllm.eval.report import Report
 from mmllm.eval.runner import run_benchmark
 from mmllm.model.checkpoint import weights_digest
+from mmllm.model.reduction.read import tokens_read
 
 if TYPE_CHECKING:
     from mmllm.contract.grounding import Coordinates
@@ -41,6 +42,7 @@ class ModelAnswerer:
 
     Attributes:
         damaged: files in which the decoder has found damaged frames so far.
+        visual_tokens: of each conversation of the last call, how many were read, averaged over the LLM's layers.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class ModelAnswerer:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="reading")
         self._ahead: list[tuple[Any, Future]] = []
         self.damaged: set[str] = set()
+        self.visual_tokens: list[float] = []
 
     @property
     def vocabulary(self) -> Coordinates | None:
@@ -71,6 +74,7 @@ class ModelAnswerer:
         batch = self._taken(conversations, frames).to(self.model.device)
         self.damaged |= {clip["damaged"] for clip in batch["visual"]["media"] if "damaged" in clip}
         output = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        self._note(batch)
         answers = output[:, batch["input_ids"].shape[1] :]
         return self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
@@ -82,7 +86,12 @@ class ModelAnswerer:
         ids = [option_ids(self.processor, asked, some) for asked, some in zip(conversations, options, strict=True)]
         batch = self._taken(conversations, frames).to(self.model.device)
         self.damaged |= {clip["damaged"] for clip in batch["visual"]["media"] if "damaged" in clip}
-        return score_options(self.model, batch, ids)
+        scores = score_options(self.model, batch, ids)
+        self._note(batch)
+        return scores
+
+    def _note(self, batch: VisualBatch) -> None:
+        self.visual_tokens = [sum(layers) / len(layers) for layers in tokens_read(self.model, batch)]
 
     def _taken(self, conversations: list[list[dict]], frames: int | None) -> VisualBatch:
         """The batch that was prepared ahead, if it is this one."""

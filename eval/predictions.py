@@ -20,6 +20,7 @@ class Predictions:
 
     Attributes:
         damaged: ids of items whose clip had damaged frames.
+        visual_tokens: how many were read, averaged over layers, by (item id, condition), where that is known.
 
     Args:
         path: the file; it and its folder are created by the first `add`. Earlier lines are read. An incomplete
@@ -33,6 +34,7 @@ class Predictions:
         self.path = path
         self.responses: dict[tuple[str, str], str] = {}
         self.damaged: set[str] = set()
+        self.visual_tokens: dict[tuple[str, str], float] = {}
         self._clips: dict[tuple[str, str], int] = {}
         if path.is_file():
             self._read()
@@ -77,6 +79,8 @@ class Predictions:
         self.responses[row["id"], row["condition"]] = row["response"]
         if isinstance(row.get("clip"), int):
             self._clips[row["id"], row["condition"]] = row["clip"]
+        if isinstance(row.get("visual_tokens"), float):
+            self.visual_tokens[row["id"], row["condition"]] = row["visual_tokens"]
         if row.get("damaged"):
             self.damaged.add(row["id"])
 

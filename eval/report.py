@@ -61,6 +61,7 @@ class Report:
         root: the benchmark's folder.
         limit: most items asked per task, None = all.
         subject: what else the answers depend on: weights, frames, template, ...
+        visual_tokens: per question, averaged over the LLM's layers, where the answerer says so.
         folder: where the report is written.
     """
 
@@ -78,6 +79,7 @@ class Report:
     root: str = ""
     limit: int | None = None
     subject: dict[str, Any] = field(default_factory=dict)
+    visual_tokens: float | None = None
     folder: Path | None = None
 
     def mean(self, key: str, how: str | None = None) -> float | None:
@@ -149,6 +151,7 @@ class Report:
             "root": self.root,
             "limit": self.limit,
             "subject": self.subject,
+            "visual_tokens": self.visual_tokens,
             "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
             "excluded": self.excluded,
             "not_scored": self.not_scored,
@@ -166,7 +169,8 @@ class Report:
         plain = ("benchmark", "protocol", "protocol_hash", "headline", "empty", "excluded", "not_scored", "warnings")
         try:
             tasks = {name: TaskScore(**task) for name, task in data["tasks"].items()}
-            rest = {key: data[key] for key in ("broken", "damaged", "root", "limit", "subject") if key in data}
+            later = ("broken", "damaged", "root", "limit", "subject", "visual_tokens")
+            rest = {key: data[key] for key in later if key in data}
             return cls(**{key: data[key] for key in plain}, **rest, tasks=tasks, folder=folder)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(folder / "report.json", "damaged", hint="delete it and evaluate again") from error

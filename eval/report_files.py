@@ -36,6 +36,8 @@ def _notes(report: Report) -> list[str]:
     notes = [f"WARNING: {warning}" for warning in report.warnings]
     if reduced := report.subject.get("reduce"):
         notes.append("visual tokens reduced: " + ", ".join(f"{key} {value}" for key, value in reduced.items()))
+    if report.visual_tokens is not None:
+        notes.append(f"visual tokens per question, averaged over the LLM's layers: {report.visual_tokens:.1f}")
     for name, task in report.tasks.items():
         if task.measures:
             notes.append(f"{name}: " + ", ".join(f"{key} {value:.1f}" for key, value in task.measures.items()))

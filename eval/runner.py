@@ -37,7 +37,8 @@ class Answerer(Interface):
         An answerer may have a method `prefetch(conversations, *, frames)`, told what is asked after the next call, and
         an attribute `damaged`: the set of files in which damaged frames were found. For protocols that compare the
         likelihood of options it has `score_options(conversations, options, *, frames)`. Its attribute `vocabulary` says
-        which coordinates it writes, if it writes any.
+        which coordinates it writes, if it writes any; `visual_tokens`, how many were read of each conversation of the
+        last call.
         """
 
 
@@ -209,6 +210,8 @@ def _answer_batch(
     kind = batch[0][0][0].kind
     longest = KINDS[kind].max_new_tokens or protocol.max_new_tokens
 
+    read: dict[int, float] = {}
+
     def ask(conversations: list[Conversation]) -> list[str]:
         if protocol.decoding == "likelihood" and kind == "choice" and conversations:
             given = [option_texts(list(options[id(one)])) for one in conversations]
@@ -219,6 +222,7 @@ def _answer_batch(
             fresh = []
         if len(fresh) != len(conversations):
             raise ValueError(f"the answerer returned {len(fresh)} responses to {len(conversations)} conversations")
+        read.update(zip(map(id, conversations), getattr(answer, "visual_tokens", []), strict=False))
         return fresh
 
     try:
@@ -227,15 +231,15 @@ def _answer_batch(
         if not skip:
             raise
         responses = iter([_one(ask, conversation) for conversation in coming])
-    rows, broken = [], []
+    rows, broken, asking = [], [], iter(coming)
     for items, known in batch:
-        response = next(responses) if known is None else known
+        response, tokens = (next(responses), read.get(id(next(asking)))) if known is None else (known, None)
         if isinstance(response, UserError):
             broken += [(item, str(response)) for item in items]
         else:
             seen = set() if CONDITIONS[condition].blind else getattr(answer, "damaged", set())
             layout = getattr(answer, "vocabulary", None)
-            rows += [_row(item, condition, response, protocol, seen, layout) for item in items]
+            rows += [_row(item, condition, response, protocol, seen, layout, tokens) for item in items]
     predictions.add(rows)
     return broken
 
@@ -259,7 +263,13 @@ def _one(ask: Callable[[list[Conversation]], list[str]], conversation: Conversat
 
 
 def _row(
-    item: Item, condition: str, response: str, protocol: Protocol, damaged: set[str], layout: Layout
+    item: Item,
+    condition: str,
+    response: str,
+    protocol: Protocol,
+    damaged: set[str],
+    layout: Layout,
+    tokens: float | None,
 ) -> dict[str, Any]:
     verdict = verdict_of(protocol, response, item, layout)
     flag: dict[str, Any] = {"damaged": True} if str(item.media_path) in damaged else {}
@@ -267,6 +277,7 @@ def _row(
         flag |= {"score": verdict.score, "measures": verdict.measures}
     if not CONDITIONS[condition].blind:
         flag["clip"] = clip_size(item)
+        flag |= {} if tokens is None else {"visual_tokens": tokens}
     return {
         "id": item.id,
         "task": item.task,

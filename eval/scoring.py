@@ -71,6 +71,9 @@ def score(
         broken=[{"id": item.id, "task": item.task, "reason": reason} for item, reason in chosen.broken],
         not_scored=dict(chosen.not_scored),
     )
+    read = [predictions.visual_tokens.get((item.id, "model")) for item in chosen.scored]
+    if read and None not in read:
+        report.visual_tokens = sum(read) / len(read)
     report.warnings = _warnings(report)
     for warning in report.warnings:
         logger.warning("%s: %s", benchmark.name, warning)
@@ -109,8 +112,10 @@ def _measures(verdicts: list[Verdict]) -> dict[str, float] | None:
     """What else is known of a grounding task: means of its measures, and how many scores reach some thresholds."""
     if not verdicts:
         return None
-    names = verdicts[0].measures
-    means = {name: 100 * sum(verdict.measures[name] for verdict in verdicts) / len(verdicts) for name in names}
+    means = {}
+    for name in dict.fromkeys(name for verdict in verdicts for name in verdict.measures):
+        own = [verdict.measures[name] for verdict in verdicts if name in verdict.measures]
+        means[name] = 100 * sum(own) / len(own)
     return {**means, **recalls([verdict.score for verdict in verdicts])}
 
 

@@ -35,9 +35,11 @@ class Processor:
 
 
 def answerer(frames: int | None = None) -> tuple[ModelAnswerer, Processor]:
-    """One whose model says with how many frames it was asked."""
+    """One whose model says with how many frames it was asked, and has read three visual tokens, then one."""
     processor = Processor()
-    model = SimpleNamespace(device="cpu", generate=lambda input_ids, **options: input_ids.repeat(1, 2))
+    reduction = SimpleNamespace(last=SimpleNamespace(entering=[torch.tensor([3]), torch.tensor([1])]))
+    answers = {"generate": lambda input_ids, **options: input_ids.repeat(1, 2), "reduction": reduction}
+    model = SimpleNamespace(device="cpu", **answers)
     return ModelAnswerer(model, processor, "uniform", frames), processor
 
 
@@ -46,6 +48,7 @@ def test_a_batch_read_ahead_is_used_once_and_for_its_own_frames():
     chats = [[{"role": "user", "content": "What?"}]]
     answer.prefetch(chats, frames=None)
     assert answer(chats, frames=1, max_new_tokens=4) == ["1"]
+    assert answer.visual_tokens == [2.0]
     assert answer(chats, frames=None, max_new_tokens=4) == ["0"]
     assert sorted(frames or 0 for _, frames in processor.read) == [0, 1]
     assert answer(chats, frames=None, max_new_tokens=4) == ["0"]

@@ -13,6 +13,8 @@ from mmllm.eval.answerer import ModelAnswerer
 from mmllm.eval.benchmarks import BENCHMARKS
 from mmllm.eval.likelihood import option_ids
 from mmllm.eval.protocol import CANONICAL, LIKELIHOOD
+from mmllm.eval.report import Report
+from mmllm.eval.report_files import render
 from mmllm.eval.runner import run_benchmark
 
 OPTIONS = [["red", "a blue square moves to the left", "no"], ["yes", "moves left then up"]]
@@ -81,3 +83,11 @@ def test_a_model_is_evaluated_by_likelihood(pair, mvbench_root, tmp_path):
     options = {"root": mvbench_root, "protocol": "likelihood", "baselines": ("blind",), "missing": "skip", "limit": 1}
     report = mmllm.evaluate(model, processor, "mvbench", out=tmp_path / "out", **options)
     assert report.protocol == "likelihood" and report.scored > 0 and report.unparsed == 0
+    assert report.visual_tokens == 4 * 9
+    mmllm.reduce(model, "random", keep=0.5)
+    halved = mmllm.evaluate(
+        model, processor, "mvbench", out=tmp_path / "halved", **{**options, "protocol": "canonical"}
+    )
+    assert halved.visual_tokens == 2 * 9 and Report.read(halved.folder).visual_tokens == 2 * 9
+    assert "averaged over the LLM's layers: 18.0" in render(halved)
+    mmllm.reduce(model, None)
