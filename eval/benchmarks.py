@@ -37,6 +37,8 @@ BENCHMARKS = {
 def parse_tasks(text: str, where: str = "--tasks") -> dict[str, tuple[str, ...]]:
     """{benchmark: its chosen tasks, or () for all}: `mvbench,mlvu:order,needle` has two tasks of mlvu.
 
+    A benchmark that is named alone is taken whole, whatever else is said of it.
+
     Raises:
         UserError: an unknown benchmark, or a task before any benchmark.
     """
@@ -49,13 +51,12 @@ def parse_tasks(text: str, where: str = "--tasks") -> dict[str, tuple[str, ...]]
         if colon or name in BENCHMARKS or not last or not chosen[last]:
             find_benchmark(name, where)
             last = name
-            chosen.setdefault(name, [])
-            chosen[name] += [task] if task else []
+            chosen.setdefault(name, []).append(task)
         else:
             chosen[last].append(piece)
     if not chosen:
         raise UserError(where, "names no benchmark", expected=", ".join(BENCHMARKS))
-    return {name: tuple(dict.fromkeys(tasks)) for name, tasks in chosen.items()}
+    return {name: () if "" in tasks else tuple(dict.fromkeys(tasks)) for name, tasks in chosen.items()}
 
 
 def title_of(name: str, tasks: tuple[str, ...]) -> str:

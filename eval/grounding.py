@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from mmllm.contract.grounding import Box, TimeSpan, Tube
 from mmllm.eval.items import Item, TaskRow, item_id, items_of, need_root, text_of
 
 NAME = "grounding"
+SAMPLER = "ends"
+MAX_NEW_TOKENS = 160
+"""How its clips are sampled, and how long an answer may be; part of an item's id, so that no old answer is taken."""
 TASKS = (
     TaskRow("when", "TG", "when", "when"),
     TaskRow("where", "SG", "where", "where"),
@@ -43,7 +47,7 @@ def _item(root: Path, task: TaskRow, index: int, row: dict[str, Any], where: str
     return Item(
         benchmark=NAME,
         task=task.name,
-        id=item_id(NAME, task.stem, index, video, question, row["truth"], frames),
+        id=item_id(NAME, task.stem, index, video, question, row["truth"], frames, SAMPLER, MAX_NEW_TOKENS),
         media_path=root / "video" / task.folder / video,
         start=None,
         end=None,
@@ -76,4 +80,5 @@ def _truth(value: object, where: str) -> TimeSpan | Box | Tube:
 
 def _numbers(values: object, count: int) -> bool:
     fit = isinstance(values, list) and len(values) == count
-    return fit and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    numbers = fit and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return numbers and all(math.isfinite(value) for value in values)

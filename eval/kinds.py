@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mmllm.contract.grounding import Box, Coordinates, TimeSpan
+from mmllm.eval import grounding
 from mmllm.eval.grounding_scores import by_frame, span_iou, tube_iou
 from mmllm.eval.items import Item, defect_of_choice, gold_missing
 from mmllm.eval.parsing import parsers
@@ -75,5 +76,7 @@ def judge_grounding(parser: str, response: str, item: Item, layout: Layout) -> V
 KINDS = {
     "choice": Kind(judge_choice, defect_of_choice),
     "open": Kind(None, lambda item: None),
-    "grounding": Kind(judge_grounding, gold_missing, plain=True, max_new_tokens=160, sampler="ends"),
+    "grounding": Kind(
+        judge_grounding, gold_missing, plain=True, max_new_tokens=grounding.MAX_NEW_TOKENS, sampler=grounding.SAMPLER
+    ),
 }

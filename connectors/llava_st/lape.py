@@ -39,12 +39,18 @@ class LanguageAlignedPositions(Part):
         """As it came.
 
         Raises:
-            ValueError: no raster, so tokens have no row and column.
+            ValueError: no raster, so tokens have no row and column; or an image in tiles.
         """
         spec = inputs[0]
         if spec.grid is None or not spec.grid.raster:
             raise ValueError(f"needs a raster of rows and columns, got {spec}")
+        if spec.media.tiles is not None:
+            raise ValueError("an image in tiles: each would be taken for the whole")
         return spec
+
+    def multiply_adds(self, *inputs: TokenSpec) -> int:
+        """None worth counting."""
+        return 0
 
     def forward(self, *inputs: VisualTokens, tables: Tables) -> VisualTokens:
         """[B, t h w, D] -> the same.

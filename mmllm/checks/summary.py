@@ -56,7 +56,7 @@ def walk(
     for name, module, inputs, spec in plan.walk(media):
         reaches = name in plan.output[kind]
         grid = str(spec.grid) if spec.grid else "-"
-        count = macs(module, inputs, media)
+        count = macs(module, inputs, media, plan.vocabulary)
         rows.append(
             Row(name, module.registered_name, grid, spec.tokens, spec.width, _parameters(module), count, reaches)
         )
@@ -115,11 +115,11 @@ def _text_macs(source: TextSource, needs: Needs) -> int:
         return count_macs(source, ids, torch.ones_like(ids), needs)
 
 
-def blank_context(part: Part, length: int = 8) -> dict[str, Any]:
+def blank_context(part: Part, length: int = 8, layout: Coordinates | None = None) -> dict[str, Any]:
     """The prompt and the tables that a part reads, as its keywords, if it reads any. On the current default device."""
     needs, site = part.needs(), part.site
     if needs.tables:
-        layout = Coordinates(first=0)
+        layout = layout or Coordinates(first=0)
         return {"tables": Tables(*(torch.zeros(len(layout), site.inputs[0].width) for _ in range(2)), layout)}
     if not (needs.prompt or needs.prompt_hidden_states):
         return {}
@@ -135,15 +135,15 @@ def blank_context(part: Part, length: int = 8) -> dict[str, Any]:
     return {"prompt": features}
 
 
-def macs(module: nn.Module, inputs: tuple[TokenSpec, ...], media: MediaSpec) -> int:
-    """Multiply-adds of an encoder over such media, or of a part over such inputs."""
+def macs(module: nn.Module, inputs: tuple[TokenSpec, ...], media: MediaSpec, layout: Coordinates | None = None) -> int:
+    """Multiply-adds of an encoder over such media, or of a part over such inputs, in a model with these coordinates."""
     if isinstance(module, Part) and (known := module.multiply_adds(*inputs)) is not None:
         return known
     with torch.device("meta"):
         if isinstance(module, Encoder):
             shape = (1, module.frames_of(media), 3, module.geometry.height, module.geometry.width)
             return count_macs(module, torch.zeros(shape, dtype=torch.uint8), media, Needs())
-        return count_macs(module, *(blank_tokens(spec) for spec in inputs), **blank_context(module))
+        return count_macs(module, *(blank_tokens(spec) for spec in inputs), **blank_context(module, layout=layout))
 
 
 def blank_tokens(spec: TokenSpec) -> VisualTokens:

@@ -29,6 +29,7 @@ from mmllm.device import pick_device
 from mmllm.drawing import check_suffix
 
 if TYPE_CHECKING:
+    from mmllm.contract.batch import MediumInputs
     from mmllm.model.modeling import MMLLMForConditionalGeneration
     from mmllm.processing.collate import VisualBatch
     from mmllm.processing.processor import MMLLMProcessor
@@ -82,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
     from mmllm.api import check_new_tokens, load, reduce
     from mmllm.data.media.loading import MediaLoader
     from mmllm.data.media.types import MediaRef
+    from mmllm.model.reduction.read import visual_tokens
 
     ways, media = settings(options), [MediaRef.parse(kind, text) for kind, text in options.media or []]
     alone = len(ways) == 1 and len(options.model) == 1
@@ -95,16 +97,28 @@ def run(options: argparse.Namespace) -> int:
     for path in options.model:
         model, processor = load(path, device=pick_device(options.device), dtype=options.dtype or "auto")
         check_new_tokens(processor, options.max_new_tokens, "--max-new-tokens")
+        if options.out is not None and processor.plan.vocabulary is None:
+            what = "this model has no words for places and moments"
+            raise UserError("--out", what, hint="a model with a vocabulary of coordinates, as nano/llava_st")
         processor.loader = MediaLoader(media_reader(options.backend, options.time_limit, options.corrupt))
         batch = question_about(processor, media, options.question, frames=options.frames, fps=options.fps)
         batch = batch.to(model.device)
         prompt = batch["input_ids"].shape[1]
         check_new_tokens(processor, options.max_new_tokens, "--max-new-tokens", prompt=prompt)
-        _say(batch, _visual_tokens(batch, processor), options.quiet)
+        visual = sum(visual_tokens(batch, processor.plan))
+        _say(batch, visual, options.quiet)
         for name, section in ways.items():
             reduce(model, section)
             answer = _answer(model, processor, batch, options.max_new_tokens, show=alone and not options.json)
-            found.append({"model": path, "reduce": name, **answer, **_places(answer["answer"], batch, processor)})
+            found.append(
+                {
+                    "model": path,
+                    "reduce": name,
+                    "visual_tokens": visual,
+                    **answer,
+                    **_places(answer["answer"], batch, processor),
+                }
+            )
     _print(found, alone, options)
     if options.out is not None:
         _draw(found[0]["answer"], batch, processor, options.out)
@@ -116,30 +130,32 @@ def _places(answer: str, batch: VisualBatch, processor: MMLLMProcessor) -> dict[
     from mmllm.processing.expansion import seconds_of
     from mmllm.processing.grounding import entry_of, read
 
-    layout, media = processor.plan.vocabulary, batch["visual"]["media"]
-    if layout is None or not media:
+    layout = processor.plan.vocabulary
+    if layout is None or not batch["visual"]["media"]:
         return {}
-    found, times = read(answer, layout), media[-1]["times"]
-    at = partial(seconds_of, times=times)
+    found = read(answer, layout)
+    at = partial(seconds_of, times=_subject(batch)["times"])
     things = [TimeSpan(at(span.start), at(span.end)) for span in found.spans] + found.boxes
     if found.tube.boxes:
         things.append(Tube(tuple((at(moment), box) for moment, box in found.tube.boxes)))
     return {"places": [entry_of(thing) for thing in things]} if things else {}
 
 
-def _draw(answer: str, batch: VisualBatch, processor: MMLLMProcessor, path: Path) -> None:
-    """Write the last medium with what the answer says of it.
+def _subject(batch: VisualBatch) -> MediumInputs:
+    """The medium that an answer speaks of: the last in the prompt."""
+    visual = batch["visual"]
+    clip, _ = visual["pairs"][int(visual["spans"][-1][2])]
+    return visual["media"][clip]
 
-    Raises:
-        UserError: the model has no words for places and moments.
-    """
+
+def _draw(answer: str, batch: VisualBatch, processor: MMLLMProcessor, path: Path) -> None:
+    """Write the medium that an answer speaks of, of an image the view of the whole, with what the answer says."""
     from mmllm.drawing import enlarged, marked, save
     from mmllm.processing.grounding import read
 
-    if processor.plan.vocabulary is None:
-        what = "this model has no words for places and moments"
-        raise UserError("--out", what, hint="a model with a vocabulary of coordinates, as nano/llava_st")
-    pixels = next(iter(batch["visual"]["media"][-1]["pixels"].values()))
+    medium = _subject(batch)
+    pixels = next(iter(medium["pixels"].values()))
+    pixels = pixels[:1] if medium["spec"].kind == "image" else pixels
     save(marked(enlarged(pixels), read(answer, processor.plan.vocabulary)), path)
     print(f"wrote {path}", file=sys.stderr)
 
@@ -150,6 +166,7 @@ def _answer(
     """An answer, and what it cost; `show` prints it as it comes."""
     from mmllm.api import stream_answer
     from mmllm.device import PeakMemory
+    from mmllm.model.reduction.read import tokens_read
 
     start, first, pieces = time.perf_counter(), None, []
     with (
@@ -165,15 +182,9 @@ def _answer(
     if show:
         print()
     seconds = time.perf_counter() - start
-    reduction = model.reduction
-    if reduction is not None and reduction.last is not None:
-        layers = [int(count.sum()) for count in reduction.last.entering]
-    else:
-        layers = [_visual_tokens(batch, processor)]
     return {
         "answer": "".join(pieces).strip(),
-        "visual_tokens": _visual_tokens(batch, processor),
-        "visual_tokens_by_layer": layers,
+        "visual_tokens_by_layer": tokens_read(model, batch)[0],
         "first_word_seconds": round(seconds if first is None else first, 3),
         "seconds": round(seconds, 3),
         "peak_bytes": peak.bytes,
@@ -212,13 +223,6 @@ def _row(found: dict[str, Any], named: list[str]) -> list[str]:
     tokens = f"{layers[0]} / {sum(layers) / len(layers):.0f} / {layers[-1]}"
     peak = "-" if found["peak_bytes"] is None else f"{found['peak_bytes'] / 1e9:.2f} GB"
     return [*(found[name] for name in named), tokens, f"{found['first_word_seconds']:.2f} s", peak, found["answer"]]
-
-
-def _visual_tokens(batch: VisualBatch, processor: MMLLMProcessor) -> int:
-    """The number of visual positions in the prompt."""
-    specs = [batch["visual"]["media"][clip]["spec"] for clip, _ in batch["visual"]["pairs"]]
-    streams = [processor.plan.streams(spec) for spec in specs]
-    return sum(streams[pair][stream].tokens for _, _, pair, stream in batch["visual"]["spans"].tolist())
 
 
 def _say(batch: VisualBatch, visual: int, quiet: bool) -> None:

@@ -22,7 +22,7 @@ from mmllm.cli.common import (
 from mmllm.contract.arguments import Count
 from mmllm.contract.errors import UserError, nearest
 from mmllm.device import pick_device
-from mmllm.drawing import SIDE, check_suffix, save
+from mmllm.drawing import SIDE, check_suffix, marked, save
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,9 +31,12 @@ if TYPE_CHECKING:
     from mmllm.contract.types import VisualTokens
     from mmllm.model.modeling import MMLLMForConditionalGeneration
     from mmllm.processing.collate import VisualBatch
+    from mmllm.processing.processor import MMLLMProcessor
 
 GONE = 0.75
 """How much of a patch that was dropped at the door is covered; later ones are covered less."""
+ANSWER = 160
+"""Longest answer whose places are drawn."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def configure_tokens(verbs: argparse._SubParsersAction) -> None:
     tokens.add_argument("--question", default="What happens?", help="read beside it; importance depends on it")
     tokens.add_argument("--frames", type=flag(Count), help="frames of the video (default: the model's own)")
     tokens.add_argument("--stream", metavar="NAME", help="of several, by its node (default: the one with most tokens)")
-    what = "draw the frames: a picture or a clip (may repeat)"
+    what = "draw the frames, with the places and moments of the answer: a picture or a clip (may repeat)"
     tokens.add_argument("--out", action="append", type=given_path, metavar="FILE.png|FILE.mp4", help=what)
     reduce_flags(tokens)
     reader_flags(tokens)
@@ -79,6 +82,7 @@ def run_tokens(options: argparse.Namespace) -> int:
     from mmllm.api import load
     from mmllm.data.media.loading import MediaLoader
     from mmllm.data.media.types import MediaRef
+    from mmllm.processing.grounding import read
 
     ways = settings(options)
     if len(ways) > 1:
@@ -94,10 +98,20 @@ def run_tokens(options: argparse.Namespace) -> int:
         print_json({"layers": seen.layers, **facts})
     else:
         print(_table(seen))
+    frames = drawn(batch["visual"]["media"][0]["pixels"], seen) if options.out else None
+    if options.out and processor.plan.vocabulary is not None:
+        frames = marked(frames, read(answer_of(model, processor, batch), processor.plan.vocabulary))
     for path in options.out or []:
-        save(drawn(batch["visual"]["media"][0]["pixels"], seen), path)
+        save(frames, path)
         print(f"wrote {path}", file=sys.stderr)
     return 0
+
+
+def answer_of(model: MMLLMForConditionalGeneration, processor: MMLLMProcessor, batch: VisualBatch) -> str:
+    """What the model says, for the places and moments in it."""
+    from mmllm.api import stream_answer
+
+    return "".join(stream_answer(model, processor, batch, max_new_tokens=ANSWER))
 
 
 def look(model: MMLLMForConditionalGeneration, batch: VisualBatch, stream: str | None = None) -> Seen:

@@ -118,6 +118,8 @@ class StudyFile:
         self.study = _read(path)
         for task in self.study.tasks:
             parse_tasks(task, f"{path}:tasks")
+            if "," in task:
+                raise UserError(f"{path}:tasks", "one benchmark or task each", got=task, hint="a list of them")
         self.overrides = (*self.study.set, *overrides)
         named = (self.study.plugin,) if isinstance(self.study.plugin, str) else self.study.plugin
         self.plugins = [self._beside(name) for name in named]

@@ -22,7 +22,7 @@ from mmllm.model.head import Head
 from mmllm.model.reduction.llm import Reduction
 from mmllm.model.reduction.pixels import small_visual, spread
 from mmllm.model.splice import spans_of, spliced
-from mmllm.model.vocabulary import CoordinateTables, placed
+from mmllm.model.vocabulary import CoordinateTables, placed, tables_of
 from mmllm.processing.collate import move
 
 if TYPE_CHECKING:
@@ -77,17 +77,11 @@ class MMLLMModel(MMLLMPreTrainedModel):
         # The LLM first: its random weights then depend on the seed alone, not on the front end.
         self.language_model = AutoModel.from_config(config.text_config)
         self.reduction: Reduction | None = None
+        self.vocabulary = tables_of(config)
         self.front_end = FrontEnd(config.model_section, config.text_config.hidden_size)
-        self.vocabulary = self._tables_of(config)
+        if self.vocabulary is not None:
+            self.front_end.use(self.vocabulary)
         self.post_init()
-
-    def _tables_of(self, config: MMLLMConfig) -> CoordinateTables | None:
-        layout, text = self.front_end.plan.vocabulary, config.text_config
-        if layout is None:
-            return None
-        tables = CoordinateTables(layout, text.hidden_size, getattr(text, "initializer_range", 0.02))
-        self.front_end.use(tables)
-        return tables
 
     def get_input_embeddings(self) -> nn.Module:
         """The LLM's embedding."""

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mmllm.contract.arguments import bind
 from mmllm.contract.grounding import AXES, Coordinates, Tables
 
 if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx
 
     from mmllm.contract.batch import CoordinateInputs, VisualInputs
+    from mmllm.model.config import MMLLMConfig
 
 
 class CoordinateTables(nn.Module):
@@ -74,6 +76,15 @@ class _Neighbours(torch.autograd.Function):
         places = torch.arange(len(upstream), device=upstream.device, dtype=torch.float32)
         shares = 0.5 ** (places[:, None] - places).abs()
         return upstream + (shares @ upstream.float()).to(upstream.dtype)
+
+
+def tables_of(config: MMLLMConfig) -> CoordinateTables | None:
+    """The tables of a model's vocabulary, if it has one; fresh rows as large as the LLM's own."""
+    section, text = config.model_section.get("vocabulary"), config.text_config
+    if not section:
+        return None
+    layout = Coordinates(**bind(Coordinates, section, "model.vocabulary"))
+    return CoordinateTables(layout, text.hidden_size, getattr(text, "initializer_range", 0.02))
 
 
 def repeated(visual: VisualInputs, times: int) -> VisualInputs:

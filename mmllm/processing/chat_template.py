@@ -44,6 +44,22 @@ class Rendered:
     answers: list[tuple[int, int]] = field(default_factory=list)
     typed: list[tuple[int, int]] = field(default_factory=list)
 
+    def written(self, layout: Coordinates | None) -> str:
+        """The text, with the token of every place.
+
+        Raises:
+            UserError: a moment in seconds, which has no token before its clip is read; or a model without coordinates.
+        """
+        text = self.text
+        for start, where, _ in reversed(self.located):
+            if layout is None:
+                raise UserError("content entry", "this model has no words for places and moments")
+            if where.seconds:
+                raise UserError("time entry", "has no token before its clip is read", hint="tokenize=True")
+            token = layout.token(where.axis, layout.nearest(where.axis, where.value) - layout.offset(where.axis))
+            text = text[:start] + token + text[start + len(Coordinates.token(where.axis, 0)) :]
+        return text
+
 
 def render(
     tokenizer: PreTrainedTokenizerBase,
@@ -115,6 +131,20 @@ def _subject(of: int | None, media: list[MediumEntry], before: int) -> MediumEnt
     return media[of]
 
 
+def _runs(content: list[str | MediumEntry | Subject]) -> list[list[str | Subject] | MediumEntry]:
+    """Media, and texts as lists of one; a place is in the list of the texts around it, so that nothing splits them."""
+    found: list[list[str | Subject] | MediumEntry] = []
+    for entry in content:
+        last = found[-1] if found and isinstance(found[-1], list) else None
+        if isinstance(entry, MediumEntry):
+            found.append(entry)
+        elif last is not None and not (isinstance(entry, str) and isinstance(last[-1], str)):
+            last.append(entry)
+        else:
+            found.append([entry])
+    return found
+
+
 def _render_entries(
     template: Template,
     contents: list[tuple[str, list[str | MediumEntry | Subject]]],
@@ -122,6 +152,7 @@ def _render_entries(
     continued: bool,
 ) -> Rendered:
     """The same with a template that writes the placeholders itself, as those of published models do."""
+    contents = [(role, _runs(own)) for role, own in contents]
     shape = tuple(
         (role, tuple(entry.kind if isinstance(entry, MediumEntry) else "text" for entry in own))
         for role, own in contents
@@ -132,7 +163,7 @@ def _render_entries(
     texts = [(role, entry) for role, own in contents for entry in own if not isinstance(entry, MediumEntry)]
     for number, ((role, text), before, piece) in enumerate(zip(texts, pieces, pieces[1:], strict=False)):
         start = len(result.text)
-        _write_content([text], result)
+        _write_content(text, result)
         if role == "assistant":
             start -= _written_first(before, opening)
             result.answers.append((start, len(result.text) + _ending(piece, template.tokenizer)))

@@ -128,7 +128,7 @@ class MMLLMProcessor(ProcessorMixin):
         how = {"prompt": add_generation_prompt, "continued": continue_final_message}
         how |= {"template": chat_template, "variables": variables}
         if not tokenize:
-            texts = [render(self.tokenizer, item, **how).text for item in conversations]
+            texts = [render(self.tokenizer, item, **how).written(self.plan.vocabulary) for item in conversations]
             return texts[0] if single else texts
         sampling = self.sampling(**{name: options[name] for name in SAMPLING})
         examples = [self.encode(item, answers=False, sampling=sampling, **how) for item in conversations]

@@ -49,7 +49,8 @@ def test_frames_are_enlarged_to_even_sides():
 def test_an_answer_in_seconds():
     processor = tiny_processor(tiny_recipe("nano/llava_st"))
     layout = processor.plan.vocabulary
-    batch = {"visual": {"media": [{"times": torch.tensor([1.0, 2.0, 4.0])}]}}
+    media = [{"times": torch.tensor([1.0, 2.0, 4.0])}, {"times": torch.zeros(1)}]
+    batch = {"visual": {"media": media, "pairs": [(1, 0), (0, 0)], "spans": torch.tensor([[0, 3, 0, 0], [0, 9, 1, 0]])}}
     said = f"from {written(TimeSpan(0.0, 1.0), layout)} at {written(Tube(((1.0, Box(0, 0, 1, 1)),)), layout)}"
     places = _places(said, batch, processor)["places"]
     assert places == [{"type": "time", "time": [1.0, 4.0]}, {"type": "tube", "tube": [[4.0, 0.0, 0.0, 1.0, 1.0]]}]
@@ -79,3 +80,17 @@ def test_nothing_to_draw_on_or_with(model, tmp_path, capsys):
     ):
         assert main(["ask", "--model", str(model), *words]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_the_tokens_are_drawn_with_what_the_answer_says(model, tmp_path, monkeypatch):
+    from mmllm.cli import inspect_tokens
+
+    layout = tiny_processor(tiny_recipe("nano/llava_st")).plan.vocabulary
+    said = written(Tube(((0.0, Box(0.2, 0.2, 0.8, 0.8)),)), layout)
+    monkeypatch.setattr(inspect_tokens, "answer_of", lambda model, processor, batch: said)
+    clip, out = write_video(tmp_path / "clip.mp4", frames(0, 16)), tmp_path / "seen.png"
+    words = ["inspect", "tokens", "--model", str(model), "--video", str(clip), "--stream", "fast", "--out", str(out)]
+    assert main(words) == 0
+    drawn = (np.asarray(Image.open(out).convert("RGB")) == TRACK).all(-1)
+    width = drawn.shape[1] // 4
+    assert drawn[:, :width].any() and not drawn[:, width:].any()

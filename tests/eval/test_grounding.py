@@ -105,6 +105,8 @@ def test_the_question_alone_is_asked_with_both_ends_of_the_clip(root):
     [
         ("mvbench,mlvu", {"mvbench": (), "mlvu": ()}),
         ("mlvu:order,needle", {"mlvu": ("order", "needle")}),
+        ("mlvu:order,mlvu", {"mlvu": ()}),
+        ("mlvu,mlvu:order", {"mlvu": ()}),
         ("mlvu:order,needle,mvbench", {"mlvu": ("order", "needle"), "mvbench": ()}),
         ("grounding:when, mlvu:order", {"grounding": ("when",), "mlvu": ("order",)}),
         ("mvbench:Action Sequence,Fine-grained Pose", {"mvbench": ("Action Sequence", "Fine-grained Pose")}),

@@ -41,6 +41,7 @@ def test_mistakes_are_named(tmp_path):
     assert "arms.a: gone.yaml: no such file" in problem(study(tmp_path, arms={"a": "gone.yaml"}))
     assert "mine.yaml:equall: unknown key. Try: equal" in problem(study(tmp_path, equall="tokens"))
     assert "mine.yaml:tasks: unknown benchmark 'mvbenhc'" in problem(study(tmp_path, tasks=["mvbenhc"]))
+    assert "tasks: one benchmark or task each" in problem(study(tmp_path, tasks=["mlvu:order,needle"]))
     assert "arms.a.x: unknown key" in problem(study(tmp_path, arms={"a": {"recipe": "nano/llava", "x": 1}}))
 
 

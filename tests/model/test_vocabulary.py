@@ -288,3 +288,26 @@ def test_another_llm_has_other_ids():
     assert load("llava_st").model["vocabulary"]["first"] == 151648
     other = load("llava_st", ["model.llm.name=somebody/else"])
     assert "first" not in other.model["vocabulary"]
+
+
+def test_places_as_text_and_in_any_template(pair):
+    _, processor = pair
+    box = {"type": "box", "box": [0.1, 0.2, 0.55, 0.9]}
+    text = processor.apply_chat_template([turn("What is in", box, "?")], add_generation_prompt=True)
+    layout = processor.plan.vocabulary
+    assert layout.token("width", layout.nearest("width", 0.1) - layout.offset("width")) in text
+    with pytest.raises(UserError, match="no token before its clip is read"):
+        processor.apply_chat_template([turn(video(3), "From", {"type": "time", "time": [1, 2]}, "?")])
+    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}"
+    said = processor.apply_chat_template([turn("What is in", box, "?")], chat_template=template)
+    assert said.count("user:What is in") == 1 and said.count("<WIDTH-") == 2 and said.endswith("?;")
+
+
+def test_tiles_have_no_places_of_their_own():
+    from mmllm.connectors.llava_st.lape import LanguageAlignedPositions
+    from mmllm.contract.parts import Site
+    from mmllm.contract.types import Grid, MediaSpec, TokenSpec
+
+    tiled = TokenSpec(MediaSpec("image", 5, tiles=(2, 2)), 20, 16, Grid(5, 2, 2))
+    with pytest.raises(ValueError, match="an image in tiles"):
+        LanguageAlignedPositions(Site((tiled,), llm_width=16)).output_spec(tiled)

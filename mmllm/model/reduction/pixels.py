@@ -25,13 +25,19 @@ def side_for(plan: FrontEndPlan, keep: float) -> float:
     most = max(encoder.output_spec(MediaSpec("image", 1)).grid.h for encoder in _gridded(plan.bank))
     media = [plan.nominal(kind) for kind in ("video", "image")]
     whole = [sum(spec.tokens for spec in plan.streams(one)) for one in media]
-    least = []
+    least, defect = [], None
     for side in range(most - 1, 0, -1):
-        small = small_bank(plan.bank, side / most)
-        found = [sum(spec.tokens for spec in plan.streams_through(small, one)) for one in media]
+        try:
+            small = small_bank(plan.bank, side / most)
+            found = [sum(spec.tokens for spec in plan.streams_through(small, one)) for one in media]
+        except UserError as error:  # a part may have no way with this size, and have one with a smaller
+            defect = error
+            continue
         if all(few <= max(1, int(keep * many + 1e-9)) for few, many in zip(found, whole, strict=True)):
             return side / most
         least = found
+    if not least and defect is not None:
+        raise defect
     what = f"smaller frames make no fewer than {least} of {whole} tokens (video, image)"
     raise UserError("reduce pixels", what, hint="a larger keep, or another reducer")
 

@@ -130,3 +130,23 @@ def test_smaller_frames_through_every_encoder_of_a_recipe(name):
         assert "smaller frames make no fewer" in str(error)
         return
     model(**prompt(processor))
+
+
+def test_a_size_that_a_part_cannot_read_is_passed_over(monkeypatch):
+    from mmllm.model.front_end_plan import FrontEndPlan
+    from mmllm.model.reduction.pixels import side_for
+
+    recipe = tiny_recipe(overrides=("model.encoders.nano.size=64", "model.encoders.nano.grid=4,4"))
+    plan, whole = tiny_model(recipe).model.front_end.plan, FrontEndPlan.streams_through
+    assert side_for(plan, 0.6) == 0.75
+    refused = []
+
+    def fails_at_three(self, bank, media):
+        found = whole(self, bank, media)
+        if found[0].grid.h == 3:
+            refused.append(media)
+            raise UserError("pool", "needs an even number of rows")
+        return found
+
+    monkeypatch.setattr(FrontEndPlan, "streams_through", fails_at_three)
+    assert side_for(plan, 0.6) == 0.5 and refused

@@ -44,6 +44,12 @@ def conversation(
     messages = _fill(turns, found, where)
     located = {"variables"} if names_places(record.get("variables")) else set()
     if located:
+        split = (record.get("meta") or {}).get("split") if isinstance(record.get("meta"), dict) else None
+        if split is not None:
+            hint = "start and end in seconds, beside video"
+            raise UserError(
+                f"{where}:meta.split", "a part of a clip in frames is not read", got=short(split), hint=hint
+            )
         messages = with_places(messages, record["variables"], where)
     taken = {"id", used, *located, *MEDIA_KEYS, *(("start", "end") if found["video"] else ())}
     fields = {key: value for key, value in record.items() if key not in taken and value is not None}
