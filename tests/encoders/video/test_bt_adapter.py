@@ -146,6 +146,8 @@ def eva(**arguments: object) -> TimmBTAdapterEncoder:
     torch.manual_seed(0)
     small = {"embed_dim": 24, "depth": 4, "num_heads": 2}
     made = TimmBTAdapterEncoder(Site(), name="eva_giant_patch14_clip_224", size=28, model_args=small, **arguments)
+    for block in made.tower.blocks:
+        nn.init.normal_(block.attn.q_bias), nn.init.normal_(block.attn.v_bias)  # fresh ones are zero
     made.adapter.copy_blocks([_eva_states(block) for block in made.tower.blocks[-made.depth :]])
     return _moved(made)
 
