@@ -172,6 +172,8 @@ def _pending(items: list[Item], condition: str, predictions: Predictions, protoc
 
 Group = tuple[list[Item], str | None]
 """Items that share an answer, and that answer where it is known."""
+Answer = tuple[str, float | None]
+"""A response, and the visual tokens that were read for it where the answerer says so."""
 
 
 def _batches(groups: list[Group], size: int) -> list[list[Group]]:
@@ -210,35 +212,32 @@ def _answer_batch(
     kind = batch[0][0][0].kind
     longest = KINDS[kind].max_new_tokens or protocol.max_new_tokens
 
-    read: dict[int, float] = {}
-
-    def ask(conversations: list[Conversation]) -> list[str]:
-        if protocol.decoding == "likelihood" and kind == "choice" and conversations:
+    def ask(conversations: list[Conversation]) -> list[Answer]:
+        if not conversations:
+            return []
+        if protocol.decoding == "likelihood" and kind == "choice":
             given = [option_texts(list(options[id(one)])) for one in conversations]
             fresh = [_likeliest(scores) for scores in answer.score_options(conversations, given, frames=frames)]
-        elif conversations:
-            fresh = answer(conversations, frames=frames, max_new_tokens=longest)
         else:
-            fresh = []
+            fresh = answer(conversations, frames=frames, max_new_tokens=longest)
         if len(fresh) != len(conversations):
             raise ValueError(f"the answerer returned {len(fresh)} responses to {len(conversations)} conversations")
-        read.update(zip(map(id, conversations), getattr(answer, "visual_tokens", []), strict=False))
-        return fresh
+        return list(zip(fresh, getattr(answer, "visual_tokens", None) or [None] * len(fresh), strict=True))
 
     try:
-        responses: Iterator[str | UserError] = iter(ask(coming))
+        responses: Iterator[Answer | UserError] = iter(ask(coming))
     except UserError:
         if not skip:
             raise
         responses = iter([_one(ask, conversation) for conversation in coming])
-    rows, broken, asking = [], [], iter(coming)
+    rows, broken, layout = [], [], getattr(answer, "vocabulary", None)
     for items, known in batch:
-        response, tokens = (next(responses), read.get(id(next(asking)))) if known is None else (known, None)
-        if isinstance(response, UserError):
-            broken += [(item, str(response)) for item in items]
+        found = next(responses) if known is None else (known, None)
+        if isinstance(found, UserError):
+            broken += [(item, str(found)) for item in items]
         else:
+            response, tokens = found
             seen = set() if CONDITIONS[condition].blind else getattr(answer, "damaged", set())
-            layout = getattr(answer, "vocabulary", None)
             rows += [_row(item, condition, response, protocol, seen, layout, tokens) for item in items]
     predictions.add(rows)
     return broken
@@ -254,8 +253,8 @@ def _likeliest(scores: list[float]) -> str:
     return f"({LETTERS[scores.index(max(scores))]})"
 
 
-def _one(ask: Callable[[list[Conversation]], list[str]], conversation: Conversation) -> str | UserError:
-    """The response to one conversation, or why there is none."""
+def _one(ask: Callable[[list[Conversation]], list[Answer]], conversation: Conversation) -> Answer | UserError:
+    """The answer to one conversation, or why there is none."""
     try:
         return ask([conversation])[0]
     except UserError as error:
