@@ -89,7 +89,8 @@ class Head(nn.Linear):
         if not self._vocabulary:
             return None
         (vocabulary,) = self._vocabulary
-        return Extra(vocabulary().outputs, vocabulary.ids(self.weight.device))
+        layout = vocabulary.layout
+        return Extra(vocabulary().outputs, vocabulary.ids(self.weight.device), layout.first + len(layout))
 
     def _logits(self, rows: Tensor, tables: Extra | None) -> Tensor:
         logits = super().forward(rows)
@@ -97,14 +98,21 @@ class Head(nn.Linear):
 
 
 class Extra(NamedTuple):
-    """Rows [N, D] of a head beside its weight, and the tokens [N] that they stand for."""
+    """Rows of a head beside its weight.
+
+    Attributes:
+        outputs: [N, D].
+        ids: [N], the tokens that they stand for.
+        length: of the logits, up to the last of these tokens.
+    """
 
     outputs: Tensor
     ids: Tensor
+    length: int
 
     def extended(self, logits: Tensor, rows: Tensor) -> Tensor:
         """Logits [..., V] of rows [..., D] with those of these tokens in their places, [..., V or more]."""
-        missing = int(self.ids[-1]) + 1 - logits.shape[-1]
+        missing = self.length - logits.shape[-1]
         if missing > 0:
             logits = nn.functional.pad(logits, (0, missing), value=-torch.inf)
         own = nn.functional.linear(rows, self.outputs)
@@ -167,8 +175,10 @@ def _scored(
     """{term: sum over all rows}, differentiable in rows, weight and tables."""
     names: list[str] = []
     learning = torch.is_grad_enabled()  # inside a Function it never is
-    outputs, ids = tables or (None, None)
-    values = _ChunkedScore.apply(rows, weight, outputs, ids, score, scales, groups or [1] * len(rows), names, learning)
+    outputs = None if tables is None else tables.outputs
+    values = _ChunkedScore.apply(
+        rows, weight, outputs, tables, score, scales, groups or [1] * len(rows), names, learning
+    )
     return dict(zip(names, values, strict=True))
 
 
@@ -181,7 +191,7 @@ class _ChunkedScore(torch.autograd.Function):
         rows: Tensor,
         weight: Tensor,
         outputs: Tensor | None,
-        ids: Tensor | None,
+        tables: Extra | None,
         score: Score,
         scales: dict[str, float],
         groups: Sequence[int],
@@ -192,13 +202,13 @@ class _ChunkedScore(torch.autograd.Function):
 
         Args:
             outputs: [E, D], rows beside the weight, or None.
-            ids: [E], their tokens.
+            tables: the same with their tokens.
         """
         of_rows, of_weight, of_outputs = (wanted and learning for wanted in ctx.needs_input_grad[:3])
         grad_rows = torch.zeros_like(rows) if of_rows else None
         grad_weight = torch.empty_like(weight) if of_weight else None
         grad_outputs = torch.zeros_like(outputs) if of_outputs else None
-        extra = None if outputs is None else Extra(outputs, ids)
+        extra = None if tables is None else tables._replace(outputs=outputs)
         totals: dict[str, Tensor] = {}
         shares: dict[str, float] = {}
         first = True
