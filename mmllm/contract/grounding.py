@@ -18,6 +18,9 @@ Axis = Literal["time", "height", "width"]
 AXES: tuple[Axis, ...] = ("time", "height", "width")
 NAMES: dict[Axis, str] = {"time": "TEMP", "height": "HEIGHT", "width": "WIDTH"}
 """What the tokens of an axis are called: `<TEMP-012>`."""
+AXIS_OF: dict[str, Axis] = {name: axis for axis, name in NAMES.items()}
+SIDES: tuple[Axis, ...] = ("width", "height", "width", "height")
+"""The axes of a box's sides: left, top, right, bottom."""
 EXACT = 1e-6
 """A place that is nearer to a bin than this part of one is at the bin."""
 Bins = Annotated[int, Within(least=2, most=1000)]
@@ -145,6 +148,15 @@ class Coordinates:
         """The row nearest to a share of the axis."""
         low, high, ratio = self.rows(axis, share)
         return high if ratio >= 0.5 else low
+
+    def written(self, axis: Axis, share: float) -> str:
+        """The token nearest to a share of the axis."""
+        return self.token(axis, self.nearest(axis, share) - self.offset(axis))
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """The row of each token, -1 for a token that is none of these."""
+        rows = ids - self.first
+        return rows.masked_fill((rows < 0) | (rows >= len(self)), -1)
 
 
 class Tables(NamedTuple):

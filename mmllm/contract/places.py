@@ -16,7 +16,7 @@ from typing import Any
 
 from mmllm.contract.arguments import Number, parse
 from mmllm.contract.errors import UserError, nearest, shown
-from mmllm.contract.grounding import Axis
+from mmllm.contract.grounding import SIDES, Axis
 
 KEYS = {"box": ("box",), "time": ("time",), "tube": ("tube",), "location": ("axis", "at")}
 """Kinds of places, and the keys of each besides `of`."""
@@ -80,8 +80,7 @@ def read_place(entry: dict[str, Any], where: str) -> Place:
 
 
 def _box(numbers: list[float]) -> list[str | Located]:
-    axes: tuple[Axis, ...] = ("width", "height", "width", "height")
-    return ["[", *(Located(axis, value) for axis, value in zip(axes, numbers, strict=True)), "]"]
+    return ["[", *(Located(axis, value) for axis, value in zip(SIDES, numbers, strict=True)), "]"]
 
 
 def _numbers(values: object, count: int, where: str) -> list[float]:

@@ -58,8 +58,7 @@ class CoordinateTables(nn.Module):
 
     def rows_of(self, ids: Tensor) -> Tensor:
         """The row of each token, -1 for a token that is none of these."""
-        rows = ids - self.layout.first
-        return rows.masked_fill((rows < 0) | (rows >= len(self.layout)), -1)
+        return self.layout.rows_of(ids)
 
 
 class _Neighbours(torch.autograd.Function):
@@ -106,8 +105,8 @@ def placed(embeds: Tensor, ids: Tensor, tables: Tables, given: CoordinateInputs 
         given: exact places: `places` [K, 2] (row of the batch, position), `ids` [K, 2] the tokens on both sides of each
             and `ratio` [K], how far it is from the first to the second; elsewhere a token means its bin.
     """
-    rows = ids - tables.layout.first
-    where = (rows >= 0) & (rows < len(tables.layout))
+    rows = tables.layout.rows_of(ids)
+    where = rows >= 0
     if not bool(where.any()):
         return embeds
     low = rows.clone()

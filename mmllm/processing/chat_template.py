@@ -56,7 +56,7 @@ class Rendered:
                 raise UserError("content entry", "this model has no words for places and moments")
             if where.seconds:
                 raise UserError("time entry", "has no token before its clip is read", hint="tokenize=True")
-            token = layout.token(where.axis, layout.nearest(where.axis, where.value) - layout.offset(where.axis))
+            token = layout.written(where.axis, where.value)
             text = text[:start] + token + text[start + len(Coordinates.token(where.axis, 0)) :]
         return text
 

@@ -9,11 +9,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmllm.contract.grounding import AXES, NAMES, Axis, Box, Coordinates, TimeSpan, Tube
+from mmllm.contract.grounding import AXES, AXIS_OF, SIDES, Axis, Box, Coordinates, TimeSpan, Tube
 
-TOKEN = re.compile(rf"<({'|'.join(NAMES.values())})-(\d{{1,4}})>")
-AXIS: dict[str, Axis] = {name: axis for axis, name in NAMES.items()}
-BOX: tuple[Axis, ...] = ("width", "height", "width", "height")
+TOKEN = re.compile(rf"<({'|'.join(AXIS_OF)})-(\d{{1,4}})>")
 
 
 @dataclass
@@ -45,12 +43,9 @@ def entry_of(thing: Box | TimeSpan | Tube, of: int | None = None) -> dict[str, A
 
 def written(thing: Box | TimeSpan | Tube, layout: Coordinates) -> str:
     """The tokens nearest to a place or moment, given in shares."""
-
-    def token(axis: Axis, share: float) -> str:
-        return layout.token(axis, layout.nearest(axis, share) - layout.offset(axis))
-
+    token = layout.written
     if isinstance(thing, Box):
-        sides = zip(BOX, (thing.x0, thing.y0, thing.x1, thing.y1), strict=True)
+        sides = zip(SIDES, (thing.x0, thing.y0, thing.x1, thing.y1), strict=True)
         return f"[{''.join(token(axis, share) for axis, share in sides)}]"
     if isinstance(thing, TimeSpan):
         return f"{{{token('time', thing.start)}{token('time', thing.end)}}}"
@@ -100,7 +95,7 @@ def _between(text: str, tokens: list[re.Match[str]], at: int) -> str | None:
 def _share(token: re.Match[str], axis: Axis, layout: Coordinates) -> float | None:
     """The share of the axis that a token says, None where it is of another axis or of no bin."""
     number, last = int(token[2]), layout.bins(axis) - 1
-    return number / last if AXIS[token[1]] == axis and number <= last else None
+    return number / last if AXIS_OF[token[1]] == axis and number <= last else None
 
 
 def _moment(token: re.Match[str], layout: Coordinates) -> float | None:
@@ -112,5 +107,5 @@ def _box(text: str, tokens: list[re.Match[str]], at: int, layout: Coordinates) -
     own = tokens[at : at + 4]
     if len(own) < 4 or any(_between(text, tokens, at + number) != "" for number in range(3)):
         return None
-    sides = [_share(token, axis, layout) for token, axis in zip(own, BOX, strict=True)]
+    sides = [_share(token, axis, layout) for token, axis in zip(own, SIDES, strict=True)]
     return None if any(side is None for side in sides) else Box(*sides)

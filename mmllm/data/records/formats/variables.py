@@ -6,14 +6,13 @@ import re
 from typing import Any
 
 from mmllm.contract.errors import UserError
-from mmllm.contract.grounding import NAMES, Axis
+from mmllm.contract.grounding import AXIS_OF, Axis
 from mmllm.data.records.entries import content_entries
 from mmllm.data.records.json_files import short
 
 LISTS: dict[Axis, str] = {"time": "temporal", "height": "spatial_height", "width": "spatial_width"}
 """How the lists of an axis begin: `temporal_input_locations`."""
-AXES: dict[str, Axis] = {name: axis for axis, name in NAMES.items()}
-SLOT = re.compile(rf"<({'|'.join(AXES)})-(INPUT|OUTPUT)>")
+SLOT = re.compile(rf"<({'|'.join(AXIS_OF)})-(INPUT|OUTPUT)>")
 
 
 def names_places(variables: object) -> bool:
@@ -34,7 +33,7 @@ def with_places(messages: list[dict[str, Any]], variables: dict[str, Any], where
     """
     waiting = {
         (name, side): list(_values(variables, f"{LISTS[axis]}_{side.lower()}_locations", where))
-        for name, axis in AXES.items()
+        for name, axis in AXIS_OF.items()
         for side in ("INPUT", "OUTPUT")
     }
     found = []
@@ -66,7 +65,7 @@ def _pieces(entry: dict[str, Any], waiting: dict[tuple[str, str], list[float]], 
         if not values:
             raise UserError(f"{where}:variables", f"no value is left for {slot[0]}")
         found.append({"type": "text", "text": text[last : slot.start()]})
-        found.append({"type": "location", "axis": AXES[slot[1]], "at": values.pop(0)})
+        found.append({"type": "location", "axis": AXIS_OF[slot[1]], "at": values.pop(0)})
         last = slot.end()
     found.append({"type": "text", "text": text[last:]})
     return [piece for piece in found if piece.get("text") != ""]
