@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from long_video import make_video
+
 SETTINGS = {
     "nano/longvlm": ["model.connector.segments.frames_per_segment=20"],
     "nano/st_llm": [],
@@ -38,7 +40,7 @@ def main() -> None:
         return
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        video = make_video(Path(folder) / "long.mp4", options.long)
+        video = make_video(Path(folder) / "long.mp4", options.long, 48, 48)
         for recipe in options.recipe or SETTINGS:
             runs = {}
             for name, frames in (("short", options.short), ("long", options.long)):
@@ -52,19 +54,6 @@ def main() -> None:
         options.out.write_text(text + "\n")
 
 
-def make_video(path: Path, frames: int) -> Path:
-    """A moving pattern of NanoWorld's size."""
-    import numpy as np
-
-    from mmllm.world.video import write_mp4
-
-    ramp = np.add.outer(np.arange(48), np.arange(48))
-    write_mp4(
-        path, np.stack([np.stack([ramp + 3 * i, ramp * 2 + i, ramp - i], -1) for i in range(frames)]).astype("u1")
-    )
-    return path
-
-
 def answer(name: str, video: str, frames: int) -> dict[str, float]:
     """Ask about the clip; visual tokens, length of the LLM's input, seconds, and the process's peak memory."""
     import time
@@ -72,8 +61,10 @@ def answer(name: str, video: str, frames: int) -> dict[str, float]:
     import torch
 
     from mmllm.config.recipe import load
+    from mmllm.device import PeakMemory
     from mmllm.model.blueprint import Blueprint
     from mmllm.model.build import build_model, build_processor
+    from mmllm.model.reduction.read import visual_tokens
     from mmllm.world.tokenizer import build_tokenizer
 
     recipe = load(name, ["model.encoders.nano.motion=false", *SETTINGS[name]])
@@ -81,18 +72,15 @@ def answer(name: str, video: str, frames: int) -> dict[str, float]:
     model, processor = build_model(blueprint).eval(), build_processor(blueprint, build_tokenizer())
     asked = [{"type": "video", "path": video, "frames": frames}, {"type": "text", "text": "What moves?"}]
     start = time.perf_counter()
-    batch = processor.apply_chat_template(
-        [{"role": "user", "content": asked}], tokenize=True, return_dict=True, add_generation_prompt=True
-    )
-    with torch.no_grad():
+    with PeakMemory(model.device) as peak, torch.no_grad():
+        batch = processor.apply_chat_template(
+            [{"role": "user", "content": asked}], tokenize=True, return_dict=True, add_generation_prompt=True
+        )
         model.generate(**batch, max_new_tokens=8, do_sample=False)
-    spec = batch["visual"]["media"][0]["spec"]
-    seconds = time.perf_counter() - start
-    status = Path("/proc/self/status").read_text().splitlines()  # getrusage would count what the parent had
-    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
-    tokens = sum(stream.tokens for stream in blueprint.plan.streams(spec))
-    length = batch["input_ids"].shape[1]
-    return {"frames": spec.frames, "visual_tokens": tokens, "length": length, "seconds": seconds, "peak_mb": peak}
+    seconds, megabytes = time.perf_counter() - start, peak.bytes / 2**20
+    (tokens,), length = visual_tokens(batch, blueprint.plan), batch["input_ids"].shape[1]
+    frames = batch["visual"]["media"][0]["spec"].frames
+    return {"frames": frames, "visual_tokens": tokens, "length": length, "seconds": seconds, "peak_mb": megabytes}
 
 
 if __name__ == "__main__":

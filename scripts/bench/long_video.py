@@ -45,13 +45,13 @@ def main() -> None:
         options.out.write_text(text + "\n")
 
 
-def make_video(path: Path, frames: int) -> Path:
-    """A moving pattern of 320 x 240 pixels."""
+def make_video(path: Path, frames: int, height: int = 240, width: int = 320) -> Path:
+    """A moving pattern."""
     import numpy as np
 
     from mmllm.world.video import write_mp4
 
-    ramp = np.add.outer(np.arange(240), np.arange(320))
+    ramp = np.add.outer(np.arange(height), np.arange(width))
     write_mp4(
         path, np.stack([np.stack([ramp + 3 * i, ramp * 2 + i, ramp - i], -1) for i in range(frames)]).astype("u1")
     )
