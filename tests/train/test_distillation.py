@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.objectives import distilled, teacher_of
 from helpers.small_runs import losses, options, recipe, stopping_after, weights
-from helpers.tiny import tiny_recipe, tokenizer_folder
+from helpers.tiny import tiny_model, tiny_processor, tiny_recipe, tokenizer_folder
 
 from mmllm.api import load
 from mmllm.contract.errors import UserError
@@ -216,8 +216,7 @@ def test_a_wider_teacher_of_another_size(data, tmp_path):
 
 def test_a_student_with_coordinates_is_refused(data, teacher, tmp_path):
     made = tiny_recipe("nano/llava_st")
-    blueprint = Blueprint.of(made)
-    model, processor = build_model(blueprint), build_processor(blueprint)
+    model, processor = tiny_model(made), tiny_processor(made)
     context = StageContext(
         "instruct", 1, made.stages["instruct"], made, model, processor, RunFolder(tmp_path), options()
     )
